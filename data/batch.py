@@ -1,0 +1,84 @@
+"""A batch: a pure function of (config, image numbers, stream position)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.images import Images
+from data.plan import GroupsConfig
+from data.randomness import Stream, draw_slots, generator
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Where a batch is in the stream: images (b,) at positions `position`, `position` + 1, ... , of one kind."""
+
+    position: int
+    images: np.ndarray
+    grouped: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B images in groups of `group_size`, each contiguous; all of one kind, so it is one call of the network."""
+
+    x: Tensor  # (B, C, H, W) clean, in [-1, 1]
+    noise: Tensor  # (B, C, H, W) standard normal
+    t: Tensor  # (B,) in [0, 1]
+    label: Tensor  # (B,) class numbers
+    slot: Tensor  # (B,) rows of the sample embedding
+    conditional: Tensor  # (B,) bool
+    group_size: int
+    grouped: bool  # of the group kind, also where groups are of one image
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+
+    def pin_memory(self) -> "Batch":
+        return self._map(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> "Batch":
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def make_batch(images: Images, config: GroupsConfig, max_group_size: int, seed: int, micro: MicroBatch) -> Batch:
+    """Draws each image's noise, timestep, slot and dropping of its class from the generator of its own position;
+    what is common to a group comes from its first image's."""
+    size = config.size if micro.grouped else 1
+    number = len(micro.images)
+    noise = np.empty((number, *images.x.shape[1:]), np.float32)
+    uniform = np.empty((number, 3))
+    slot = np.empty(number, np.int64)
+    for i in range(number):
+        rng = generator(seed, Stream.TRAINING, micro.position + i)
+        rng.random(out=uniform[i])
+        rng.standard_normal(out=noise[i], dtype=np.float32)
+        if i % size == 0:
+            slot[i : i + size] = draw_slots(rng, size, max_group_size)
+    first = np.arange(number) // size * size
+    t = spread_timesteps(uniform[first, 0], np.where(first == np.arange(number), 0.5, uniform[:, 1]), config.spread)
+    if config.variant == "light":
+        conditional = np.full(number, not micro.grouped)
+    else:
+        conditional = uniform[first, 2] >= config.drop
+    return Batch(
+        x=torch.from_numpy(images.x[micro.images]),
+        noise=torch.from_numpy(noise),
+        t=torch.from_numpy(t.astype(np.float32)),
+        label=torch.from_numpy(images.label[micro.images]),
+        slot=torch.from_numpy(slot),
+        conditional=torch.from_numpy(conditional),
+        group_size=size,
+        grouped=micro.grouped,
+    )
+
+
+def spread_timesteps(base: np.ndarray, uniform: np.ndarray, spread: float) -> np.ndarray:
+    """base + (2 uniform - 1) * spread, reflected at 0 and 1: for uniform `base` every timestep stays uniform
+    (cutting off instead would heap timesteps up at both ends)."""
+    t = np.abs(base + (2 * uniform - 1) * spread)
+    return np.where(t > 1, 2 - t, t)

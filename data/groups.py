@@ -1,0 +1,86 @@
+"""Which images form a group: by similarity, by class, or at random. Vectorised; pure functions of a generator."""
+
+import numpy as np
+
+from data.neighbors import NeighborGraph
+
+_NONE = np.uint32(2**32 - 1)
+
+
+def similar_groups(
+    graph: NeighborGraph, threshold: float, size: int, count: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Up to `count` disjoint groups (m, size) of an anchor and size - 1 of its neighbours at or above `threshold`.
+
+    The query of method.md: members are drawn at random from the anchor's candidates. Rounds of proposals: in each, some
+    anchors draw members among the images still free, and a group stands if no better-placed proposal wants any of its
+    images. When few groups are asked for, anchors come at random. When most images must find a group, those with the
+    fewest free neighbours go first, because they would be left over else. Ends when no free image has enough neighbours.
+    """
+    n = len(graph.ids)
+    if size == 1:
+        return rng.permutation(n)[:count, None].astype(np.int32)
+    free = np.ones(n, dtype=bool)
+    anchors = rng.permutation(n).astype(np.int32)
+    found: list[np.ndarray] = []
+    missing = count
+    while missing and len(anchors):
+        few = missing + missing // 4 + 16
+        at_random = few < len(anchors) // 5
+        pool, anchors = (anchors[:few], anchors[few:]) if at_random else (anchors, anchors[:0])
+        pool = pool[free[pool]]
+        candidates = graph.ids[pool]
+        usable = free[candidates] & (graph.similarities[pool] >= threshold)
+        choices = usable.sum(axis=1)
+        enough = choices >= size - 1
+        pool, candidates, usable, choices = (a[enough] for a in (pool, candidates, usable, choices))
+        # best-placed first: fewest choices, then at random
+        priority = (choices.astype(np.uint64) << np.uint64(32)) | rng.integers(2**32, size=len(pool), dtype=np.uint64)
+        order = np.argsort(priority, kind="stable")
+        if not at_random:
+            order = order[: max(len(order) // 5, 64)]
+        members = _draw(candidates[order], usable[order], size - 1, rng)
+        groups = np.concatenate([pool[order, None], members], axis=1)
+        groups = groups[_uncontested(groups, n)][:missing]
+        free[groups] = False
+        found.append(groups)
+        missing -= len(groups)
+        anchors = np.concatenate([anchors, pool])
+    return np.concatenate(found) if found else np.empty((0, size), np.int32)
+
+
+def _draw(candidates: np.ndarray, usable: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
+    """From each row `number` of its usable candidates, all subsets equally likely.
+
+    Each candidate gets a random key with its column in the low bits, so keys differ and any sort finds the same ones.
+    """
+    column_bits = np.uint32(2 ** int(candidates.shape[1] - 1).bit_length() - 1)
+    keys = rng.integers(2**32, size=candidates.shape, dtype=np.uint32) & ~column_bits
+    keys |= np.arange(candidates.shape[1], dtype=np.uint32)
+    keys[~usable] = _NONE
+    smallest = np.sort(np.partition(keys, number - 1, axis=1)[:, :number], axis=1)
+    return np.take_along_axis(candidates, (smallest & column_bits).astype(np.intp), axis=1)
+
+
+def _uncontested(groups: np.ndarray, n: int) -> np.ndarray:
+    """Which rows hold only images that no earlier row wants, (m,) bool."""
+    rank = np.arange(len(groups) - 1, -1, -1)
+    owner = np.empty(n, np.int64)
+    owner[groups[::-1].ravel()] = np.repeat(rank, groups.shape[1])  # the earliest row is written last
+    return (owner[groups] == rank[::-1, None]).all(axis=1)
+
+
+def class_groups(label: np.ndarray, pool: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    """All of `pool` cut into groups (m, size), at random: first those of one class, then what classes left over.
+
+    Also how many are of one class. Fewer than `size` images of the pool remain out.
+    """
+    pool = rng.permutation(pool)
+    pool = pool[np.argsort(label[pool], kind="stable")]
+    _, first, number = np.unique(label[pool], return_index=True, return_counts=True)
+    in_class = np.arange(len(pool)) - np.repeat(first, number)
+    whole = in_class < np.repeat(number // size * size, number)
+    of_one_class = pool[whole].reshape(-1, size)
+    rest = pool[~whole]
+    mixed = rest[: len(rest) // size * size].reshape(-1, size)
+    return np.concatenate([rng.permutation(of_one_class), mixed]), len(of_one_class)

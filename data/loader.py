@@ -1,0 +1,74 @@
+"""Batches in order: a group-aware sampler deals each step's images to ranks, a dataset makes batches of them."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data.batch import Batch, MicroBatch, make_batch
+from data.images import Images
+from data.plan import GroupsConfig, Plan
+
+
+class GroupSampler(Sampler[list[MicroBatch]]):
+    """This rank's part of the steps `first_step` to `last_step` (not included) of the run, each a list of micro-batches.
+
+    A rank takes a contiguous slice of the group part of a step and one of its single part, each cut into micro-batches of
+    at most `micro_batch` images. So a group never straddles ranks or micro-batches, and all ranks have the same kinds
+    and sizes in the same order: no rank waits for a dearer one.
+    """
+
+    def __init__(
+        self,
+        plan_of_epoch: Callable[[int], Plan],
+        steps_per_epoch: int,
+        first_step: int,
+        last_step: int,
+        rank: int,
+        world_size: int,
+        micro_batch: int | None,
+    ) -> None:
+        self.plan_of_epoch, self.steps_per_epoch = plan_of_epoch, steps_per_epoch
+        self.first_step, self.last_step = first_step, last_step
+        self.rank, self.world_size, self.micro_batch = rank, world_size, micro_batch
+
+    def __len__(self) -> int:
+        return self.last_step - self.first_step
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        epoch, plan = -1, None
+        for step in range(self.first_step, self.last_step):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                plan = self.plan_of_epoch(epoch)
+            row = step % self.steps_per_epoch
+            images, grouped = plan.images[row], int(plan.grouped[row])
+            yield [
+                MicroBatch(step * len(images) + start, images[start:stop], is_group)
+                for begin, end, is_group in ((0, grouped, True), (grouped, len(images), False))
+                for start, stop in self._pieces(begin, end)
+            ]
+
+    def _pieces(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        share = (end - begin) // self.world_size
+        start = begin + self.rank * share
+        stop = start + share
+        size = self.micro_batch or max(share, 1)
+        return ((i, min(i + size, stop)) for i in range(start, stop, size))
+
+
+class BatchDataset(Dataset[list[Batch]]):
+    """Micro-batches -> batches; runs in the loader's workers."""
+
+    def __init__(self, images: Images, config: GroupsConfig, max_group_size: int, seed: int) -> None:
+        self.images, self.config, self.max_group_size, self.seed = images, config, max_group_size, seed
+
+    def __getitem__(self, micro_batches: list[MicroBatch]) -> list[Batch]:
+        return [make_batch(self.images, self.config, self.max_group_size, self.seed, m) for m in micro_batches]
+
+
+def load_batches(dataset: BatchDataset, sampler: GroupSampler, workers: int) -> DataLoader:
+    """The batches of each of the sampler's steps, in order; pinned where there is a GPU."""
+    return DataLoader(
+        dataset, sampler=sampler, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available()
+    )

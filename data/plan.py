@@ -1,0 +1,132 @@
+"""The group plan: which images come in which step of an epoch, alone or in which group.
+
+It is made for the global batch, knows no world size, and is a pure function of (seed, epoch), so all ranks make the same.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, Field, model_validator
+
+from data.groups import class_groups, similar_groups
+from data.neighbors import NeighborGraph
+
+SHARES = {"none": 0.0, "light": 0.1, "full": 1.0}
+
+
+class GroupsConfig(BaseModel, extra="forbid", frozen=True):
+    """Groups of Group Diffusion (method.md).
+
+    none: plain diffusion. light (C=1, UC=N): `share` of the images in unconditional groups, the others alone with their
+    class. full (C=N, UC=N): groups with their class; the class is dropped for a whole group.
+    """
+
+    variant: Literal["none", "light", "full"] = "light"
+    size: int = Field(4, ge=1, le=16)  # images in a group, N
+    share: float | None = Field(None, ge=0, le=1)  # of the images, in groups; by variant: 0, 0.1, 1
+    drop: float = Field(0.1, ge=0, le=1)  # probability that a class is dropped (none, full)
+    query: Literal["similarity", "class", "random"] = "similarity"
+    threshold: float = Field(0.7, ge=-1, le=1)  # least cosine of anchor and member
+    neighbors: int = Field(32, ge=1)  # candidates kept for each image
+    mixing: Literal["by_step", "within_step"] = "by_step"  # a step is all single or all groups; or holds both
+    splits: int = Field(8, ge=1)  # within_step: world sizes that divide it can train the run
+    spread: float = Field(0.0, ge=0, le=1)  # of the timesteps in a group, around the first image's
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_share(cls, values: dict) -> dict:
+        if values.get("share") is None:
+            return {**values, "share": SHARES.get(values.get("variant", "light"))}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> "GroupsConfig":
+        if self.variant == "none" and (self.size != 1 or self.share != 0):
+            name, value, fix = ("size", self.size, 1) if self.size != 1 else ("share", self.share, 0)
+            raise ValueError(f"{name}={value}: variant=none has no groups; set {name}={fix}, or variant=light")
+        if self.variant != "none" and self.share == 0:
+            raise ValueError(f"share={self.share}: variant={self.variant} needs groups; set share above 0")
+        if self.query == "similarity" and self.size > self.neighbors + 1:
+            raise ValueError(f"neighbors={self.neighbors}: must be at least size - 1 = {self.size - 1}")
+        return self
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One epoch. Row i of `images` (steps, global batch) int32 is a step; its first `grouped[i]` images are groups of
+    `group_size`, each contiguous, and the others stand alone. `fallback` (number of groups,) bool marks, in the order in
+    which they come, groups that the query could not fill: those hold images left over, of one class where possible."""
+
+    images: np.ndarray
+    grouped: np.ndarray
+    group_size: int
+    fallback: np.ndarray
+
+
+def plan_epoch(
+    config: GroupsConfig,
+    label: np.ndarray,
+    graph: NeighborGraph | None,
+    global_batch: int,
+    seed: int,
+    epoch: int,
+) -> Plan:
+    """The plan of one epoch over images with `label` (n,). `graph` is needed for the similarity query alone.
+
+    No image comes twice; n modulo the global batch images are left out, others in each epoch.
+    """
+    n = len(label)
+    steps = steps_per_epoch(n, global_batch)
+    rng = np.random.default_rng([seed, epoch])
+    grouped = _grouped_images(config, global_batch, epoch * steps, steps)
+    groups, fallback = _form_groups(config, label, graph, int(grouped.sum()) // config.size, rng)
+    alone = np.ones(n, dtype=bool)
+    alone[groups] = False
+    images = np.empty((steps, global_batch), np.int32)
+    in_group = np.arange(global_batch) < grouped[:, None]
+    images[in_group] = groups.ravel()
+    images[~in_group] = rng.permutation(np.flatnonzero(alone).astype(np.int32))[: images.size - groups.size]
+    return Plan(images, grouped, config.size, fallback)
+
+
+def steps_per_epoch(images: int, global_batch: int) -> int:
+    """The same in every epoch, so that a stream position tells its epoch and step."""
+    if images < global_batch:
+        raise ValueError(f"train.global_batch={global_batch}: must not exceed the number of images, {images}")
+    return images // global_batch
+
+
+def group_quantum(config: GroupsConfig, global_batch: int) -> int:
+    """The group part of a step is a multiple of this many images."""
+    return global_batch if config.mixing == "by_step" else config.size * config.splits
+
+
+def _grouped_images(config: GroupsConfig, global_batch: int, first_step: int, steps: int) -> np.ndarray:
+    """Images in groups, for each step (steps,): after any number of steps since the start of the run, the share of all
+    images so far is met to less than one quantum (as a line is drawn on a grid: multiples of the share, rounded down)."""
+    quantum = group_quantum(config, global_batch)
+    line = np.floor(np.arange(first_step, first_step + steps + 1) * (config.share * global_batch / quantum))
+    return np.diff(line).astype(np.int64) * quantum
+
+
+def _form_groups(
+    config: GroupsConfig, label: np.ndarray, graph: NeighborGraph | None, count: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """`count` disjoint groups (count, size) in random order, and which of them are fallbacks (count,) bool."""
+    everyone = np.arange(len(label), dtype=np.int32)
+    if config.query == "random":
+        groups = rng.permutation(everyone)[: count * config.size].reshape(count, config.size)
+        return groups, np.zeros(count, dtype=bool)
+    if config.query == "class":
+        groups, answered = class_groups(label, everyone, config.size, rng)
+    else:
+        groups = similar_groups(graph, config.threshold, config.size, count, rng)
+        answered = len(groups)
+        if answered < count:
+            alone = np.ones(len(label), dtype=bool)
+            alone[groups] = False
+            left_over, _ = class_groups(label, everyone[alone], config.size, rng)
+            groups = np.concatenate([groups, left_over])
+    order = rng.permutation(count)
+    return groups[:count][order], order >= answered

@@ -1,0 +1,105 @@
+"""Run one function in many processes, here or on Slurm nodes, by submitit."""
+
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import submitit
+
+
+class LaunchError(Exception):
+    """A job cannot be submitted, or failed; the message is one line."""
+
+
+def make_executor(
+    cluster: Literal["local", "slurm"],
+    folder: Path,
+    name: str,
+    nodes: int,
+    tasks_per_node: int,
+    gpus_per_node: int,
+    options: dict[str, str],
+) -> submitit.AutoExecutor:
+    """A submitit executor for `nodes` x `tasks_per_node` processes whose logs go to `folder` (new for each submission,
+    because job numbers may come again). `options` are sbatch's, by submitit's names, as partition or time (minutes)."""
+    if cluster == "slurm" and not shutil.which("sbatch"):
+        raise LaunchError("sbatch: not found on this machine; submit from a Slurm login node, or use --cluster local")
+    if cluster == "local" and nodes > 1:
+        raise LaunchError(f"--nodes {nodes}: --cluster local is this one machine; use --procs for more processes")
+    executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+    executor.update_parameters(nodes=nodes, tasks_per_node=tasks_per_node, gpus_per_node=gpus_per_node, name=name)
+    if cluster == "local":
+        executor.update_parameters(timeout_min=60 * 24 * 365)
+    else:
+        threads = "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}"
+        executor.update_parameters(slurm_setup=[threads], **{f"slurm_{key}": value for key, value in options.items()})
+    return executor
+
+
+def submit(executor: submitit.AutoExecutor, function: Callable[..., Any], *arguments: Any) -> submitit.Job:
+    """Start `function(*arguments)` in every process of the executor, with torchrun's environment variables set."""
+    if executor.cluster == "slurm":
+        return executor.submit(_run_task, None, function, *arguments)
+    tasks = executor.parameters["tasks_per_node"]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // tasks)))
+    return executor.submit(_run_task, _free_port(), function, *arguments)
+
+
+def _run_task(port: int | None, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What each process does: tell torch.distributed who it is, then call the function."""
+    job = submitit.JobEnvironment()
+    os.environ.update(
+        RANK=str(job.global_rank),
+        WORLD_SIZE=str(job.num_tasks),
+        LOCAL_RANK=str(job.local_rank),
+        MASTER_ADDR=job.hostnames[0] if port is None else "127.0.0.1",
+        # on Slurm a port of the job's own, below those that the kernel gives to clients
+        MASTER_PORT=str(port or 10_000 + int(job.raw_job_id) % 20_000),
+    )
+    return function(*arguments)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def follow(job: submitit.Job, out: TextIO = sys.stderr) -> Any:
+    """Show what task 0 writes to stderr until the job ends, and return its result. LaunchError if a task failed."""
+    log = job.task(0).paths.stderr
+    shown = 0
+    try:
+        while True:
+            done = job.done()  # asked before the last look at the log
+            if log.exists():
+                with log.open("rb") as file:
+                    file.seek(shown)
+                    text = file.read()
+                shown += len(text)
+                out.write(text.decode(errors="replace"))
+                out.flush()
+            if done:
+                break
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        job.cancel()
+        raise
+    tasks = [job.task(i) for i in range(job.num_tasks)]
+    failures = [(i, task.exception()) for i, task in enumerate(tasks) if task.exception() is not None]
+    if failures:
+        raise LaunchError(_cause(failures, log.parent))
+    return job.task(0).result()
+
+
+def _cause(failures: list[tuple[int, Exception]], logs: Path) -> str:
+    """One line for a failed job: a task's own error, rather than the broken connection that it leaves to the others."""
+    rank, error = min(failures, key=lambda failure: "Connection" in str(failure[1]))
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    message = next((line for line in reversed(lines) if not line.startswith((" ", "-"))), "no message")
+    return f"{message} (task {rank}; logs in {logs})"

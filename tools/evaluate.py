@@ -1,0 +1,38 @@
+"""How good the samples of a run are: `python tools/evaluate.py RUN` writes report.json (run tools/sample.py first)."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from data.images import open_images
+from trainer.errors import RunError
+from trainer.evaluate import evaluate
+from trainer.run_folder import read_config
+
+
+def main(arguments: list[str]) -> None:
+    """Evaluate the samples.npz of a run folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="a run folder with samples.npz")
+    args = parser.parse_args(arguments)
+
+    config = read_config(args.run)
+    samples = args.run / "samples.npz"
+    if not samples.is_file():
+        raise RunError(f"{samples}: not there; make it with: python tools/sample.py {args.run}")
+    arrays = np.load(samples)
+    images = (open_images(config.data.name, split) for split in ("train", "heldout"))
+    report = evaluate(arrays["arr_0"], arrays["arr_1"], *images)
+    report["samples"] = json.loads((args.run / "samples.json").read_text())
+    (args.run / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except RunError as error:
+        sys.exit(f"error: {error}")

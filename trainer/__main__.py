@@ -1,0 +1,21 @@
+"""One rank of a run, for torchrun: `torchrun --nproc_per_node 8 -m trainer CONFIG [field=value ...]`."""
+
+import sys
+
+from trainer.config import load_config
+from trainer.errors import RunError
+from trainer.loop import train
+
+
+def main(arguments: list[str]) -> None:
+    """Train as the arguments say."""
+    if not arguments:
+        sys.exit(__doc__)
+    try:
+        train(load_config(arguments[0], arguments[1:]))
+    except RunError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

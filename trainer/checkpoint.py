@@ -1,0 +1,116 @@
+"""Checkpoints: one folder per position, torch.distributed.checkpoint inside, complete or not there.
+
+A checkpoint is written to `<position>.incomplete` and renamed when every rank is done. It loads with any engine on any
+number of ranks, or without a process group.
+"""
+
+import json
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from pydantic import BaseModel, Field
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from trainer.errors import RunError
+
+INCOMPLETE = ".incomplete"
+MANIFEST = "manifest.json"
+
+
+class CheckpointConfig(BaseModel, extra="forbid", frozen=True):
+    """When checkpoints are written (besides at the end) and which stay."""
+
+    every: int = Field(1_280_000, ge=1)  # images
+    keep: int = Field(3, ge=1)  # the newest ones
+    keep_every: int = Field(0, ge=0)  # also every so manieth, for good; 0: none
+
+
+def save(folder: Path, position: int, state: dict[str, dict], config: str) -> None:
+    """Write the checkpoint of `position` (images seen); all ranks call it. `config` is the resolved config's text."""
+    final = folder / f"{position:012d}"
+    if final.exists():
+        return
+    partial = folder / (final.name + INCOMPLETE)
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(state, checkpoint_id=partial)  # returns when every rank's file is on disk
+    if dist.get_rank() == 0:
+        (partial / "config.yaml").write_text(config)
+        sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+        _write_synced(partial / MANIFEST, json.dumps({"position": position, "files": sizes}, indent=1))
+        partial.rename(final)
+        _sync(folder)
+    dist.barrier()
+
+
+def find(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(complete checkpoints, oldest first; incomplete ones that a killed run left) in a run's checkpoint folder."""
+    complete = [p for p in sorted(folder.glob("*")) if re.fullmatch(r"\d{12}", p.name) and (p / MANIFEST).is_file()]
+    return complete, sorted(folder.glob("*" + INCOMPLETE))
+
+
+def load(checkpoint: Path, state: dict[str, dict]) -> int:
+    """Fill the tensors of `state` in place and return the position. RunError if a file is damaged or does not fit."""
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    for name, size in manifest["files"].items():
+        file = checkpoint / name
+        found = file.stat().st_size if file.is_file() else "no file"
+        if found != size:
+            raise RunError(
+                f"{file}: {found}, should be {size} bytes; the checkpoint is damaged: remove {checkpoint} to continue"
+                " from the one before it"
+            )
+    _check_shapes(checkpoint, state)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        dcp.load(state, checkpoint_id=checkpoint)
+    return manifest["position"]
+
+
+def _check_shapes(checkpoint: Path, state: dict[str, dict]) -> None:
+    stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    sizes = {key: value.size for key, value in stored.items() if isinstance(value, TensorStorageMetadata)}
+    for part in ("model", "ema"):
+        for name, tensor in state.get(part, {}).items():
+            found = sizes.get(f"{part}.{name}")
+            if found != tensor.shape:
+                found = "nothing" if found is None else tuple(found)
+                raise RunError(
+                    f"{checkpoint}: {part}.{name} is {found}, the network's is {tuple(tensor.shape)}: a checkpoint of"
+                    " another model; use the model config beside it"
+                )
+
+
+def prune(folder: Path, config: CheckpointConfig) -> None:
+    """Remove all but the newest `keep` and each `keep_every`-th checkpoint. One rank calls it."""
+    complete, _ = find(folder)
+    for checkpoint in complete[: -config.keep]:
+        number = int(checkpoint.name) // config.every
+        if not (config.keep_every and number % config.keep_every == 0):
+            remove(checkpoint)
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint so that, killed half-way, it is never taken for a complete one."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

@@ -1,0 +1,105 @@
+"""The config tree: defaults <- YAML (with `base:`) <- dotted overrides. Each part stands beside what it configures."""
+
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+from pydantic import BaseModel, Field, model_validator
+
+from data.images import DataConfig
+from data.plan import GroupsConfig, group_quantum
+from models.dit import ModelConfig
+from models.generation import SampleConfig
+from models.paths import PATHS
+from trainer.checkpoint import CheckpointConfig
+from trainer.config_file import explain, field_names, read_yaml, set_dotted
+from trainer.engines import EngineConfig, OptimConfig
+from trainer.errors import RunError
+
+
+class TrainConfig(BaseModel, extra="forbid", frozen=True):
+    """How long and in what batches. All counts are images, so that they survive a change of batch size."""
+
+    images: int = Field(102_400_000, ge=1)  # length of the run, in whole global batches
+    global_batch: int = Field(256, ge=1)  # images a step, over all ranks
+    micro_batch: int | None = Field(None, ge=1)  # most images a rank passes through the network at once
+    log_every: int = Field(12_800, ge=1)  # images between two log entries (every step is in metrics.jsonl)
+
+
+class Config(EngineConfig, extra="forbid", frozen=True):
+    """A run. `load_config` reads it; `check_world` tells whether a world size fits it."""
+
+    run: str  # the run folder; the same command on the same folder continues
+    seed: int = Field(0, ge=0)
+    path: Literal[tuple(PATHS)] = "linear"  # between noise and data
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    groups: GroupsConfig = GroupsConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    sample: SampleConfig = SampleConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        size, limit = self.groups.size, self.model.max_group_size
+        if size > limit:
+            raise ValueError(
+                f"groups.size={size}: larger than model.max_group_size={limit}; lower one or raise the other"
+            )
+        if self.train.images < self.train.global_batch:
+            raise ValueError(f"train.images={self.train.images}: less than one batch of {self.train.global_batch}")
+        if self.train.micro_batch and self.train.micro_batch % size:
+            raise ValueError(f"train.micro_batch={self.train.micro_batch}: must be a multiple of groups.size={size}")
+        quantum = group_quantum(self.groups, self.train.global_batch)
+        if self.train.global_batch % quantum:
+            raise ValueError(
+                f"train.global_batch={self.train.global_batch}: groups.mixing=within_step needs a multiple of"
+                f" groups.size x groups.splits = {quantum}; set {_nearest(self.train.global_batch, quantum)}"
+            )
+        sample = self.sample.for_variant(self.groups.variant, size)
+        for name in ("cond_group_size", "uncond_group_size"):
+            value = getattr(sample, name)
+            if value > limit:
+                raise ValueError(f"sample.{name}={value}: larger than model.max_group_size={limit}; lower it")
+        object.__setattr__(self, "sample", sample)  # the resolved tree shows the group sizes; `frozen` is for users
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Read a config file and apply overrides like `optim.lr=2e-4`. RunError (one line) if anything is wrong."""
+    tree = read_yaml(Path(path))
+    for override in overrides:
+        set_dotted(tree, override)
+    tree.setdefault("run", f"runs/{Path(path).stem}")
+    return parse_config(tree)
+
+
+def parse_config(tree: dict) -> Config:
+    """A tree of plain values -> Config, or a RunError that names the first field at fault."""
+    try:
+        return Config.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise RunError(explain(error, field_names(Config))) from None
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """RunError if the batches cannot be dealt to `world_size` ranks in whole groups."""
+    if config.engine == "single" and world_size > 1:
+        raise RunError(f"engine=single: cannot use {world_size} ranks; set engine=fsdp or engine=ddp")
+    batch, unit = config.train.global_batch, world_size * config.groups.size
+    if batch % unit:
+        raise RunError(
+            f"train.global_batch={batch}: must be a multiple of world size x groups.size = {world_size} x"
+            f" {config.groups.size} = {unit}; set {_nearest(batch, unit)}"
+        )
+    if config.groups.mixing == "within_step" and config.groups.splits % world_size:
+        raise RunError(
+            f"groups.splits={config.groups.splits}: the world size {world_size} must divide it;"
+            f" set {_nearest(config.groups.splits, world_size)}"
+        )
+
+
+def _nearest(value: int, unit: int) -> str:
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)

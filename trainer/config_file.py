@@ -1,0 +1,104 @@
+"""From text to a tree of plain values and back: YAML with `base:`, dotted overrides, errors of one line."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+import pydantic
+import yaml
+from pydantic import BaseModel
+
+from trainer.errors import RunError
+
+
+def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
+    """The tree of a config file, laid over that of its `base:` (a path relative to the file)."""
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = (
+            f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file, as configs/digits.yaml"
+        )
+        raise RunError(f"{path}: no such config file; {hint}")
+    if path.resolve() in above:
+        raise RunError(f"{path}: base={path.name} leads back to itself; remove one `base:`")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise RunError(f"{path}: holds a {type(tree).__name__}; it must hold fields, as `seed: 0`")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return _merge(read_yaml(path.parent / str(base), (*above, path.resolve())), tree)
+
+
+def _merge(base: dict, over: dict) -> dict:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def set_dotted(tree: dict, override: str) -> None:
+    """Apply `a.b=value` to the tree; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RunError(f"{override}: not an override; write field=value, as optim.lr=2e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if not isinstance(tree.setdefault(parent, {}), dict):
+            raise RunError(f"{override}: {parent} is a single value; it has no field {leaf}")
+        tree = tree[parent]
+    tree[leaf] = value
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The resolved tree, every field with its value."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def dotted(tree: dict, prefix: str = "") -> dict[str, object]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        flat.update(dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """The dotted name of every field of a config class."""
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names += field_names(kind, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def explain(error: pydantic.ValidationError, known: Iterable[str]) -> str:
+    """The first thing wrong, as `field=value: what is wrong; fix`."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{place}={first['input']}: no such field; did you mean {_closest(place, list(known))}?"
+    if first["type"] == "missing":
+        return f"{place}: missing; set it"
+    if first["type"] == "value_error":  # raised by our own validators: the message has the rest of the place
+        return ".".join(filter(None, (place, str(first["ctx"]["error"]))))
+    expected = first["msg"][0].lower() + first["msg"][1:]
+    return f"{place}={first['input']}: {expected}"
+
+
+def _closest(name: str, known: list[str]) -> str:
+    """The most similar known name; a right last part in the wrong place counts as most similar."""
+    leaf = name.rpartition(".")[2]
+    same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
+    return same_leaf[0] if same_leaf else difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]

@@ -1,0 +1,54 @@
+"""How good generated images are, by a small classifier of the real ones."""
+
+import warnings
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.neural_network import MLPClassifier
+
+from data.images import Images
+from trainer.frechet import frechet_distance
+from trainer.generate import to_uint8
+
+
+def evaluate(generated: np.ndarray, label: np.ndarray, train: Images, heldout: Images) -> dict[str, float]:
+    """Measures of uint8 images (n, H, W, C) that were asked to be of class `label` (n,).
+
+    frechet: Frechet distance to the held-out images in the last hidden layer of a classifier that is trained on `train`;
+    class_accuracy: the share of images that this classifier takes for the class asked for. Beside them, to compare with,
+    the same of real images: frechet_train (training to held-out images) and heldout_accuracy.
+    """
+
+    def pixels(images: Images) -> np.ndarray:
+        return to_uint8(torch.from_numpy(images.x))
+
+    classifier = _fit(pixels(train), train.label)
+    reference = _features(classifier, pixels(heldout))
+    return {
+        "frechet": frechet_distance(_features(classifier, generated), reference),
+        "class_accuracy": float(np.mean(classifier.predict(_flat(generated)) == label)),
+        "frechet_train": frechet_distance(_features(classifier, pixels(train)), reference),
+        "heldout_accuracy": float(np.mean(classifier.predict(_flat(pixels(heldout))) == heldout.label)),
+        "images": len(generated),
+    }
+
+
+def _flat(images: np.ndarray) -> np.ndarray:
+    return images.reshape(len(images), -1) / 255.0
+
+
+def _fit(images: np.ndarray, label: np.ndarray) -> MLPClassifier:
+    """A classifier with hidden layers of 128 and 64 units; the same in every call."""
+    classifier = MLPClassifier((128, 64), alpha=1e-3, max_iter=60, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a fixed number of passes is meant
+        return classifier.fit(_flat(images), label)
+
+
+def _features(classifier: MLPClassifier, images: np.ndarray) -> np.ndarray:
+    """Activations of the last hidden layer (n, 64), which scikit-learn computes but does not offer."""
+    hidden = _flat(images)
+    for weights, bias in zip(classifier.coefs_[:-1], classifier.intercepts_[:-1], strict=True):
+        hidden = np.maximum(hidden @ weights + bias, 0)
+    return hidden

@@ -1,0 +1,149 @@
+"""The training loop: what a run does, from top to bottom."""
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from data.images import Images, open_images
+from data.loader import BatchDataset, GroupSampler, load_batches
+from data.neighbors import nearest_neighbors
+from data.plan import Plan, plan_epoch, steps_per_epoch
+from models.dit import DiT
+from models.objective import denoising_loss
+from models.paths import PATHS
+from trainer import checkpoint
+from trainer.config import Config, check_world
+from trainer.config_file import to_yaml
+from trainer.engines import Engine, build_engine
+from trainer.errors import RunError
+from trainer.generate import generate, grid, to_uint8
+from trainer.monitor import Monitor
+from trainer.ranks import Ranks, process_group
+from trainer.run_folder import check_folder, write_config
+
+
+def train(config: Config, should_stop: Callable[[], bool] = lambda: False) -> Literal["finished", "stopped"]:
+    """Train on all ranks of the environment, from the newest checkpoint of the run folder if there is one.
+
+    `should_stop` is asked after every step and must answer the same on all ranks; the run then saves and ends.
+    """
+    with process_group() as ranks:
+        check_world(config, ranks.world_size)
+        check_folder(config)
+        batch = config.train.global_batch
+
+        # what to train on, in which order
+        images = open_images(config.data.name)
+        epoch_steps = steps_per_epoch(len(images), batch)
+        plan_of_epoch = make_planner(config, images)
+        _check_same_plan(plan_of_epoch(0))
+
+        # what to train, from where
+        engine = build_engine(config, config.optim, build_network(config, images), ranks)
+        path = PATHS[config.path]()
+        folder = Path(config.run)
+        position, notes = _restore(folder / "checkpoints", engine, ranks)
+        if ranks.rank == 0:
+            write_config(config)
+        monitor = Monitor(folder, ranks, position, config.train.images)
+        for note in notes:
+            monitor.say(note)
+
+        def planned(epoch: int) -> Plan:
+            plan = plan_of_epoch(epoch)
+            monitor.plan(epoch, epoch * epoch_steps * batch, plan)
+            return plan
+
+        first, last = position // batch, config.train.images // batch
+        sampler = GroupSampler(
+            planned, epoch_steps, first, last, ranks.rank, ranks.world_size, config.train.micro_batch
+        )
+        dataset = BatchDataset(images, config.groups, config.model.max_group_size, config.seed)
+        images_per_rank = batch // ranks.world_size
+        outcome = "finished"
+
+        for step, micro_batches in enumerate(load_batches(dataset, sampler, config.data.workers), start=first):
+            # forward and backward, micro-batch by micro-batch: the gradient of the mean over the global batch
+            step_loss = torch.zeros((), device=ranks.device)
+            for i, micro in enumerate(micro_batches):
+                with engine.accumulating(last=i == len(micro_batches) - 1):
+                    loss = denoising_loss(engine, path, micro.to(ranks.device)).sum() / images_per_rank
+                    loss.backward()
+                step_loss += loss.detach()
+
+            # update
+            before, position = position, (step + 1) * batch
+            lr = config.optim.lr_at(position)
+            grad_norm = engine.step(lr)
+            grouped = sum(len(m.t) for m in micro_batches if m.grouped) / images_per_rank
+            monitor.note(step, position, step_loss, grad_norm, lr, grouped)
+
+            # now and then: log, show samples, save
+            ending = step + 1 == last
+            if should_stop():
+                ending, outcome = True, "stopped" if step + 1 < last else "finished"
+            saving = ending or _passed(config.checkpoint.every, before, position)
+            if saving or _passed(config.train.log_every, before, position):
+                monitor.flush()  # raises if a loss is not finite, so that no such state is saved
+            if config.sample.every and _passed(config.sample.every, before, position):
+                with engine.ema_weights():
+                    samples = generate(engine, config, images, ranks)
+                monitor.picture("samples", grid(to_uint8(samples), config.sample.group_size, enlarge=4), position)
+            if saving:
+                checkpoint.save(folder / "checkpoints", position, engine.state(), to_yaml(config))
+                if ranks.rank == 0:
+                    checkpoint.prune(folder / "checkpoints", config.checkpoint)
+            if ending:
+                break
+
+        monitor.close()
+        return outcome
+
+
+def make_planner(config: Config, images: Images) -> Callable[[int], Plan]:
+    """The plan of an epoch as a function of its number."""
+    graph = None
+    if config.groups.variant != "none" and config.groups.query == "similarity":
+        graph = nearest_neighbors(images.features, config.groups.neighbors)
+    return lambda epoch: plan_epoch(config.groups, images.label, graph, config.train.global_batch, config.seed, epoch)
+
+
+def build_network(config: Config, images: Images) -> DiT:
+    """The network for these images, initialised by the run's seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return DiT(config.model, images.x.shape[1], images.x.shape[2], images.num_classes)
+
+
+def _passed(every: int, before: int, position: int) -> bool:
+    """Whether a multiple of `every` images lies in (before, position]."""
+    return position // every > before // every
+
+
+def _restore(folder: Path, engine: Engine, ranks: Ranks) -> tuple[int, list[str]]:
+    """Load the newest complete checkpoint into the engine. Returns its position (0: none) and what there is to say."""
+    complete, incomplete = checkpoint.find(folder)
+    dist.barrier()  # all ranks have looked before one removes
+    if ranks.rank == 0:
+        for path in incomplete:
+            checkpoint.remove(path)
+    notes = [f"{path}: incomplete, the run was killed while it was written; removed" for path in incomplete]
+    if not complete:
+        return 0, notes
+    state = engine.state()
+    position = checkpoint.load(complete[-1], state)
+    engine.load_state(state)
+    return position, [*notes, f"continuing from {complete[-1]}"]
+
+
+def _check_same_plan(plan: Plan) -> None:
+    """RunError unless all ranks have made the same plan (another library version on one node would do it)."""
+    mine = zlib.crc32(plan.images.tobytes())
+    lowest = torch.tensor([mine, -mine])
+    dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    if lowest[0] != -lowest[1]:
+        raise RunError("the ranks have made different plans: give all nodes the same data and package versions")

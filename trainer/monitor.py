@@ -1,0 +1,114 @@
+"""What a run tells: metrics.jsonl (every step), TensorBoard, a progress bar, and that a loss is not finite."""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from data.plan import Plan
+from trainer.errors import RunError
+from trainer.ranks import Ranks
+
+
+class Monitor:
+    """Steps are noted without waiting for the device; `flush` reduces and writes them. All ranks have one; rank 0 writes."""
+
+    def __init__(self, folder: Path, ranks: Ranks, position: int, images: int) -> None:
+        self._world_size, self._writes = ranks.world_size, ranks.rank == 0
+        self._steps: list[dict[str, float]] = []
+        self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
+        self._flushed = (time.perf_counter(), position)
+        if self._writes:
+            self._metrics = _continue_metrics(folder / "metrics.jsonl", position)
+            self._board = SummaryWriter(str(folder), purge_step=position + 1 if position else None)
+            self._bar = tqdm(total=images, initial=position, unit="img", unit_scale=True, desc="train")
+
+    def note(self, step: int, position: int, loss: Tensor, grad_norm: Tensor, lr: float, grouped: float) -> None:
+        """One step: its number, the images seen after it, this rank's mean loss, and the share of grouped images."""
+        self._losses.append(loss)
+        self._norms.append(grad_norm)
+        self._steps.append({"step": step, "position": position, "lr": lr, "grouped": grouped})
+
+    def flush(self) -> None:
+        """Write all noted steps. RunError, on all ranks, at the first loss or gradient that is not finite."""
+        if not self._steps:
+            return
+        losses = torch.stack(self._losses)
+        dist.all_reduce(losses)
+        losses, norms = (losses / self._world_size).tolist(), torch.stack(self._norms).tolist()
+        rows = [
+            {**step, "loss": loss, "grad_norm": norm}
+            for step, loss, norm in zip(self._steps, losses, norms, strict=True)
+        ]
+        self._steps, self._losses, self._norms = [], [], []
+        bad = next((r for r in rows if not (math.isfinite(r["loss"]) and math.isfinite(r["grad_norm"]))), None)
+        if self._writes:
+            self._write(rows[: rows.index(bad)] if bad else rows)
+        if bad:
+            raise RunError(
+                f"step {bad['step']}: loss={bad['loss']}, grad_norm={bad['grad_norm']}: not finite, so training stops and the"
+                " checkpoints before it stay; lower optim.lr or optim.clip and continue from them in a new run"
+            )
+
+    def _write(self, rows: list[dict[str, float]]) -> None:
+        if not rows:
+            return
+        self._metrics.writelines(json.dumps(row) + "\n" for row in rows)
+        self._metrics.flush()
+        position, now = rows[-1]["position"], time.perf_counter()
+        rate = (position - self._flushed[1]) / (now - self._flushed[0])
+        self._flushed = (now, position)
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in ("loss", "grad_norm", "lr", "grouped")}
+        for name, value in {**means, "images_per_second": rate}.items():
+            self._board.add_scalar(f"train/{name}", value, position)
+        self._bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
+        self._bar.update(position - self._bar.n)
+
+    def plan(self, epoch: int, position: int, plan: Plan) -> None:
+        """Say how many groups of an epoch the query could not fill."""
+        if self._writes and len(plan.fallback):
+            share = float(plan.fallback.mean())
+            self._board.add_scalar("plan/fallback_share", share, position)
+            if share:
+                self.say(f"epoch {epoch}: {plan.fallback.sum()} of {len(plan.fallback)} groups are fallbacks")
+
+    def picture(self, name: str, picture: np.ndarray, position: int) -> None:
+        """An image (height, width, channels) uint8 for TensorBoard."""
+        if self._writes:
+            self._board.add_image(name, picture, position, dataformats="HWC")
+
+    def say(self, message: str) -> None:
+        """A line above the progress bar."""
+        if self._writes:
+            self._bar.write(message, sys.stderr)
+
+    def close(self) -> None:
+        """Close files and bar."""
+        if self._writes:
+            self._bar.close()
+            self._board.close()
+            self._metrics.close()
+
+
+def _continue_metrics(path: Path, position: int):
+    """The file, open for more rows, without those after `position`: steps of a killed run that will be done again."""
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if not line.endswith("}") or json.loads(line)["position"] > position:
+                break
+            kept.append(line + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
+    return path.open("a")

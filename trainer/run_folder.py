@@ -1,0 +1,45 @@
+"""A run is a folder: config.yaml, metrics.jsonl, TensorBoard events, checkpoints/, logs/, samples."""
+
+import os
+from pathlib import Path
+
+import yaml
+
+from trainer.config import Config, parse_config
+from trainer.config_file import dotted, to_yaml
+from trainer.errors import RunError
+
+CONFIG = "config.yaml"
+# What a run may change when it continues; all else would make another run of it.
+_FREE = ("run", "engine", "compile", "train.images", "train.micro_batch", "train.log_every", "data.workers")
+_FREE_PARTS = ("checkpoint.", "sample.")
+
+
+def check_folder(config: Config) -> None:
+    """RunError if the run folder holds a run of another config; a folder without a run is fine."""
+    stored = Path(config.run) / CONFIG
+    if not stored.is_file():
+        return
+    before, now = dotted(read_config(config.run).model_dump()), dotted(config.model_dump())
+    for name, value in now.items():
+        if value != before[name] and name not in _FREE and not name.startswith(_FREE_PARTS):
+            raise RunError(
+                f"{name}={value}: the run in {config.run} has {name}={before[name]}; set it back, or set run= to a new folder"
+            )
+
+
+def read_config(folder: str | Path) -> Config:
+    """The resolved config of a run folder or of a checkpoint."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise RunError(f"{folder}: no {CONFIG} in it; give a run folder, as runs/digits")
+    return parse_config(yaml.safe_load(path.read_text()))
+
+
+def write_config(config: Config) -> None:
+    """Make the run folder and put the resolved config there, whole or not at all. One rank calls it."""
+    path = Path(config.run) / CONFIG
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(to_yaml(config))
+    os.replace(partial, path)

@@ -1,0 +1,58 @@
+"""Samples of a checkpoint in a run folder: samples.npz, samples.png, and samples.json, which says how they were made."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data.images import open_images
+from trainer import checkpoint
+from trainer.config import Config
+from trainer.errors import RunError
+from trainer.generate import generate, grid, to_uint8
+from trainer.loop import build_network
+from trainer.ranks import Ranks
+
+GRID_COLUMNS = 16
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint folder as it is, or the newest complete one of a run folder."""
+    if (path / checkpoint.MANIFEST).is_file():
+        return path
+    complete, _ = checkpoint.find(path / "checkpoints")
+    if not complete:
+        raise RunError(f"{path}: no complete checkpoint in it; give a run folder or one of its checkpoints/*")
+    return complete[-1]
+
+
+def make_samples(
+    folder: Path, config: Config, raw: bool = False, progress: Callable[[int], object] = lambda number: None
+) -> tuple[np.ndarray, np.ndarray, dict]:
+    """(images (classes, per_class, H, W, C) uint8, labels (classes, per_class), record of how they were made) from the
+    EMA weights of a checkpoint, or its `raw` ones, in this one process."""
+    weights = "model" if raw else "ema"
+    images = open_images(config.data.name)
+    network = build_network(config, images)
+    position = checkpoint.load(folder, {weights: network.state_dict()})  # fills the network's own tensors
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    made = generate(network.to(device).eval(), config, images, Ranks(0, 1, device), progress)
+    label = np.repeat(np.arange(len(made))[:, None], made.shape[1], axis=1)
+    record = {"checkpoint": str(folder), "position": position, "weights": weights, **config.sample.model_dump()}
+    return to_uint8(made), label, record
+
+
+def write_samples(out: Path, pixels: np.ndarray, label: np.ndarray, record: dict, group_size: int) -> None:
+    """samples.npz (arr_0 (N, H, W, C) uint8, as ADM's evaluator takes, arr_1 labels), samples.json, and samples.png."""
+    out.mkdir(parents=True, exist_ok=True)
+    flat = pixels.reshape(-1, *pixels.shape[2:])
+    partial = out / "samples.partial.npz"
+    np.savez(partial, arr_0=flat, arr_1=label.ravel())
+    os.replace(partial, out / "samples.npz")
+    (out / "samples.json").write_text(json.dumps(record, indent=1) + "\n")
+    picture = grid(pixels[:, :GRID_COLUMNS], group_size, enlarge=max(1, 32 // pixels.shape[2]))
+    Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(out / "samples.png")
