@@ -39,9 +39,11 @@ class Batch:
         return Batch(**{name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()})
 
     def pin_memory(self) -> "Batch":
+        """In page-locked memory, so that copies to a GPU can overlap with its work; the loader calls it."""
         return self._map(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> "Batch":
+        """On a device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
@@ -61,17 +63,14 @@ def make_batch(images: Images, config: GroupsConfig, max_group_size: int, seed: 
             slot[i : i + size] = draw_slots(rng, size, max_group_size)
     first = np.arange(number) // size * size
     t = spread_timesteps(uniform[first, 0], np.where(first == np.arange(number), 0.5, uniform[:, 1]), config.spread)
-    if config.variant == "light":
-        conditional = np.full(number, not micro.grouped)
-    else:
-        conditional = uniform[first, 2] >= config.drop
+    dropped = np.full(number, micro.grouped) if config.variant == "light" else uniform[first, 2] < config.drop
     return Batch(
         x=torch.from_numpy(images.x[micro.images]),
         noise=torch.from_numpy(noise),
         t=torch.from_numpy(t.astype(np.float32)),
         label=torch.from_numpy(images.label[micro.images]),
         slot=torch.from_numpy(slot),
-        conditional=torch.from_numpy(conditional),
+        conditional=torch.from_numpy(~dropped),
         group_size=size,
         grouped=micro.grouped,
     )

@@ -15,7 +15,7 @@ def similar_groups(
     The query of method.md: members are drawn at random from the anchor's candidates. Rounds of proposals: in each, some
     anchors draw members among the images still free, and a group stands if no better-placed proposal wants any of its
     images. When few groups are asked for, anchors come at random. When most images must find a group, those with the
-    fewest free neighbours go first, because they would be left over else. Ends when no free image has enough neighbours.
+    fewest free neighbours go first, because they would be left over else. It ends when no free image has enough.
     """
     n = len(graph.ids)
     if size == 1:

@@ -11,10 +11,10 @@ from data.plan import GroupsConfig, Plan
 
 
 class GroupSampler(Sampler[list[MicroBatch]]):
-    """This rank's part of the steps `first_step` to `last_step` (not included) of the run, each a list of micro-batches.
+    """This rank's part of the steps from `first_step` to before `last_step`, each a list of micro-batches.
 
-    A rank takes a contiguous slice of the group part of a step and one of its single part, each cut into micro-batches of
-    at most `micro_batch` images. So a group never straddles ranks or micro-batches, and all ranks have the same kinds
+    A rank takes a contiguous slice of a step's group part and one of its single part, each cut into micro-batches of at
+    most `micro_batch` images. So a group never straddles ranks or micro-batches, and all ranks have the same kinds
     and sizes in the same order: no rank waits for a dearer one.
     """
 

@@ -1,6 +1,6 @@
 """The group plan: which images come in which step of an epoch, alone or in which group.
 
-It is made for the global batch, knows no world size, and is a pure function of (seed, epoch), so all ranks make the same.
+It is made for the global batch, knows no world size, and is a pure function of (seed, epoch): all ranks make the same.
 """
 
 from dataclasses import dataclass
@@ -55,8 +55,8 @@ class GroupsConfig(BaseModel, extra="forbid", frozen=True):
 @dataclass(frozen=True)
 class Plan:
     """One epoch. Row i of `images` (steps, global batch) int32 is a step; its first `grouped[i]` images are groups of
-    `group_size`, each contiguous, and the others stand alone. `fallback` (number of groups,) bool marks, in the order in
-    which they come, groups that the query could not fill: those hold images left over, of one class where possible."""
+    `group_size`, each contiguous, and the others stand alone. `fallback` (number of groups,) bool marks, in the order
+    of the groups, those that the query could not fill: they hold images left over, of one class where possible."""
 
     images: np.ndarray
     grouped: np.ndarray
@@ -104,7 +104,7 @@ def group_quantum(config: GroupsConfig, global_batch: int) -> int:
 
 def _grouped_images(config: GroupsConfig, global_batch: int, first_step: int, steps: int) -> np.ndarray:
     """Images in groups, for each step (steps,): after any number of steps since the start of the run, the share of all
-    images so far is met to less than one quantum (as a line is drawn on a grid: multiples of the share, rounded down)."""
+    images so far is met to less than one quantum (a line drawn on a grid: multiples of the share, rounded down)."""
     quantum = group_quantum(config, global_batch)
     line = np.floor(np.arange(first_step, first_step + steps + 1) * (config.share * global_batch / quantum))
     return np.diff(line).astype(np.int64) * quantum

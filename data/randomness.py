@@ -1,4 +1,4 @@
-"""Random numbers that belong to an image of the stream, not to a process: the same at any world size and after a resume.
+"""Random numbers that belong to an image of the stream, not to a process: the same at any world size, after any resume.
 
 A counter-based generator (Philox; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3") keyed by the seed, with
 the position in the high word of its counter: every position has 2^192 numbers of its own.

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 class GroupAttention(nn.Module):
     """Self-attention shared by the images of a group; with groups of one it is DiT's plain attention.
 
-    Input and output are (B, L, width), B = groups * group_size, the images of a group contiguous. Every patch attends to
-    every patch of its group, in both directions. Regrouping is a view, (B, L, width) -> (B / N, N * L, width), so it
+    Input and output are (B, L, width), B = groups * group_size, the images of a group contiguous. Every patch attends
+    to every patch of its group, in both directions. Regrouping is a view, (B, L, width) -> (B / N, N * L, width), so it
     copies nothing; the order of images in a group matters only through what was added to them before.
     """
 

@@ -34,9 +34,7 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True):
         if size is None:
             return values
         if size not in SIZES:
-            raise ValueError(
-                f"size={size}: no such size; choose one of {', '.join(SIZES)}, or give depth, width, heads"
-            )
+            raise ValueError(f"size={size}: no such size; choose of {', '.join(SIZES)}, or give depth, width, heads")
         filled = dict(zip(("depth", "width", "heads"), SIZES[size], strict=True))
         for name, value in filled.items():
             if values.get(name, value) != value:

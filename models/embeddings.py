@@ -20,7 +20,7 @@ def sincos_positions(width: int, side: int) -> Tensor:
 
 
 class PatchEmbedder(nn.Module):
-    """Image (B, C, H, W) -> tokens (B, L, width), L = (H / patch)^2, row by row: DiT's convolution, as a linear layer."""
+    """Image (B, C, H, W) -> tokens (B, L, width), L = (H / patch)^2, row by row: DiT's convolution, as a matrix."""
 
     def __init__(self, patch: int, channels: int, width: int) -> None:
         super().__init__()

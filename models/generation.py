@@ -34,16 +34,12 @@ class SampleConfig(BaseModel, extra="forbid", frozen=True):
     def for_variant(self, variant: str, size: int) -> "SampleConfig":
         """With C and UC filled in as the variant was trained (method.md: C and UC)."""
         c, uc = {"none": (1, 1), "light": (1, size), "full": (size, size)}[variant]
-        filled = {"cond_group_size": self.cond_group_size or c, "uncond_group_size": self.uncond_group_size or uc}
-        complete = self.model_copy(update=filled)
-        small, large = sorted(filled.values())
-        if large % small:
-            raise ValueError(
-                f"sample.cond_group_size={filled['cond_group_size']}: one of C and UC must divide the other"
-            )
+        c, uc = self.cond_group_size or c, self.uncond_group_size or uc
+        if max(c, uc) % min(c, uc):
+            raise ValueError(f"sample.uncond_group_size={uc}: it and cond_group_size={c} must divide one another")
         if self.interval and self.interval[0] > self.interval[1]:
             raise ValueError(f"sample.interval={list(self.interval)}: lowest log-SNR first")
-        return complete
+        return self.model_copy(update={"cond_group_size": c, "uncond_group_size": uc})
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Run one function in many processes, here or on Slurm nodes, by submitit."""
 
 import os
+import re
 import shutil
 import socket
 import sys
@@ -100,6 +101,5 @@ def follow(job: submitit.Job, out: TextIO = sys.stderr) -> Any:
 def _cause(failures: list[tuple[int, Exception]], logs: Path) -> str:
     """One line for a failed job: a task's own error, rather than the broken connection that it leaves to the others."""
     rank, error = min(failures, key=lambda failure: "Connection" in str(failure[1]))
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    message = next((line for line in reversed(lines) if not line.startswith((" ", "-"))), "no message")
-    return f"{message} (task {rank}; logs in {logs})"
+    raised = [line for line in str(error).splitlines() if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return f"{raised[-1] if raised else str(error).strip()} (task {rank}; logs in {logs})"

@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> None:
     """Evaluate the samples.npz of a run folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="a run folder with samples.npz")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
 
     config = read_config(args.run)
     samples = args.run / "samples.npz"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from trainer.config_file import set_dotted
 from trainer.config import parse_config
+from trainer.config_file import set_dotted
 from trainer.errors import RunError
 from trainer.run_folder import read_config
 from trainer.samples import find_checkpoint, make_samples, write_samples
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="sample.field=value", help="as sample.guidance=2")
     parser.add_argument("--out", type=Path, help="where to write; default: the run folder")
     parser.add_argument("--raw", action="store_true", help="the weights themselves instead of their EMA")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
 
     folder = find_checkpoint(args.run)
     tree = read_config(folder).model_dump()

@@ -29,7 +29,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--cpu", action="store_true", help="ask Slurm for no GPUs")
     parser.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="as --slurm partition=gpu")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: list[str]) -> None:

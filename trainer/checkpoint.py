@@ -52,12 +52,14 @@ def save(folder: Path, position: int, state: dict[str, dict], config: str) -> No
 
 def find(folder: Path) -> tuple[list[Path], list[Path]]:
     """(complete checkpoints, oldest first; incomplete ones that a killed run left) in a run's checkpoint folder."""
-    complete = [p for p in sorted(folder.glob("*")) if re.fullmatch(r"\d{12}", p.name) and (p / MANIFEST).is_file()]
+    complete = [path for path in sorted(folder.glob("*")) if re.fullmatch(r"\d{12}", path.name)]
     return complete, sorted(folder.glob("*" + INCOMPLETE))
 
 
 def load(checkpoint: Path, state: dict[str, dict]) -> int:
     """Fill the tensors of `state` in place and return the position. RunError if a file is damaged or does not fit."""
+    if not (checkpoint / MANIFEST).is_file():
+        raise RunError(f"{checkpoint / MANIFEST}: no such file; {checkpoint} is no checkpoint of ours: remove it")
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     for name, size in manifest["files"].items():
         file = checkpoint / name
@@ -98,9 +100,8 @@ def prune(folder: Path, config: CheckpointConfig) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint so that, killed half-way, it is never taken for a complete one."""
-    (checkpoint / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint)
+    """Delete a checkpoint; killed half-way, it is one of the incomplete ones."""
+    shutil.rmtree(checkpoint.rename(checkpoint.with_suffix(INCOMPLETE)))
 
 
 def _write_synced(path: Path, text: str) -> None:

@@ -44,9 +44,7 @@ class Config(EngineConfig, extra="forbid", frozen=True):
     def _check(self) -> "Config":
         size, limit = self.groups.size, self.model.max_group_size
         if size > limit:
-            raise ValueError(
-                f"groups.size={size}: larger than model.max_group_size={limit}; lower one or raise the other"
-            )
+            raise ValueError(f"groups.size={size}: above model.max_group_size={limit}; lower one or raise the other")
         if self.train.images < self.train.global_batch:
             raise ValueError(f"train.images={self.train.images}: less than one batch of {self.train.global_batch}")
         if self.train.micro_batch and self.train.micro_batch % size:
@@ -61,7 +59,7 @@ class Config(EngineConfig, extra="forbid", frozen=True):
         for name in ("cond_group_size", "uncond_group_size"):
             value = getattr(sample, name)
             if value > limit:
-                raise ValueError(f"sample.{name}={value}: larger than model.max_group_size={limit}; lower it")
+                raise ValueError(f"sample.{name}={value}: above model.max_group_size={limit}; lower it")
         object.__setattr__(self, "sample", sample)  # the resolved tree shows the group sizes; `frozen` is for users
         return self
 

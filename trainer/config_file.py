@@ -15,9 +15,7 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
     """The tree of a config file, laid over that of its `base:` (a path relative to the file)."""
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = (
-            f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file, as configs/digits.yaml"
-        )
+        hint = f"did you mean {path.parent / near[0]}?" if near else "give a YAML file, as configs/digits.yaml"
         raise RunError(f"{path}: no such config file; {hint}")
     if path.resolve() in above:
         raise RunError(f"{path}: base={path.name} leads back to itself; remove one `base:`")

@@ -13,7 +13,7 @@ def _shards(tensors: dict[str, Tensor]) -> list[Tensor]:
 
 
 class EMA:
-    """`weights` (name -> live parameter) and their average in fp32: average = decay * average + (1 - decay) * weight."""
+    """`weights` (name -> live parameter) and their average: average = decay * average + (1 - decay) * weight."""
 
     def __init__(self, weights: dict[str, Tensor], decay: float) -> None:
         self.weights, self.decay = weights, decay
@@ -21,6 +21,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Once after each step; in place, without communication."""
         torch._foreach_lerp_(_shards(self.average), _shards(self.weights), 1 - self.decay)
 
     @contextmanager

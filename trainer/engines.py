@@ -1,6 +1,6 @@
 """Engines: one network and its optimizer on one process (single), replicated (ddp) or sharded (fsdp).
 
-The loop does not ask which engine it has: forward, backward, `step -> grad norm`, and `state` for checkpoints are the same.
+The loop does not ask which engine it has: forward, backward, `step -> grad norm` and `state` are the same with all.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.ema import EMA
 from trainer.ranks import Ranks
-
 
 UNIT_PARAMETERS = 1_000_000  # FSDP gathers at least so many at once: less costs more to start than to send
 

@@ -15,9 +15,9 @@ from trainer.generate import to_uint8
 def evaluate(generated: np.ndarray, label: np.ndarray, train: Images, heldout: Images) -> dict[str, float]:
     """Measures of uint8 images (n, H, W, C) that were asked to be of class `label` (n,).
 
-    frechet: Frechet distance to the held-out images in the last hidden layer of a classifier that is trained on `train`;
-    class_accuracy: the share of images that this classifier takes for the class asked for. Beside them, to compare with,
-    the same of real images: frechet_train (training to held-out images) and heldout_accuracy.
+    frechet: Frechet distance to the held-out images in the last hidden layer of a classifier trained on `train`;
+    class_accuracy: the share of images that this classifier takes for the class asked for. Beside them, to compare
+    with, the same of real images: frechet_train (training to held-out images) and heldout_accuracy.
     """
 
     def pixels(images: Images) -> np.ndarray:

@@ -6,8 +6,8 @@ import numpy as np
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """|mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of features (n, d) and (m, d), in float64.
 
-    The trace of the root is the sum of the roots of the eigenvalues of R S_b R, R = S_a^(1/2): symmetric, so they are real,
-    and those that rounding makes negative are taken for 0.
+    The trace of the root is the sum of the roots of the eigenvalues of R S_b R, R = S_a^(1/2): symmetric, so they are
+    real, and those that rounding makes negative are taken for 0.
     """
     a, b = a.astype(np.float64), b.astype(np.float64)
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)

@@ -2,10 +2,10 @@
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from trainer.ranks import Ranks
 
 
 class Monitor:
-    """Steps are noted without waiting for the device; `flush` reduces and writes them. All ranks have one; rank 0 writes."""
+    """Notes steps without waiting for the device; `flush` sums and writes them. All ranks have one; rank 0 writes."""
 
     def __init__(self, folder: Path, ranks: Ranks, position: int, images: int) -> None:
         self._world_size, self._writes = ranks.world_size, ranks.rank == 0
@@ -56,8 +56,8 @@ class Monitor:
             self._write(rows[: rows.index(bad)] if bad else rows)
         if bad:
             raise RunError(
-                f"step {bad['step']}: loss={bad['loss']}, grad_norm={bad['grad_norm']}: not finite, so training stops and the"
-                " checkpoints before it stay; lower optim.lr or optim.clip and continue from them in a new run"
+                f"step {bad['step']}: loss={bad['loss']}, grad_norm={bad['grad_norm']}: not finite; training stops, the"
+                " checkpoints before it stay; lower optim.lr"
             )
 
     def _write(self, rows: list[dict[str, float]]) -> None:
@@ -100,7 +100,7 @@ class Monitor:
             self._metrics.close()
 
 
-def _continue_metrics(path: Path, position: int):
+def _continue_metrics(path: Path, position: int) -> TextIO:
     """The file, open for more rows, without those after `position`: steps of a killed run that will be done again."""
     kept = []
     if path.exists():
@@ -110,5 +110,5 @@ def _continue_metrics(path: Path, position: int):
             kept.append(line + "\n")
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept))
-    os.replace(partial, path)
+    partial.replace(path)
     return path.open("a")

@@ -1,6 +1,5 @@
 """A run is a folder: config.yaml, metrics.jsonl, TensorBoard events, checkpoints/, logs/, samples."""
 
-import os
 from pathlib import Path
 
 import yaml
@@ -24,7 +23,8 @@ def check_folder(config: Config) -> None:
     for name, value in now.items():
         if value != before[name] and name not in _FREE and not name.startswith(_FREE_PARTS):
             raise RunError(
-                f"{name}={value}: the run in {config.run} has {name}={before[name]}; set it back, or set run= to a new folder"
+                f"{name}={value}: the run in {config.run} has {name}={before[name]};"
+                " set it back, or set run= to a new folder"
             )
 
 
@@ -42,4 +42,4 @@ def write_config(config: Config) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(to_yaml(config))
-    os.replace(partial, path)
+    partial.replace(path)

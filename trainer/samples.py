@@ -1,7 +1,6 @@
-"""Samples of a checkpoint in a run folder: samples.npz, samples.png, and samples.json, which says how they were made."""
+"""Samples of a checkpoint: samples.npz, samples.png, and samples.json, which says how they were made."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def write_samples(out: Path, pixels: np.ndarray, label: np.ndarray, record: dict
     flat = pixels.reshape(-1, *pixels.shape[2:])
     partial = out / "samples.partial.npz"
     np.savez(partial, arr_0=flat, arr_1=label.ravel())
-    os.replace(partial, out / "samples.npz")
+    partial.replace(out / "samples.npz")
     (out / "samples.json").write_text(json.dumps(record, indent=1) + "\n")
     picture = grid(pixels[:, :GRID_COLUMNS], group_size, enlarge=max(1, 32 // pixels.shape[2]))
     Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(out / "samples.png")

@@ -1,0 +1,76 @@
+"""Networks whose every weight is random (a fresh DiT outputs zeros), and inputs for them."""
+
+import pytest
+import torch
+
+from models.dit import DiT, ModelConfig
+
+SIDE, CHANNELS, CLASSES = 6, 3, 5
+
+
+@pytest.fixture(scope="session")
+def random_weights():
+    """Fill all parameters of a module so that signals stay of order 1."""
+
+    def fill(module, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in module.parameters():
+            scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.3
+            parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
+        return module
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def random_dit(random_weights):
+    """A small DiT with random weights, and how its configuration is changed."""
+
+    def make(seed, **changes):
+        config = ModelConfig(**{"depth": 2, "width": 24, "heads": 3, "max_group_size": 8, **changes})
+        return random_weights(DiT(config, CHANNELS, SIDE, CLASSES), seed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_inputs():
+    """x, t, label (some of them null), slot (distinct in each group) for `images` images."""
+
+    def make(seed, images, group_size, rows=8):
+        generator = torch.Generator().manual_seed(1000 + seed)
+        x = torch.randn(images, CHANNELS, SIDE, SIDE, generator=generator)
+        t = torch.rand(images, generator=generator)
+        label = torch.randint(-1, CLASSES, (images,), generator=generator)
+        slots = [torch.randperm(rows, generator=generator)[:group_size] for _ in range(images // group_size)]
+        return x, t, label, torch.cat(slots)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shuffled_groups():
+    """A random order of `images` images that keeps each in its group."""
+
+    def make(seed, images, group_size):
+        generator = torch.Generator().manual_seed(2000 + seed)
+        return torch.cat(
+            [start + torch.randperm(group_size, generator=generator) for start in range(0, images, group_size)]
+        )
+
+    return make
+
+
+@pytest.fixture
+def separate_images(monkeypatch):
+    """Gives attention a block-diagonal mask, one block for each `tokens` tokens: images of a group see only themselves."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def install(tokens):
+        def masked(q, k, v):
+            image = torch.arange(q.shape[-2]) // tokens
+            return attention(q, k, v, attn_mask=image[:, None] == image)
+
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", masked)
+
+    return install

@@ -1,0 +1,81 @@
+"""Real ranks: processes that train tiny runs on the digits, and what they leave behind."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+HERE = Path(__file__).parent
+TINY = HERE / "tiny.yaml"
+
+
+class Launcher:
+    """Starts the ranks of runs; whatever still lives at the end of the test is killed."""
+
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen] = []
+
+    def start(self, world_size: int, *runs: list[str]) -> list[subprocess.Popen]:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        command = [sys.executable, str(HERE / "train_many.py"), str(port), str(TINY), json.dumps(runs)]
+        started = []
+        for rank in range(world_size):
+            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "OMP_NUM_THREADS": 1}
+            env = os.environ | {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in world.items()}
+            started.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+        self.processes += started
+        return started
+
+    def run(self, world_size: int, *runs: list[str]) -> str:
+        """Run to the end; the stderr of rank 0."""
+        code, errors = self.finish(self.start(world_size, *runs))
+        assert code == 0, errors
+        return errors
+
+    def finish(self, processes: list[subprocess.Popen]) -> tuple[int, str]:
+        """(exit code, stderr) of rank 0 once all have ended."""
+        errors = [process.communicate(timeout=180)[1] for process in processes]
+        return processes[0].returncode, errors[0]
+
+    def signal(self, processes: list[subprocess.Popen], number: int) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+
+@pytest.fixture
+def launcher():
+    launcher = Launcher()
+    yield launcher
+    launcher.signal([p for p in launcher.processes if p.poll() is None], signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def metrics():
+    """Rows of a run's metrics.jsonl."""
+    return lambda run: [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def tensors():
+    """All tensors of a checkpoint by name, read without a process group."""
+
+    def read(checkpoint: Path) -> dict[str, torch.Tensor]:
+        stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        state = {k: torch.empty(m.size) for k, m in stored.items() if isinstance(m, TensorStorageMetadata)}
+        dcp.load(state, checkpoint_id=checkpoint)
+        return state
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return TINY

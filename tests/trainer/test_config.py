@@ -1,0 +1,160 @@
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from trainer.config import Config, check_world, load_config, parse_config
+from trainer.config_file import dotted, field_names, to_yaml
+from trainer.errors import RunError
+from trainer.loop import train
+from trainer.samples import find_checkpoint, make_samples
+
+CONFIGS = sorted(Path("configs").rglob("*.yaml"))
+
+
+def error_of(*overrides, config="configs/digits.yaml"):
+    with pytest.raises(RunError) as caught:
+        check_world(load_config(config, list(overrides)), 2)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_every_config_is_valid_and_its_resolved_tree_reads_back_the_same(path):
+    config = load_config(path)
+    assert parse_config(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_overrides_win_over_the_file_and_the_file_over_its_base_and_that_over_defaults(tmp_path):
+    (tmp_path / "base.yaml").write_text("optim: {lr: 1, warmup: 7}\nseed: 3\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/middle.yaml").write_text("base: ../base.yaml\noptim: {lr: 2}\n")
+    (tmp_path / "top.yaml").write_text("base: sub/middle.yaml\ntrain: {global_batch: 64}\n")
+    config = load_config(tmp_path / "top.yaml", ["train.global_batch=128", "optim.clip=null"])
+    assert (config.optim.lr, config.optim.warmup, config.seed, config.train.global_batch) == (2, 7, 3, 128)
+    assert config.optim.clip is None
+    assert config.optim.weight_decay == Config.model_fields["optim"].default.weight_decay
+    assert config.run == "runs/top"
+
+
+def test_numbers_in_scientific_notation_are_numbers():
+    assert load_config("configs/digits.yaml", ["optim.lr=2e-4"]).optim.lr == 2e-4
+
+
+def test_a_size_can_be_named_and_group_sizes_of_sampling_follow_the_variant():
+    config = load_config("configs/digits.yaml", ["model={size: S}", "groups.variant=full"])
+    assert (config.model.depth, config.model.width, config.model.heads) == (12, 384, 6)
+    assert (config.sample.cond_group_size, config.sample.uncond_group_size, config.groups.share) == (4, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("groups.sise=4", ["groups.sise=4", "did you mean groups.size?"]),
+        ("group.size=4", ["group={'size': 4}", "did you mean groups.size?"]),
+        ("lr=1e-3", ["lr=1e-3", "did you mean optim.lr?"]),
+        ("optim.lr=fast", ["optim.lr=fast", "number"]),
+        ("optim.lr=-1", ["optim.lr=-1", "greater than 0"]),
+        ("optim.lr.x=1", ["optim.lr.x=1", "single value"]),
+        ("groups.variant=lite", ["groups.variant=lite", "'light'"]),
+        ("groups.size=17", ["groups.size=17", "16"]),
+        ("engine=zero", ["engine=zero", "'fsdp'"]),
+        ("optim=3", ["optim=3"]),
+        ("nonsense", ["nonsense", "field=value"]),
+        ("groups.variant=none", ["groups.size=4", "size=1"]),
+        ("groups.share=0", ["groups.share=0", "variant=light"]),
+        ("groups.neighbors=2", ["groups.neighbors=2", "3"]),
+        ("model.heads=5", ["model.width=96", "heads=5"]),
+        ("model.size=S", ["model.depth=6", "size=S"]),
+        ("model.size=Q", ["model.size=Q", "XL"]),
+        ("model.max_group_size=2", ["groups.size=4", "model.max_group_size=2", "raise"]),
+        ("sample.uncond_group_size=32", ["sample.uncond_group_size=32", "model.max_group_size=16"]),
+        ("sample.cond_group_size=3", ["sample.uncond_group_size=4", "cond_group_size=3"]),
+        ("sample.interval=[2, -2]", ["sample.interval=[2", "lowest"]),
+        ("train.global_batch=100", ["train.global_batch=100", "2 x 4 = 8", "96 or 104"]),
+        ("train.micro_batch=6", ["train.micro_batch=6", "groups.size=4"]),
+        ("train.images=100", ["train.images=100", "128"]),
+        ("groups.mixing=within_step groups.splits=3", ["train.global_batch=128", "12", "120 or 132"]),
+        ("groups.mixing=within_step groups.splits=1", ["groups.splits=1", "world size 2"]),
+        ("engine=single", ["engine=single", "2 ranks", "engine=fsdp"]),
+    ],
+)
+def test_a_bad_value_is_named_with_its_field_and_the_fix(override, named):
+    message = error_of(*override.split(" ")) if "[" not in override else error_of(override)
+    for part in named:
+        assert part in message
+
+
+def test_bad_files_are_named(tmp_path):
+    assert "did you mean configs/digits.yaml?" in error_of(config="configs/digit.yaml")
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    assert "leads back to itself" in error_of(config=tmp_path / "a.yaml")
+    (tmp_path / "c.yaml").write_text("a: [1\n")
+    assert "c.yaml: not YAML" in error_of(config=tmp_path / "c.yaml")
+    (tmp_path / "d.yaml").write_text("- 1\n")
+    assert "d.yaml: holds a list" in error_of(config=tmp_path / "d.yaml")
+    (tmp_path / "e.yaml").write_text("base: missing.yaml\n")
+    assert "missing.yaml: no such config file" in error_of(config=tmp_path / "e.yaml")
+
+
+def test_any_misspelt_field_is_answered_with_the_right_one():
+    rng = random.Random(random.SystemRandom().random())
+    known = field_names(Config)
+    for name in known:
+        head, _, leaf = name.rpartition(".")
+        at = rng.randrange(len(leaf))
+        wrong = f"{head}.{leaf[:at]}_x_{leaf[at:]}".removeprefix(".")
+        assert f"did you mean {name}?" in error_of(f"{wrong}=1"), wrong
+
+
+def test_dry_run_prints_the_resolved_tree_and_makes_nothing(tmp_path):
+    command = [sys.executable, "tools/submit.py", "--cluster", "local", "--procs", "2", "--dry-run"]
+    run = tmp_path / "run"
+    shown = subprocess.run(
+        [*command, "configs/digits.yaml", f"run={run}", "optim.lr=2e-4"], capture_output=True, text=True, check=True
+    )
+    expected = load_config("configs/digits.yaml", [f"run={run}", "optim.lr=2e-4"])
+    assert parse_config(yaml.safe_load(shown.stdout)) == expected
+    assert not run.exists()
+
+
+def test_every_field_is_read_by_something(tmp_path, tiny, monkeypatch):
+    """Train, sample and continue with recording configs: a field that nothing reads is a field that does nothing."""
+    read: set[tuple[str, str]] = set()
+    config = load_config(
+        tiny, ["engine=single", f"run={tmp_path}/run", "sample.every=320", "train.images=320", "checkpoint.keep=1"]
+    )
+    within = parse_config({**config.model_dump(), "run": f"{tmp_path}/two", "groups": {"variant": "full", "size": 2}})
+    original = BaseModel.__getattribute__
+
+    def recording(self, name):
+        if name in type(self).model_fields:
+            read.add((type(self).__name__, name))
+        return original(self, name)
+
+    monkeypatch.setattr(BaseModel, "__getattribute__", recording)
+    for each in (config, within):
+        check_world(each, 1)
+        train(each)
+        make_samples(find_checkpoint(Path(each.run)), each)
+    monkeypatch.undo()
+
+    def fields(model):
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                yield from fields(field.annotation)
+            else:
+                yield model.__name__, name
+
+    # `size` is short for depth, width and heads, which are what is built; validation alone reads it
+    assert set(fields(Config)) - read == {("ModelConfig", "size")}
+
+
+def test_dotted_names_are_those_of_the_resolved_tree():
+    assert list(dotted(load_config("configs/digits.yaml").model_dump())) == field_names(Config)

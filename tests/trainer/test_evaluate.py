@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+from scipy.linalg import sqrtm
+
+from data.images import open_images
+from trainer.evaluate import evaluate
+from trainer.frechet import frechet_distance
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_frechet_distance_equals_scipys_square_root(seed):
+    rng = np.random.default_rng(seed)
+    d = int(rng.integers(2, 20))
+    a = rng.standard_normal((200, d)) @ rng.standard_normal((d, d)) + rng.standard_normal(d)
+    b = rng.standard_normal((150, d)) @ rng.standard_normal((d, d))
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-8)
+
+
+def test_frechet_distance_of_gaussians_with_known_moments():
+    """N(0, 1) and N(m, s^2) in each of d independent dimensions: d (m^2 + (s - 1)^2)."""
+    a = np.random.default_rng(0).standard_normal((100_000, 3))
+    assert frechet_distance(a, 2 * a + 5) == pytest.approx(3 * (25 + 1), rel=0.01)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
+
+
+def test_frechet_distance_of_features_that_never_vary_is_finite():
+    a = np.random.default_rng(0).standard_normal((5, 20))
+    a[:, 3] = 0
+    assert 0 <= frechet_distance(a, a[:, ::-1]) < np.inf
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return open_images("digits"), open_images("digits", "heldout")
+
+
+def as_uint8(x):
+    return np.rint((x + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def test_real_digits_are_near_and_noise_and_wrong_classes_are_not(splits):
+    train, heldout = splits
+    real = evaluate(as_uint8(train.x), train.label, *splits)
+    assert real["frechet"] == pytest.approx(real["frechet_train"], rel=1e-6)
+    assert real["class_accuracy"] > 0.99 and real["heldout_accuracy"] > 0.94
+    assert evaluate(as_uint8(heldout.x), heldout.label, *splits)["frechet"] == pytest.approx(0, abs=1e-6)
+
+    wrong = evaluate(as_uint8(train.x), (train.label + 1) % 10, *splits)
+    assert wrong["class_accuracy"] < 0.01
+    noise = np.random.default_rng(0).integers(0, 256, (500, 8, 8, 1), dtype=np.uint8)
+    assert evaluate(noise, np.zeros(500), *splits)["frechet"] > 10 * real["frechet"]
+    one_class = train.label == 3
+    assert evaluate(as_uint8(train.x[one_class]), train.label[one_class], *splits)["frechet"] > 10 * real["frechet"]
