@@ -14,8 +14,9 @@ def similar_groups(
 
     The query of method.md: members are drawn at random from the anchor's candidates. Rounds of proposals: in each, some
     anchors draw members among the images still free, and a group stands if no better-placed proposal wants any of its
-    images. When few groups are asked for, anchors come at random. When most images must find a group, those with the
-    fewest free neighbours go first, because they would be left over else. It ends when no free image has enough.
+    images. When few groups are asked for, anchors come at random. When most images must find a group, those go first
+    that have the fewest ways into one (free neighbours, and free images whose neighbour they are), because they would
+    be left over else. It ends when no free image has enough free neighbours.
     """
     n = len(graph.ids)
     if size == 1:
@@ -34,10 +35,12 @@ def similar_groups(
         choices = usable.sum(axis=1)
         enough = choices >= size - 1
         pool, candidates, usable, choices = (a[enough] for a in (pool, candidates, usable, choices))
-        # best-placed first: fewest choices, then at random
-        priority = (choices.astype(np.uint64) << np.uint64(32)) | rng.integers(2**32, size=len(pool), dtype=np.uint64)
-        order = np.argsort(priority, kind="stable")
-        if not at_random:
+        if at_random:
+            order = np.arange(len(pool))
+        else:
+            ways = choices + np.bincount(candidates[usable], minlength=n)[pool]
+            draw = rng.integers(2**32, size=len(pool), dtype=np.uint64)  # among equals
+            order = np.argsort(ways.astype(np.uint64) << np.uint64(32) | draw, kind="stable")
             order = order[: max(len(order) // 5, 64)]
         members = _draw(candidates[order], usable[order], size - 1, rng)
         groups = np.concatenate([pool[order, None], members], axis=1)
@@ -81,6 +84,6 @@ def class_groups(label: np.ndarray, pool: np.ndarray, size: int, rng: np.random.
     in_class = np.arange(len(pool)) - np.repeat(first, number)
     whole = in_class < np.repeat(number // size * size, number)
     of_one_class = pool[whole].reshape(-1, size)
-    rest = pool[~whole]
+    rest = rng.permutation(pool[~whole])
     mixed = rest[: len(rest) // size * size].reshape(-1, size)
     return np.concatenate([rng.permutation(of_one_class), mixed]), len(of_one_class)

@@ -18,12 +18,13 @@ def nearest_neighbors(features: np.ndarray, k: int, block: int = 1024) -> Neighb
     """The k nearest by cosine of `features` (n, d), computed in float64 by blocks of rows; equal ones: lower id first.
 
     The dot products come before the normalisation: those of whole numbers are then exact, whatever the order in which a
-    machine sums them, so all ranks find the same graph. An image of zeros is similar (0) to none.
+    machine sums them, so all ranks find the same graph. An image of zeros has similarity 0 to all.
     """
     if not 1 <= k < len(features):
         raise ValueError(f"groups.neighbors={k}: must be from 1 to the number of images less one, {len(features) - 1}")
     rows = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float64))
-    norms = rows.square().sum(dim=1).sqrt().clamp(min=np.finfo(np.float64).tiny)
+    norms = rows.square().sum(dim=1).sqrt()
+    norms[norms == 0] = 1
     ids = np.empty((len(rows), k), np.int32)
     similarities = np.empty((len(rows), k), np.float32)
     for start in range(0, len(rows), block):

@@ -106,7 +106,8 @@ def _grouped_images(config: GroupsConfig, global_batch: int, first_step: int, st
     """Images in groups, for each step (steps,): after any number of steps since the start of the run, the share of all
     images so far is met to less than one quantum (a line drawn on a grid: multiples of the share, rounded down)."""
     quantum = group_quantum(config, global_batch)
-    line = np.floor(np.arange(first_step, first_step + steps + 1) * (config.share * global_batch / quantum))
+    slope = config.share * global_batch / quantum
+    line = np.floor(np.arange(first_step, first_step + steps + 1) * slope + 1e-9)  # a whole number may come out below
     return np.diff(line).astype(np.int64) * quantum
 
 
@@ -114,6 +115,8 @@ def _form_groups(
     config: GroupsConfig, label: np.ndarray, graph: NeighborGraph | None, count: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """`count` disjoint groups (count, size) in random order, and which of them are fallbacks (count,) bool."""
+    if count == 0:
+        return np.empty((0, config.size), np.int32), np.empty(0, dtype=bool)
     everyone = np.arange(len(label), dtype=np.int32)
     if config.query == "random":
         groups = rng.permutation(everyone)[: count * config.size].reshape(count, config.size)

@@ -18,7 +18,7 @@ class Stream(IntEnum):
 
 def generator(seed: int, stream: Stream, position: int) -> np.random.Generator:
     """The generator of one position (image number, from 0) of a stream."""
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, position]))
+    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], np.uint64), counter=[0, 0, 0, position]))
 
 
 def draw_slots(rng: np.random.Generator, group_size: int, max_group_size: int) -> np.ndarray:

@@ -1,6 +1,5 @@
 """The DiT backbone (Peebles & Xie, arXiv 2212.09748) with group attention; SiT uses the same network."""
 
-import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
@@ -144,4 +143,4 @@ class DiT(nn.Module):
     def _unpatchify(self, patches: Tensor, side: int) -> Tensor:
         images = patches.view(-1, side, side, self.patch, self.patch, self.channels)
         pixels = side * self.patch
-        return torch.einsum("nhwpqc->nchpwq", images).reshape(-1, self.channels, pixels, pixels)
+        return images.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.channels, pixels, pixels)

@@ -34,7 +34,7 @@ def guided_velocity(
     def velocity(x: Tensor, t: float) -> Tensor:
         time = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
         prediction = network(x, time, label, slot, cond_group_size)
-        log_snr = float(path.log_snr(torch.tensor([t])))  # on the CPU: no wait for the GPU
+        log_snr = float(path.log_snr(torch.tensor([t], dtype=torch.float64)))  # on the CPU: no GPU wait
         if weight != 1 and (interval is None or interval[0] <= log_snr <= interval[1]):
             unconditional = network(x, time, null, slot, uncond_group_size)
             prediction = unconditional + weight * (prediction - unconditional)

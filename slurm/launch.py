@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import submitit
+from submitit.core.utils import FailedJobError
 
 
 class LaunchError(Exception):
@@ -27,7 +28,8 @@ def make_executor(
     options: dict[str, str],
 ) -> submitit.AutoExecutor:
     """A submitit executor for `nodes` x `tasks_per_node` processes whose logs go to `folder` (new for each submission,
-    because job numbers may come again). `options` are sbatch's, by submitit's names, as partition or time (minutes)."""
+    because job numbers may come again). `options` are sbatch's, by submitit's names, as partition or time (minutes,
+    by default a day)."""
     if cluster == "slurm" and not shutil.which("sbatch"):
         raise LaunchError("sbatch: not found on this machine; submit from a Slurm login node, or use --cluster local")
     if cluster == "local" and nodes > 1:
@@ -36,16 +38,27 @@ def make_executor(
     executor.update_parameters(nodes=nodes, tasks_per_node=tasks_per_node, gpus_per_node=gpus_per_node, name=name)
     if cluster == "local":
         executor.update_parameters(timeout_min=60 * 24 * 365)
-    else:
-        threads = "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}"
-        executor.update_parameters(slurm_setup=[threads], **{f"slurm_{key}": value for key, value in options.items()})
+        return executor
+    slurm = {
+        "time": 24 * 60,
+        "setup": ["export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}"],
+        "srun_args": ["--kill-on-bad-exit=1"],  # a rank that dies takes the others with it, which would wait for it
+        **{name: int(value) if value.isdigit() else value for name, value in options.items()},
+    }
+    try:
+        executor.update_parameters(**{f"slurm_{name}": value for name, value in slurm.items()})
+    except NameError as error:
+        raise LaunchError(f"--slurm: {str(error).splitlines()[0]}") from None
     return executor
 
 
 def submit(executor: submitit.AutoExecutor, function: Callable[..., Any], *arguments: Any) -> submitit.Job:
     """Start `function(*arguments)` in every process of the executor, with torchrun's environment variables set."""
     if executor.cluster == "slurm":
-        return executor.submit(_run_task, None, function, *arguments)
+        try:
+            return executor.submit(_run_task, None, function, *arguments)
+        except FailedJobError as error:  # what sbatch said
+            raise LaunchError(str(error).strip().splitlines()[-1]) from None
     tasks = executor.parameters["tasks_per_node"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // tasks)))
     return executor.submit(_run_task, _free_port(), function, *arguments)

@@ -30,7 +30,7 @@ class Config(EngineConfig, extra="forbid", frozen=True):
     """A run. `load_config` reads it; `check_world` tells whether a world size fits it."""
 
     run: str  # the run folder; the same command on the same folder continues
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     path: Literal[tuple(PATHS)] = "linear"  # between noise and data
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()

@@ -31,7 +31,7 @@ class Monitor:
         if self._writes:
             self._metrics = _continue_metrics(folder / "metrics.jsonl", position)
             self._board = SummaryWriter(str(folder), purge_step=position + 1 if position else None)
-            self._bar = tqdm(total=images, initial=position, unit="img", unit_scale=True, desc="train")
+            self._bar = tqdm(total=images, initial=position, unit="img", unit_scale=True, desc="train", mininterval=0.5)
 
     def note(self, step: int, position: int, loss: Tensor, grad_norm: Tensor, lr: float, grouped: float) -> None:
         """One step: its number, the images seen after it, this rank's mean loss, and the share of grouped images."""

@@ -136,7 +136,7 @@ def test_any_images_of_a_class_are_a_group_with_equal_chance(size):
 
 
 def test_what_classes_leave_over_is_mixed_and_left_out_at_random():
-    """Six classes of three images, groups of two: one image of each class is over. Groups of four: all, two left out."""
+    """Six classes of three images: in groups of two, one image of each class is over; in groups of four, all are."""
     label = np.arange(18) // 3
     partner, left_out = np.zeros((6, 6)), np.zeros(6)
     for seed in range(600):

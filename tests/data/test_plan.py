@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.neighbors import nearest_neighbors
-from data.plan import SHARES, GroupsConfig, group_quantum, plan_epoch, steps_per_epoch
+from data.plan import GroupsConfig, group_quantum, plan_epoch, steps_per_epoch
 
 
 @st.composite
@@ -45,7 +45,7 @@ def groups_of(plan):
     return np.concatenate(parts).reshape(-1, plan.group_size)
 
 
-EXAMPLES = settings(max_examples=100, deadline=None)
+EXAMPLES = settings(max_examples=200, deadline=None)
 EPOCHS = st.integers(0, 10_000)
 
 
@@ -146,7 +146,7 @@ def test_a_share_that_comes_out_even_is_met_exactly(share, batch):
         assert np.concatenate(epochs)[:100].sum() == round(share * 100) * batch
 
 
-@pytest.mark.parametrize(("variant", "share"), SHARES.items())
+@pytest.mark.parametrize(("variant", "share"), [("none", 0), ("light", 0.1), ("full", 1)])
 def test_the_variant_gives_the_share(variant, share):
     assert GroupsConfig(variant=variant, size=1).share == share
     assert GroupsConfig(variant=variant, size=1, share=None).share == share
@@ -172,12 +172,14 @@ def test_small_data_in_full_has_fallbacks_where_the_query_can_be_missed(graph_of
     assert all((plan.grouped == 64).all() for plan in plans)
 
 
-@pytest.mark.parametrize("query", ["similarity", "class", "random"])
+@pytest.mark.parametrize(
+    ("query", "threshold"), [("similarity", 0.5), ("similarity", 0.99), ("class", 0), ("random", 0)]
+)
 @pytest.mark.parametrize("variant", ["light", "full"])
-def test_every_image_has_its_turn(graph_of, query, variant):
+def test_every_image_has_its_turn(graph_of, query, threshold, variant):
     """Those left out are others in each epoch: over many epochs, all are seen."""
     images, graph = graph_of("clustered", 70, 10, seed=2)
-    config = GroupsConfig(variant=variant, size=4, query=query, threshold=0.5, neighbors=10)
+    config = GroupsConfig(variant=variant, size=4, query=query, threshold=threshold, neighbors=10)
     seen = [plan_epoch(config, images.label, graph, 64, 0, epoch).images for epoch in range(200)]
     assert len(np.unique(seen)) == 70
 
@@ -188,10 +190,18 @@ def test_images_of_all_classes_are_left_out_equally_often(query):
     config = GroupsConfig(variant="full", size=4, query=query)
     left_out = np.zeros(10)
     for epoch in range(250):  # 4 of 100 images are left out
-        left_out += np.bincount(
-            label[np.setdiff1d(np.arange(100), plan_epoch(config, label, None, 96, 0, epoch).images)], minlength=10
-        )
+        plan = plan_epoch(config, label, None, 96, 0, epoch)
+        left_out += np.bincount(label[np.setdiff1d(np.arange(100), plan.images)], minlength=10)
     assert abs(left_out - 100).max() < 50
+
+
+def test_groups_that_the_query_could_not_fill_come_anywhere_in_the_epoch():
+    """8 of 16 groups in each of 200 epochs: every place holds one in half of them."""
+    label = np.repeat(np.arange(40), [32] + [1] * 32 + [0] * 7)  # one class fills 8 groups of 4, the others none
+    config = GroupsConfig(variant="full", size=4, query="class")
+    fallback = np.array([plan_epoch(config, label, None, 8, 0, epoch).fallback for epoch in range(200)])
+    assert (fallback.sum(axis=1) == 8).all()
+    assert abs(fallback.sum(axis=0) - 100).max() < 5 * 50**0.5
 
 
 def test_groups_and_images_alone_take_any_place_in_the_epoch():

@@ -63,7 +63,7 @@ def shuffled_groups():
 
 @pytest.fixture
 def separate_images(monkeypatch):
-    """Gives attention a block-diagonal mask, one block for each `tokens` tokens: images of a group see only themselves."""
+    """Gives attention a block-diagonal mask, a block for each `tokens` tokens: an image of a group sees only itself."""
     attention = torch.nn.functional.scaled_dot_product_attention
 
     def install(tokens):

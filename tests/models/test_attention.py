@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,8 +12,8 @@ CASES = pytest.mark.parametrize(("group_size", "groups"), [(1, 4), (2, 3), (3, 2
 
 
 def attend(attn, x):
-    """Plain self-attention of a DiT (timm's), written out head by head in float64: x (tokens, width) of one sequence."""
-    attn, x = attn.double(), x.double()
+    """Plain self-attention of a DiT (timm's), head by head in float64, of one sequence x (tokens, width)."""
+    attn, x = copy.deepcopy(attn).double(), x.double()
     q, k, v = (x @ w.T + b for w, b in zip(attn.qkv.weight.chunk(3), attn.qkv.bias.chunk(3), strict=True))
     heads = []
     for rows in torch.arange(WIDTH).chunk(HEADS):

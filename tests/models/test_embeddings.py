@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -15,8 +17,8 @@ from models.embeddings import (
 
 
 def mae_positions(width, side):
-    """Position embedding as MAE and DiT define it: entry by entry. Half the width for the column, then half for the row;
-    of each half, sines, then cosines, of position / 10000^(i / (width / 4))."""
+    """Position embedding as MAE and DiT define it, entry by entry: half the width for the column, then half for the
+    row; of each half, sines, then cosines, of position / 10000^(i / (width / 4))."""
     table = np.empty((side * side, width))
     quarter = width // 4
     for row in range(side):
@@ -63,9 +65,9 @@ def test_time_embedding_is_cosines_then_sines_through_two_layers(random_weights,
     rates = 10000.0 ** -(np.arange(128) / 128)
     angles = t.double().numpy()[:, None] * rates
     waves = torch.from_numpy(np.concatenate([np.cos(angles), np.sin(angles)], axis=1))
-    first, _, second = embed.double().mlp
+    first, _, second = copy.deepcopy(embed.mlp).double()
     expected = second(F.silu(first(waves)))
-    torch.testing.assert_close(embed.float()(t).double(), expected, rtol=0, atol=1e-3)  # angles to 1000 in fp32
+    torch.testing.assert_close(embed(t).double(), expected, rtol=0, atol=1e-3)  # angles to 1000 in fp32
 
 
 def test_a_bf16_time_embedding_tells_all_of_1000_timesteps_apart(random_weights):

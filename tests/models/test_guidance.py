@@ -130,7 +130,7 @@ def test_both_ends_of_the_interval_are_guided(steps):
     """An interval of one point, and one that starts or ends there: at every time that a sampler visits."""
     for i in range(1, steps):
         t = i / steps
-        end = 2 * math.log(t / (1 - t))
+        end = LinearFlow().log_snr(torch.tensor(t, dtype=torch.float64)).item()
         for interval in ((end, end), (end, math.inf), (-math.inf, end)):
             network = Recorder(group_mean)
             guided(network, 2.0, interval=interval)(noise(0), t)

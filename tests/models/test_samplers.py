@@ -7,6 +7,7 @@ x_t = t m + sqrt(Var x_t) e: the transport map from noise is x = m + s e.
 """
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def error(sampler, mean, std, steps):
 @GAUSSIANS
 def test_halving_the_step_divides_the_error_by_two_to_the_order(sampler, order, mean, std):
     errors = [error(sampler, mean, std, steps) for steps in (256, 512, 1024)]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert abs(math.log2(coarse / fine) - order) < 0.15
 
 
@@ -67,7 +68,7 @@ def test_time_runs_from_0_in_equal_steps_and_only_heun_reaches_1(steps):
         sampler(lambda x, t, times=times: times.append(t) or x, noise(), steps)
     grid = [i / steps for i in range(steps + 1)]
     assert seen["euler"] == grid[:-1]
-    assert seen["heun"] == [t for pair in zip(grid, grid[1:], strict=False) for t in pair]
+    assert seen["heun"] == [t for pair in pairwise(grid) for t in pair]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values())

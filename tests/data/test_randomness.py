@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+
+from data.randomness import Stream, draw_slots, generator
+
+SEEDS = st.integers(0, 2**63 - 2)
+POSITIONS = st.integers(0, 2**62)
+
+
+def numbers(seed, stream, position):
+    return generator(seed, stream, position).random(8)
+
+
+@given(SEEDS, st.sampled_from(Stream), POSITIONS)
+def test_numbers_are_a_pure_function_of_seed_stream_and_position(seed, stream, position):
+    assert (numbers(seed, stream, position) == numbers(seed, stream, position)).all()
+
+
+@given(SEEDS, st.sampled_from(Stream), POSITIONS)
+def test_another_seed_stream_or_position_gives_other_numbers(seed, stream, position):
+    own = numbers(seed, stream, position)
+    others = [numbers(seed, other, position) for other in Stream if other != stream]
+    others += [numbers(seed + 1, stream, position), numbers(seed, stream, position + 1)]
+    others += [numbers(position, stream, seed)] if seed != position else []
+    assert all((other != own).all() for other in others)
+
+
+@given(SEEDS, st.sampled_from(Stream), POSITIONS)
+def test_a_position_has_2_to_the_192_numbers_before_the_next_begins(seed, stream, position):
+    rng = generator(seed, stream, position)
+    rng.bit_generator.advance(2**192)
+    assert (rng.random(8) == numbers(seed, stream, position + 1)).all()
+
+
+@pytest.mark.parametrize("seed", [2**63 - 1, 2**63, 2**64 - 2])
+def test_seeds_of_64_bits_are_told_apart(seed):
+    assert (numbers(seed, Stream.TRAINING, 0) != numbers(seed + 1, Stream.TRAINING, 0)).all()
+
+
+def test_numbers_of_neighbouring_positions_are_unrelated():
+    table = np.array([numbers(0, Stream.TRAINING, position) for position in range(5000)])
+    correlation = np.corrcoef(np.concatenate([table[:-1], table[1:]], axis=1).T) - np.eye(16)
+    assert abs(correlation).max() < 5 / 5000**0.5
+
+
+@given(SEEDS, st.integers(1, 32), st.integers(0, 31))
+def test_slots_of_a_group_are_distinct_rows_of_the_table(seed, rows, others):
+    size = 1 + others % rows
+    slots = draw_slots(np.random.default_rng(seed), size, rows)
+    assert slots.shape == (size,)
+    assert len(set(slots.tolist())) == size
+    assert set(slots.tolist()) <= set(range(rows))
+
+
+@pytest.mark.parametrize(("size", "rows"), [(1, 16), (4, 16), (3, 3), (16, 16)])
+def test_each_image_of_a_group_takes_any_slot_with_equal_chance(size, rows):
+    slots = np.array([draw_slots(np.random.default_rng(seed), size, rows) for seed in range(200 * rows)])
+    for column in slots.T:
+        assert chisquare(np.bincount(column, minlength=rows)).pvalue > 1e-4

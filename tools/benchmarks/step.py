@@ -1,0 +1,82 @@
+"""What the trainer costs: its images/s over those of a bare PyTorch loop with the same network and the same batches."""
+
+import statistics
+import tempfile
+import time
+
+import torch
+
+from benchmarks import Figures, Targets
+from data.batch import Batch
+from data.images import open_images
+from data.loader import BatchDataset, GroupSampler
+from data.plan import steps_per_epoch
+from models.objective import denoising_loss
+from models.paths import PATHS
+from trainer.config import Config, load_config
+from trainer.loop import build_network, make_planner, train
+
+STEPS, WARM_UP, ROUNDS = 40, 5, 5
+
+
+def measure() -> tuple[Figures, Targets]:
+    """The demo's network and batches, one process. The two loops take turns: a drift of the machine hits both."""
+    trainer, bare = [], []
+    for _ in range(ROUNDS):
+        with tempfile.TemporaryDirectory() as folder:
+            overrides = [f"run={folder}", "engine=single", f"train.images={STEPS * 128}", "sample.every=0"]
+            config = load_config("configs/digits.yaml", overrides)
+            trainer.append(_trainer_seconds(config))
+            bare.append(_bare_seconds(config))
+    ratio = statistics.median(b / t for b, t in zip(bare, trainer, strict=True))
+    batch = config.train.global_batch
+    figures = {
+        "trainer_images_per_second": batch / statistics.median(trainer),
+        "bare_images_per_second": batch / statistics.median(bare),
+        "trainer_over_bare": ratio,
+    }
+    return figures, {"trainer_over_bare": (">=", 0.95)}
+
+
+def _trainer_seconds(config: Config) -> float:
+    """Mean seconds of a step of the real `train`, all included but the final checkpoint; `should_stop` is the clock."""
+    ticks = []
+
+    def tick() -> bool:
+        ticks.append(time.perf_counter())
+        return False
+
+    train(config, should_stop=tick)
+    return (ticks[-1] - ticks[WARM_UP - 1]) / (STEPS - WARM_UP)
+
+
+def _bare_seconds(config: Config) -> float:
+    """Mean seconds of forward, backward and AdamW on the same batches, made before: no EMA, clipping, log, loader."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = build_network(config, open_images(config.data.name)).to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
+    path = PATHS[config.path]()
+    steps = _batches(config, device)
+    for i, batches in enumerate(steps):
+        if i == WARM_UP:
+            _synchronize()
+            start = time.perf_counter()
+        for batch in batches:
+            denoising_loss(network, path, batch).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    _synchronize()
+    return (time.perf_counter() - start) / (STEPS - WARM_UP)
+
+
+def _batches(config: Config, device: torch.device) -> list[list[Batch]]:
+    images = open_images(config.data.name)
+    epoch = steps_per_epoch(len(images), config.train.global_batch)
+    sampler = GroupSampler(make_planner(config, images), epoch, 0, STEPS, 0, 1, None)
+    dataset = BatchDataset(images, config.groups, config.model.max_group_size, config.seed)
+    return [[batch.to(device) for batch in dataset[micro_batches]] for micro_batches in sampler]
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
