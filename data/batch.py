@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data.images import Images
 from data.plan import GroupsConfig
-from data.randomness import Stream, draw_slots, generator
+from data.randomness import Stream, draw
 
 
 @dataclass(frozen=True)
@@ -52,24 +52,18 @@ def make_batch(images: Images, config: GroupsConfig, max_group_size: int, seed: 
     what is common to a group comes from its first image's."""
     size = config.size if micro.grouped else 1
     number = len(micro.images)
-    noise = np.empty((number, *images.x.shape[1:]), np.float32)
-    uniform = np.empty((number, 3))
-    slot = np.empty(number, np.int64)
-    for i in range(number):
-        rng = generator(seed, Stream.TRAINING, micro.position + i)
-        rng.random(out=uniform[i])
-        rng.standard_normal(out=noise[i], dtype=np.float32)
-        if i % size == 0:
-            slot[i : i + size] = draw_slots(rng, size, max_group_size)
+    positions = np.arange(micro.position, micro.position + number)
+    drawn = draw(seed, Stream.TRAINING, positions, images.x.shape[1:], size, max_group_size)
+    base, offset, drop = drawn.uniform.T
     first = np.arange(number) // size * size
-    t = spread_timesteps(uniform[first, 0], np.where(first == np.arange(number), 0.5, uniform[:, 1]), config.spread)
-    dropped = np.full(number, micro.grouped) if config.variant == "light" else uniform[first, 2] < config.drop
+    t = spread_timesteps(base[first], np.where(first == np.arange(number), 0.5, offset), config.spread)
+    dropped = np.full(number, micro.grouped) if config.variant == "light" else drop[first] < config.drop
     return Batch(
         x=torch.from_numpy(images.x[micro.images]),
-        noise=torch.from_numpy(noise),
+        noise=torch.from_numpy(drawn.noise),
         t=torch.from_numpy(t.astype(np.float32)),
         label=torch.from_numpy(images.label[micro.images]),
-        slot=torch.from_numpy(slot),
+        slot=torch.from_numpy(drawn.slot),
         conditional=torch.from_numpy(~dropped),
         group_size=size,
         grouped=micro.grouped,

@@ -4,6 +4,8 @@ A counter-based generator (Philox; Salmon et al., "Parallel random numbers: as e
 the position in the high word of its counter: every position has 2^192 numbers of its own.
 """
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -16,11 +18,41 @@ class Stream(IntEnum):
     SAMPLING = 1
 
 
-def generator(seed: int, stream: Stream, position: int) -> np.random.Generator:
-    """The generator of one position (image number, from 0) of a stream."""
-    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], np.uint64), counter=[0, 0, 0, position]))
+@dataclass(frozen=True)
+class Draws:
+    """What is random about B images: noise (B, *shape) float32, standard normal; uniform (B, 3) float64 in [0, 1); and
+    slot (B,) int64, rows of the sample embedding: for each group without replacement, so that no slot is special."""
+
+    noise: np.ndarray
+    uniform: np.ndarray
+    slot: np.ndarray
 
 
-def draw_slots(rng: np.random.Generator, group_size: int, max_group_size: int) -> np.ndarray:
-    """Rows of the sample embedding for one group, (group_size,) int64, without replacement: no slot is special."""
-    return rng.permutation(max_group_size)[:group_size]
+def draw(
+    seed: int,
+    stream: Stream,
+    positions: np.ndarray,
+    shape: tuple[int, ...],
+    group_size: int,
+    max_group_size: int,
+) -> Draws:
+    """The numbers of the images at `positions` (B,) of a stream, in groups of `group_size`: each from its position
+    alone, but for the slots, which come from the position of the group's first image."""
+    noise = np.empty((len(positions), *shape), np.float32)
+    uniform = np.empty((len(positions), 3 + max_group_size))
+    for i, rng in enumerate(generators(seed, stream, positions)):
+        rng.random(out=uniform[i])
+        rng.standard_normal(out=noise[i], dtype=np.float32)
+    order = np.argsort(uniform[::group_size, 3:], axis=1, kind="stable")
+    return Draws(noise, uniform[:, :3], order[:, :group_size].ravel())
+
+
+def generators(seed: int, stream: Stream, positions: Iterable[int]) -> Iterator[np.random.Generator]:
+    """The generator of each position (from 0) in turn. It is one object that is moved on: to build one for every image
+    would cost more than its numbers."""
+    philox = np.random.Philox(key=np.array([seed, stream], np.uint64), counter=0)
+    rng, state = np.random.Generator(philox), philox.state
+    for position in positions:
+        state["state"]["counter"][3] = position
+        philox.state = state
+        yield rng

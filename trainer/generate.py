@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.images import Images
-from data.randomness import Stream, draw_slots, generator
+from data.randomness import Stream, draw
 from models.generation import sample_images
 from models.paths import PATHS
 from trainer.config import Config
@@ -36,9 +36,10 @@ def generate(
     mine = np.minimum(np.arange(per_rank) + ranks.rank * per_rank, groups - 1)
     parts = []
     for chosen in np.array_split(mine, -(-per_rank * size // sample.batch)):
-        noise, slot = _draw(sample.seed, chosen, size, shape, config.model.max_group_size)
-        label = torch.from_numpy(np.repeat(chosen // per_class, size))
-        inputs = (tensor.to(ranks.device) for tensor in (noise, label, slot))
+        numbers = (chosen[:, None] * size + np.arange(size)).ravel()
+        drawn = draw(sample.seed, Stream.SAMPLING, numbers, shape, size, config.model.max_group_size)
+        label = numbers // (per_class * size)
+        inputs = (torch.from_numpy(array).to(ranks.device) for array in (drawn.noise, label, drawn.slot))
         parts.append(sample_images(network, PATHS[config.path](), sample, *inputs))
         progress(len(label))
     made = torch.cat(parts)
@@ -48,20 +49,6 @@ def generate(
         made = gathered
     made = made[: groups * size].view(images.num_classes, per_class * size, *shape)
     return made[:, : sample.per_class].cpu()
-
-
-def _draw(
-    seed: int, groups: np.ndarray, size: int, shape: tuple[int, ...], max_group_size: int
-) -> tuple[Tensor, Tensor]:
-    """Noise (B, C, H, W) and slots (B,) of groups by number; the slots come from the first sample of each group."""
-    noise = np.empty((len(groups) * size, *shape), np.float32)
-    slot = np.empty((len(groups), size), np.int64)
-    for i in range(len(noise)):
-        rng = generator(seed, Stream.SAMPLING, int(groups[i // size]) * size + i % size)
-        rng.standard_normal(out=noise[i], dtype=np.float32)
-        if i % size == 0:
-            slot[i // size] = draw_slots(rng, size, max_group_size)
-    return torch.from_numpy(noise), torch.from_numpy(slot.ravel())
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -4,14 +4,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from data.randomness import Stream, draw_slots, generator
+from data.randomness import Stream, draw, generators
 
 SEEDS = st.integers(0, 2**63 - 2)
 POSITIONS = st.integers(0, 2**62)
 
 
 def numbers(seed, stream, position):
-    return generator(seed, stream, position).random(8)
+    return next(generators(seed, stream, [position])).random(8)
 
 
 @given(SEEDS, st.sampled_from(Stream), POSITIONS)
@@ -30,7 +30,7 @@ def test_another_seed_stream_or_position_gives_other_numbers(seed, stream, posit
 
 @given(SEEDS, st.sampled_from(Stream), POSITIONS)
 def test_a_position_has_2_to_the_192_numbers_before_the_next_begins(seed, stream, position):
-    rng = generator(seed, stream, position)
+    rng = next(generators(seed, stream, [position]))
     rng.bit_generator.advance(2**192)
     assert (rng.random(8) == numbers(seed, stream, position + 1)).all()
 
@@ -46,17 +46,27 @@ def test_numbers_of_neighbouring_positions_are_unrelated():
     assert abs(correlation).max() < 5 / 5000**0.5
 
 
+@given(SEEDS, st.lists(POSITIONS, max_size=5), st.integers(0, 5))
+def test_a_moved_generator_is_as_good_as_a_new_one(seed, positions, used):
+    key = np.array([seed, Stream.SAMPLING], np.uint64)
+    for position, rng in zip(positions, generators(seed, Stream.SAMPLING, positions), strict=True):
+        new = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, position]))
+        for each in (rng, new):
+            each.standard_normal(used, dtype=np.float32)  # an odd number leaves half a word behind
+        assert (rng.random(8) == new.random(8)).all()
+        assert (rng.standard_normal(3, dtype=np.float32) == new.standard_normal(3, dtype=np.float32)).all()
+
+
 @given(SEEDS, st.integers(1, 32), st.integers(0, 31))
 def test_slots_of_a_group_are_distinct_rows_of_the_table(seed, rows, others):
     size = 1 + others % rows
-    slots = draw_slots(np.random.default_rng(seed), size, rows)
-    assert slots.shape == (size,)
-    assert len(set(slots.tolist())) == size
-    assert set(slots.tolist()) <= set(range(rows))
+    for slots in draw(seed, Stream.TRAINING, np.arange(3 * size), (1,), size, rows).slot.reshape(3, size):
+        assert len(set(slots.tolist())) == size
+        assert set(slots.tolist()) <= set(range(rows))
 
 
 @pytest.mark.parametrize(("size", "rows"), [(1, 16), (4, 16), (3, 3), (16, 16)])
 def test_each_image_of_a_group_takes_any_slot_with_equal_chance(size, rows):
-    slots = np.array([draw_slots(np.random.default_rng(seed), size, rows) for seed in range(200 * rows)])
+    slots = draw(7, Stream.TRAINING, np.arange(200 * rows * size), (1,), size, rows).slot.reshape(-1, size)
     for column in slots.T:
         assert chisquare(np.bincount(column, minlength=rows)).pvalue > 1e-4

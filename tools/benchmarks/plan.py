@@ -102,9 +102,7 @@ def _waiting(label: np.ndarray, graph: NeighborGraph) -> Figures:
         random = np.where(rng.random((world, 20_000)) < config.share, ratio, 1.0)
         for name, costs in (("ours", ours), ("random", random)):
             slowest = costs.max(axis=0)
-            figures[f"waiting_{name}_{world}_ranks"] = float(
-                (costs.max(axis=0) - costs).mean(axis=0).sum() / costs.mean(axis=0).sum()
-            )
+            figures[f"waiting_{name}_{world}_ranks"] = float((slowest - costs).mean() / costs.mean())
     return figures
 
 
