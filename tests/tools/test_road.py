@@ -79,6 +79,8 @@ def test_bad_calls_are_one_line_and_no_traceback(road, tmp_path):
         ("sample", [run, "optim.lr=1"], "optim.lr=1: only sample.*"),
         ("sample", [run, "sample.step=1"], "did you mean sample.steps?"),
         ("evaluate", [tmp_path], "config.yaml"),
+        ("submit", [CONFIG, "--nodes", 2, "--slurm", "time=1:00:00"], "--slurm time=1:00:00: write KEY=VALUE"),
+        ("submit", [CONFIG, "--nodes", 2, "--cluster", "local", "--procs", 1], "--nodes 2: --cluster local"),
     ):
         error = tool(name, *arguments, code=1).stderr
         assert error.startswith("error: ") and said in error and error.count("\n") == 1

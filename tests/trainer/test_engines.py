@@ -1,6 +1,15 @@
 """All engines compute the same thing."""
 
+import shutil
+
 import pytest
+import torch
+
+from data.images import open_images
+from trainer.config import load_config
+from trainer.engines import build_engine
+from trainer.loop import build_network
+from trainer.ranks import process_group
 
 WIDE = ["model.width=256", "model.heads=4", "train.images=160"]  # blocks of over a million weights: several FSDP units
 
@@ -56,3 +65,25 @@ def test_sampling_during_training_does_not_disturb_it(launcher, metrics, tensors
                 tensors(tmp_path / name / "checkpoints/000000000640") for name in (engine, f"{engine}-shown")
             )
             assert all((plain_weights[name] == shown_weights[name]).all() for name in plain_weights)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler: apt-get install g++")
+def test_compiled_blocks_have_the_gradients_of_eager_ones(tiny, tmp_path):
+    """For single images and groups, and with the strides that the patch embedding really gives."""
+    images = open_images("digits")
+    gradients = []
+    for compiled in ("false", "true"):
+        config = load_config(tiny, ["engine=single", f"compile={compiled}", f"run={tmp_path}"])
+        with process_group() as ranks:
+            network = build_network(config, images)
+            torch.manual_seed(0)
+            for parameter in network.parameters():
+                torch.nn.init.normal_(parameter, std=0.1)
+            engine = build_engine(config, config.optim, network, ranks)
+            number = torch.arange(8)
+            for group_size in (1, 4):
+                x = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(group_size))
+                engine(x, number / 8, number, number, group_size).square().mean().backward()
+            gradients.append([parameter.grad for parameter in network.parameters()])
+    for eager, compiled in zip(*gradients, strict=True):
+        assert torch.allclose(eager, compiled, atol=1e-5, rtol=1e-4)
