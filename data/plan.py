@@ -36,8 +36,8 @@ class GroupsConfig(BaseModel, extra="forbid", frozen=True):
     @model_validator(mode="before")
     @classmethod
     def _fill_share(cls, values: dict) -> dict:
-        if values.get("share") is None:
-            return {**values, "share": SHARES.get(values.get("variant", "light"))}
+        if isinstance(values, dict) and values.get("share") is None:
+            return {**values, "share": SHARES.get(str(values.get("variant", "light")))}
         return values
 
     @model_validator(mode="after")

@@ -29,8 +29,8 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True):
     @model_validator(mode="before")
     @classmethod
     def _fill_size(cls, values: dict) -> dict:
-        size = values.get("size")
-        if size is None:
+        size = values.get("size") if isinstance(values, dict) else None
+        if not isinstance(size, str):
             return values
         if size not in SIZES:
             raise ValueError(f"size={size}: no such size; choose of {', '.join(SIZES)}, or give depth, width, heads")

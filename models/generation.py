@@ -22,9 +22,8 @@ class SampleConfig(BaseModel, extra="forbid", frozen=True):
     cond_group_size: int | None = Field(None, ge=1)  # C; by variant: 1, 1, N
     uncond_group_size: int | None = Field(None, ge=1)  # UC; by variant: 1, N, N
     per_class: int = Field(16, ge=1)
-    batch: int = Field(256, ge=1)  # images at once on a rank, rounded down to whole groups
-    every: int = Field(0, ge=0)  # images of training between two sample grids in TensorBoard; 0: none
-    seed: int = Field(0, ge=0)
+    batch: int = Field(256, ge=1)  # most images at once; at least a group
+    seed: int = Field(0, ge=0, lt=2**32)
 
     @property
     def group_size(self) -> int:

@@ -33,10 +33,10 @@ def guided_velocity(
 
     def velocity(x: Tensor, t: float) -> Tensor:
         time = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
-        prediction = network(x, time, label, slot, cond_group_size)
+        prediction = network(x, time, label, slot, cond_group_size).to(x.dtype)  # a bf16 network, fp32 arithmetic
         log_snr = float(path.log_snr(torch.tensor([t], dtype=torch.float64)))  # on the CPU: no GPU wait
         if weight != 1 and (interval is None or interval[0] <= log_snr <= interval[1]):
-            unconditional = network(x, time, null, slot, uncond_group_size)
+            unconditional = network(x, time, null, slot, uncond_group_size).to(x.dtype)
             prediction = unconditional + weight * (prediction - unconditional)
         return path.velocity(prediction, x, time)
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import submitit
-from submitit.core.utils import FailedJobError
+from submitit.core.utils import FailedJobError, pickle_load
+
+PATIENCE = 10.0  # seconds that the other tasks of a local job have to end when one has failed
 
 
 class LaunchError(Exception):
@@ -56,21 +58,25 @@ def submit(executor: submitit.AutoExecutor, function: Callable[..., Any], *argum
     """Start `function(*arguments)` in every process of the executor, with torchrun's environment variables set."""
     if executor.cluster == "slurm":
         try:
-            return executor.submit(_run_task, None, function, *arguments)
+            return executor.submit(_run_task, None, None, function, *arguments)
         except FailedJobError as error:  # what sbatch said
             raise LaunchError(str(error).strip().splitlines()[-1]) from None
     tasks = executor.parameters["tasks_per_node"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // tasks)))
-    return executor.submit(_run_task, _free_port(), function, *arguments)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # submitit would replace it by the first ones of the machine
+    return executor.submit(_run_task, _free_port(), visible, function, *arguments)
 
 
-def _run_task(port: int | None, function: Callable[..., Any], *arguments: Any) -> Any:
+def _run_task(port: int | None, visible_gpus: str | None, function: Callable[..., Any], *arguments: Any) -> Any:
     """What each process does: tell torch.distributed who it is, then call the function."""
     job = submitit.JobEnvironment()
+    if visible_gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus
     os.environ.update(
         RANK=str(job.global_rank),
         WORLD_SIZE=str(job.num_tasks),
         LOCAL_RANK=str(job.local_rank),
+        LOCAL_WORLD_SIZE=str(job.num_tasks // job.num_nodes),
         MASTER_ADDR=job.hostnames[0] if port is None else "127.0.0.1",
         # on Slurm a port of the job's own, below those that the kernel gives to clients
         MASTER_PORT=str(port or 10_000 + int(job.raw_job_id) % 20_000),
@@ -87,7 +93,8 @@ def _free_port() -> int:
 def follow(job: submitit.Job, out: TextIO = sys.stderr) -> Any:
     """Show what task 0 writes to stderr until the job ends, and return its result. LaunchError if a task failed."""
     log = job.task(0).paths.stderr
-    shown = 0
+    tasks = [job.task(i) for i in range(job.num_tasks)]
+    shown, failed_at = 0, None
     try:
         while True:
             done = job.done()  # asked before the last look at the log
@@ -100,19 +107,28 @@ def follow(job: submitit.Job, out: TextIO = sys.stderr) -> Any:
                 out.flush()
             if done:
                 break
+            if failed_at is None and any(_has_failed(task) for task in tasks):
+                failed_at = time.monotonic()
+            if failed_at is not None and time.monotonic() - failed_at > PATIENCE:
+                job.cancel()
             time.sleep(0.2)
     except KeyboardInterrupt:
         job.cancel()
         raise
-    tasks = [job.task(i) for i in range(job.num_tasks)]
     failures = [(i, task.exception()) for i, task in enumerate(tasks) if task.exception() is not None]
     if failures:
         raise LaunchError(_cause(failures, log.parent))
     return job.task(0).result()
 
 
+def _has_failed(task: submitit.Job) -> bool:
+    """Whether a task of a job that may still run has left an error behind."""
+    result = task.paths.result_pickle
+    return result.exists() and pickle_load(result)[0] == "error"
+
+
 def _cause(failures: list[tuple[int, Exception]], logs: Path) -> str:
     """One line for a failed job: a task's own error, rather than the broken connection that it leaves to the others."""
-    rank, error = min(failures, key=lambda failure: "Connection" in str(failure[1]))
+    rank, error = min(failures, key=lambda failure: bool(re.search("Connection|DistBackend|NCCL", str(failure[1]))))
     raised = [line for line in str(error).splitlines() if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
     return f"{raised[-1] if raised else str(error).strip()} (task {rank}; logs in {logs})"

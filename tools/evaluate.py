@@ -20,13 +20,14 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_intermixed_args(arguments)
 
     config = read_config(args.run)
-    samples = args.run / "samples.npz"
-    if not samples.is_file():
-        raise RunError(f"{samples}: not there; make it with: python tools/sample.py {args.run}")
+    samples, record = args.run / "samples.npz", args.run / "samples.json"
+    for file in (samples, record):
+        if not file.is_file():
+            raise RunError(f"{file}: not there; make it with: python tools/sample.py {args.run}")
     arrays = np.load(samples)
     images = (open_images(config.data.name, split) for split in ("train", "heldout"))
     report = evaluate(arrays["arr_0"], arrays["arr_1"], *images)
-    report["samples"] = json.loads((args.run / "samples.json").read_text())
+    report["samples"] = json.loads(record.read_text())
     (args.run / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
 

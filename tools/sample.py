@@ -30,6 +30,8 @@ def main(arguments: list[str]) -> None:
         set_dotted(tree, override)
     config = parse_config(tree)
 
+    if not args.out and folder.parent.name != "checkpoints":
+        raise RunError(f"{folder}: a checkpoint outside a run; say where to write with --out")
     out = args.out or folder.parent.parent
     groups = -(-config.sample.per_class // config.sample.group_size)
     with tqdm(unit="img", desc="sample") as bar:

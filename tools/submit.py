@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
+from data.images import open_images
 from slurm.launch import LaunchError, follow, make_executor, submit
+from trainer.build import check_data
 from trainer.config import check_world, load_config
 from trainer.config_file import to_yaml
 from trainer.errors import RunError
@@ -50,6 +52,7 @@ def main(arguments: list[str]) -> None:
 
     config = load_config(args.config, args.overrides)
     check_world(config, (args.nodes or 1) * procs)
+    check_data(config, open_images(config.data.name))
     check_folder(config)
     if args.dry_run:
         print(to_yaml(config), end="")

@@ -27,14 +27,12 @@ class CheckpointConfig(BaseModel, extra="forbid", frozen=True):
 
     every: int = Field(1_280_000, ge=1)  # images
     keep: int = Field(3, ge=1)  # the newest ones
-    keep_every: int = Field(0, ge=0)  # also every so manieth, for good; 0: none
+    keep_every: int = Field(0, ge=0)  # also, for good, the first one after each multiple of so many images; 0: none
 
 
 def save(folder: Path, position: int, state: dict[str, dict], config: str) -> None:
     """Write the checkpoint of `position` (images seen); all ranks call it. `config` is the resolved config's text."""
     final = folder / f"{position:012d}"
-    if final.exists():
-        return
     partial = folder / (final.name + INCOMPLETE)
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -42,9 +40,10 @@ def save(folder: Path, position: int, state: dict[str, dict], config: str) -> No
     dist.barrier()
     dcp.save(state, checkpoint_id=partial)  # returns when every rank's file is on disk
     if dist.get_rank() == 0:
-        (partial / "config.yaml").write_text(config)
+        _write_synced(partial / "config.yaml", config)
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         _write_synced(partial / MANIFEST, json.dumps({"position": position, "files": sizes}, indent=1))
+        _sync(partial)
         partial.rename(final)
         _sync(folder)
     dist.barrier()
@@ -56,8 +55,8 @@ def find(folder: Path) -> tuple[list[Path], list[Path]]:
     return complete, sorted(folder.glob("*" + INCOMPLETE))
 
 
-def load(checkpoint: Path, state: dict[str, dict]) -> int:
-    """Fill the tensors of `state` in place and return the position. RunError if a file is damaged or does not fit."""
+def verify(checkpoint: Path) -> None:
+    """RunError if a file of the checkpoint is missing or was cut off."""
     if not (checkpoint / MANIFEST).is_file():
         raise RunError(f"{checkpoint / MANIFEST}: no such file; {checkpoint} is no checkpoint of ours: remove it")
     manifest = json.loads((checkpoint / MANIFEST).read_text())
@@ -69,11 +68,15 @@ def load(checkpoint: Path, state: dict[str, dict]) -> int:
                 f"{file}: {found}, should be {size} bytes; the checkpoint is damaged: remove {checkpoint} to continue"
                 " from the one before it"
             )
+
+
+def load(checkpoint: Path, state: dict[str, dict]) -> int:
+    """Fill the tensors of `state` in place and return the position. RunError if one is missing or of another shape."""
     _check_shapes(checkpoint, state)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         dcp.load(state, checkpoint_id=checkpoint)
-    return manifest["position"]
+    return json.loads((checkpoint / MANIFEST).read_text())["position"]
 
 
 def _check_shapes(checkpoint: Path, state: dict[str, dict]) -> None:
@@ -91,11 +94,15 @@ def _check_shapes(checkpoint: Path, state: dict[str, dict]) -> None:
 
 
 def prune(folder: Path, config: CheckpointConfig) -> None:
-    """Remove all but the newest `keep` and each `keep_every`-th checkpoint. One rank calls it."""
+    """Remove all but the newest `keep` and those that `keep_every` keeps. One rank calls it."""
     complete, _ = find(folder)
+    for_good: dict[int, Path] = {}
+    if config.keep_every:
+        for checkpoint in complete:
+            for_good.setdefault(int(checkpoint.name) // config.keep_every, checkpoint)
+        for_good.pop(0, None)
     for checkpoint in complete[: -config.keep]:
-        number = int(checkpoint.name) // config.every
-        if not (config.keep_every and number % config.keep_every == 0):
+        if checkpoint not in for_good.values():
             remove(checkpoint)
 
 

@@ -24,6 +24,7 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
     global_batch: int = Field(256, ge=1)  # images a step, over all ranks
     micro_batch: int | None = Field(None, ge=1)  # most images a rank passes through the network at once
     log_every: int = Field(12_800, ge=1)  # images between two log entries (every step is in metrics.jsonl)
+    sample_every: int = Field(0, ge=0)  # images between two sample grids in TensorBoard; 0: none
 
 
 class Config(EngineConfig, extra="forbid", frozen=True):

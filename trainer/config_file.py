@@ -91,6 +91,9 @@ def explain(error: pydantic.ValidationError, known: Iterable[str]) -> str:
         return f"{place}: missing; set it"
     if first["type"] == "value_error":  # raised by our own validators: the message has the rest of the place
         return ".".join(filter(None, (place, str(first["ctx"]["error"]))))
+    if first["type"] in ("model_type", "model_attributes_type"):
+        inside = next((name for name in known if name.startswith(f"{place}.")), place)
+        return f"{place}={first['input']}: is a section of fields; set one of them, as {inside}=..."
     expected = first["msg"][0].lower() + first["msg"][1:]
     return f"{place}={first['input']}: {expected}"
 
@@ -99,4 +102,4 @@ def _closest(name: str, known: list[str]) -> str:
     """The most similar known name; a right last part in the wrong place counts as most similar."""
     leaf = name.rpartition(".")[2]
     same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
-    return same_leaf[0] if same_leaf else difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return difflib.get_close_matches(name, same_leaf or known, n=1, cutoff=0.0)[0]

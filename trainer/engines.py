@@ -5,7 +5,7 @@ The loop does not ask which engine it has: forward, backward, `step -> grad norm
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, Field
@@ -30,12 +30,15 @@ class EngineConfig(BaseModel, extra="forbid", frozen=True):
     compile: bool = False  # torch.compile, block by block
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(BaseModel, extra="forbid", frozen=True):
     """AdamW with a constant learning rate after a linear warm-up."""
 
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
     warmup: int = Field(0, ge=0)  # images
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: float = Field(0.01, ge=0)
     clip: float | None = Field(3.0, gt=0)  # largest gradient norm; null: no clipping
     ema: float = Field(0.9999, ge=0, lt=1)  # decay per step
@@ -68,6 +71,10 @@ class Engine:
         if isinstance(self.network, FSDPModule):
             self.network.set_requires_gradient_sync(last)
         return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch's part of the step's loss."""
+        loss.backward()
 
     def step(self, lr: float) -> Tensor:
         """Clip, update weights and EMA, clear gradients. Returns the gradient norm before clipping, on the device."""
@@ -133,5 +140,8 @@ def build_engine(config: EngineConfig, optim: OptimConfig, network: nn.Module, r
         fully_shard(network, mesh=mesh, mp_policy=policy)
         return Engine(network, optim, nullcontext)
     if config.engine == "ddp":
-        network = DistributedDataParallel(network, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
+        devices = [ranks.device] if ranks.device.type == "cuda" else None
+        network = DistributedDataParallel(
+            network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
     return Engine(network, optim, lambda: torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16))

@@ -35,7 +35,7 @@ def generate(
     per_rank = -(-groups // ranks.world_size)
     mine = np.minimum(np.arange(per_rank) + ranks.rank * per_rank, groups - 1)
     parts = []
-    for chosen in np.array_split(mine, -(-per_rank * size // sample.batch)):
+    for chosen in np.array_split(mine, -(-per_rank // max(sample.batch // size, 1))):
         numbers = (chosen[:, None] * size + np.arange(size)).ravel()
         drawn = draw(sample.seed, Stream.SAMPLING, numbers, shape, size, config.model.max_group_size)
         label = numbers // (per_class * size)

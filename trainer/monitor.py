@@ -30,7 +30,7 @@ class Monitor:
         self._flushed = (time.perf_counter(), position)
         if self._writes:
             self._metrics = _continue_metrics(folder / "metrics.jsonl", position)
-            self._board = SummaryWriter(str(folder), purge_step=position + 1 if position else None)
+            self._board = SummaryWriter(str(folder), purge_step=position + 1)
             self._bar = tqdm(total=images, initial=position, unit="img", unit_scale=True, desc="train", mininterval=0.5)
 
     def note(self, step: int, position: int, loss: Tensor, grad_norm: Tensor, lr: float, grouped: float) -> None:
@@ -92,8 +92,10 @@ class Monitor:
         if self._writes:
             self._bar.write(message, sys.stderr)
 
-    def close(self) -> None:
-        """Close files and bar."""
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._writes:
             self._bar.close()
             self._board.close()

@@ -1,5 +1,8 @@
 """A run is a folder: config.yaml, metrics.jsonl, TensorBoard events, checkpoints/, logs/, samples."""
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -10,7 +13,16 @@ from trainer.errors import RunError
 
 CONFIG = "config.yaml"
 # What a run may change when it continues; all else would make another run of it.
-_FREE = ("run", "engine", "compile", "train.images", "train.micro_batch", "train.log_every", "data.workers")
+_FREE = (
+    "run",
+    "engine",
+    "compile",
+    "train.images",
+    "train.micro_batch",
+    "train.log_every",
+    "train.sample_every",
+    "data.workers",
+)
 _FREE_PARTS = ("checkpoint.", "sample.")
 
 
@@ -33,7 +45,22 @@ def read_config(folder: str | Path) -> Config:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise RunError(f"{folder}: no {CONFIG} in it; give a run folder, as runs/digits")
-    return parse_config(yaml.safe_load(path.read_text()))
+    try:
+        return parse_config(yaml.safe_load(path.read_text()))
+    except RunError as error:  # written by another version
+        raise RunError(f"{path}: {error}") from None
+
+
+@contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """RunError if another process writes this run; else it is ours until we leave or die."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process, so loader workers do not inherit it
+        except OSError:
+            raise RunError(f"run={folder}: another job is writing this run; wait for its end or cancel it") from None
+        yield
 
 
 def write_config(config: Config) -> None:

@@ -10,10 +10,10 @@ from PIL import Image
 
 from data.images import open_images
 from trainer import checkpoint
+from trainer.build import build_network
 from trainer.config import Config
 from trainer.errors import RunError
 from trainer.generate import generate, grid, to_uint8
-from trainer.loop import build_network
 from trainer.ranks import Ranks
 
 GRID_COLUMNS = 16
@@ -37,11 +37,14 @@ def make_samples(
     weights = "model" if raw else "ema"
     images = open_images(config.data.name)
     network = build_network(config, images)
+    checkpoint.verify(folder)
     position = checkpoint.load(folder, {weights: network.state_dict()})  # fills the network's own tensors
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    made = generate(network.to(device).eval(), config, images, Ranks(0, 1, device), progress)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        made = generate(network.to(device).eval(), config, images, Ranks(0, 1, device), progress)
     label = np.repeat(np.arange(len(made))[:, None], made.shape[1], axis=1)
-    record = {"checkpoint": str(folder), "position": position, "weights": weights, **config.sample.model_dump()}
+    record = {"checkpoint": str(folder), "position": position, "weights": weights, "precision": config.precision}
+    record |= config.sample.model_dump()
     return to_uint8(made), label, record
 
 
@@ -49,6 +52,7 @@ def write_samples(out: Path, pixels: np.ndarray, label: np.ndarray, record: dict
     """samples.npz (arr_0 (N, H, W, C) uint8, as ADM's evaluator takes, arr_1 labels), samples.json, and samples.png."""
     out.mkdir(parents=True, exist_ok=True)
     flat = pixels.reshape(-1, *pixels.shape[2:])
+    (out / "samples.json").unlink(missing_ok=True)  # never beside samples that it does not describe
     partial = out / "samples.partial.npz"
     np.savez(partial, arr_0=flat, arr_1=label.ravel())
     partial.replace(out / "samples.npz")

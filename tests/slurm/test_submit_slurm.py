@@ -21,7 +21,7 @@ SMALL = [
     "train.images=1280",
     "train.global_batch=128",
     "train.log_every=128",
-    "sample.every=0",
+    "train.sample_every=0",
 ]
 LAST = "checkpoints/000000001280"
 TIME_LIMIT = 240  # seconds for the job, on a busy machine

@@ -1,5 +1,6 @@
 """The demo's road with a tiny run: submit, sample, evaluate, and what they leave."""
 
+import io
 import json
 import subprocess
 import sys
@@ -12,14 +13,15 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.images import open_images
+from trainer.build import build_network
 from trainer.config import load_config
 from trainer.generate import generate, grid, to_uint8
-from trainer.loop import build_network
 from trainer.ranks import Ranks
+from trainer.samples import find_checkpoint, make_samples
 
 CONFIG = "configs/digits.yaml"
-SMALL = ["model.depth=1", "model.width=32", "train.images=1280", "train.log_every=128", "sample.every=640"]
-SMALL += ["sample.steps=2", "checkpoint.every=640"]
+SMALL = ["model.depth=1", "model.width=32", "train.images=1280", "train.log_every=128", "train.sample_every=640"]
+SMALL += ["sample.steps=2", "checkpoint.every=640", "optim.lr=1e-2", "optim.warmup=0"]  # so the EMA is far behind
 
 
 def tool(name, *arguments, code=0):
@@ -74,31 +76,54 @@ def test_samples_of_an_earlier_checkpoint_go_where_they_are_asked_to(road, tmp_p
 
 def test_bad_calls_are_one_line_and_no_traceback(road, tmp_path):
     run, _ = road
+    new = [CONFIG, f"run={tmp_path}/new"]
     for name, arguments, said in (
         ("sample", [tmp_path], "no complete checkpoint"),
         ("sample", [run, "optim.lr=1"], "optim.lr=1: only sample.*"),
         ("sample", [run, "sample.step=1"], "did you mean sample.steps?"),
         ("evaluate", [tmp_path], "config.yaml"),
-        ("submit", [CONFIG, "--nodes", 2, "--slurm", "time=1:00:00"], "--slurm time=1:00:00: write KEY=VALUE"),
-        ("submit", [CONFIG, "--nodes", 2, "--cluster", "local", "--procs", 1], "--nodes 2: --cluster local"),
+        ("submit", [*new, "--nodes", 2, "--slurm", "time=1:00:00"], "--slurm time=1:00:00: write KEY=VALUE"),
+        ("submit", [*new, "--nodes", 2, "--cluster", "local", "--procs", 1], "--nodes 2: --cluster local"),
     ):
         error = tool(name, *arguments, code=1).stderr
         assert error.startswith("error: ") and said in error and error.count("\n") == 1
 
 
-def test_any_number_of_ranks_would_make_the_same_images(tmp_path):
-    """Each rank's part on its own (here one after another, so nothing is gathered) against all at once."""
-    config = load_config(CONFIG, [*SMALL, "sample.per_class=6", "sample.batch=16"])
+def test_two_sharded_ranks_showed_the_samples_that_one_process_makes_from_the_ema(road):
+    """The last grid of training against the last checkpoint; pixels may differ by rounding. Raw weights give others."""
+    run, _ = road
+    events = EventAccumulator(str(run), size_guidance={"images": 0}).Reload()
+    shown = np.asarray(Image.open(io.BytesIO(events.Images("samples")[-1].encoded_image_string))).astype(int)
+    config = load_config(run / "config.yaml")
+    ema, raw = (make_samples(find_checkpoint(run), config, raw)[0] for raw in (False, True))
+    difference = {
+        name: abs(grid(pixels, 4, enlarge=4).squeeze(-1).astype(int) - shown[..., 0])
+        for name, pixels in (("ema", ema), ("raw", raw))
+    }
+    assert difference["ema"].max() <= 1
+    assert difference["raw"].mean() > 5
+
+
+@pytest.mark.parametrize(("per_class", "batch", "steps"), [(6, 16, 2), (4, 1, 1), (5, 6, 1)])
+def test_how_many_images_are_made_at_once_does_not_matter(per_class, batch, steps):
+    sizes = []
+
+    def count(x, t, label, slot, group_size):
+        sizes.append(len(x))
+        return network(x, t, label, slot, group_size)
+
+    overrides = [*SMALL, f"sample.per_class={per_class}", f"sample.steps={steps}"]
+    configs = [load_config(CONFIG, [*overrides, f"sample.batch={b}"]) for b in (batch, 1000)]
     images = open_images("digits")
-    network = build_network(config, images)
+    network = build_network(configs[0], images)
     torch.manual_seed(0)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    cpu = torch.device("cpu")
-    assert generate(network, config, images, Ranks(0, 1, cpu)).shape == (10, 6, 1, 8, 8)
-    again = load_config(CONFIG, [*SMALL, "sample.per_class=6", "sample.batch=64"])
-    a, b = (generate(network, c, images, Ranks(0, 1, cpu)) for c in (config, again))
-    assert torch.allclose(a, b, atol=1e-5), "the number of images at once does not matter"
+    a, b = (generate(count, config, images, Ranks(0, 1, torch.device("cpu"))) for config in configs)
+    assert a.shape == (10, per_class, 1, 8, 8)
+    assert torch.allclose(a, b, atol=1e-5)
+    assert min(sizes) <= max(batch, 4), "a group is the least that is made at once"
+    assert max(sizes[: len(sizes) // 2]) <= max(batch, 4)
 
 
 def test_uint8_and_grid_put_every_pixel_where_it_belongs():
@@ -114,5 +139,6 @@ def test_uint8_and_grid_put_every_pixel_where_it_belongs():
 
 def test_the_readme_names_only_files_that_exist():
     words = Path("README.md").read_text().replace("`", " ").split()
-    named = [w for w in words if w.startswith(("configs/", "tools/", "trainer/", "models/", "data/", "slurm/"))]
+    folders = ("configs/", "tools/", "tests/", "trainer/", "models/", "data/", "slurm/", "results/")
+    named = [w for w in words if w.startswith(folders)]
     assert named and [w for w in named if not Path(w.rstrip(".,:;)")).exists()] == []

@@ -2,8 +2,8 @@
 
 import json
 import os
-import random
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +17,14 @@ HERE = Path(__file__).parent
 TINY = HERE / "tiny.yaml"
 
 
+def free_ports(runs: tuple) -> list[int]:
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in runs]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
 class Launcher:
     """Starts the ranks of runs; whatever still lives at the end of the test is killed."""
 
@@ -24,11 +32,12 @@ class Launcher:
         self.processes: list[subprocess.Popen] = []
 
     def start(self, world_size: int, *runs: list[str]) -> list[subprocess.Popen]:
-        port = random.SystemRandom().randrange(10_000, 30_000)
-        command = [sys.executable, str(HERE / "train_many.py"), str(port), str(TINY), json.dumps(runs)]
+        ports = free_ports(runs)
+        command = [sys.executable, str(HERE / "train_many.py"), str(TINY), json.dumps(runs), json.dumps(ports)]
         started = []
         for rank in range(world_size):
-            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "OMP_NUM_THREADS": 1}
+            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+            world |= {"LOCAL_WORLD_SIZE": world_size, "OMP_NUM_THREADS": 1}
             env = os.environ | {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in world.items()}
             started.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
         self.processes += started

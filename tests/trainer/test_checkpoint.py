@@ -42,13 +42,20 @@ def test_the_newest_is_that_of_the_highest_position_whatever_size_or_age(alone, 
 @pytest.mark.parametrize("keep", [1, 2, 5])
 @pytest.mark.parametrize("keep_every", [0, 1, 3, 4])
 def test_the_newest_and_every_mth_stay(keep, keep_every, alone, tmp_path):
-    config = CheckpointConfig(every=100, keep=keep, keep_every=keep_every)
+    config = CheckpointConfig(every=100, keep=keep, keep_every=100 * keep_every)
     for number in range(1, 11):  # saved at the first step that passes a multiple of `every`
         checkpoint.save(tmp_path, 100 * number + number % 7, state(0), "")
         checkpoint.prune(tmp_path, config)
     left = [int(path.name) // 100 for path in checkpoint.find(tmp_path)[0]]
     for_good = [n for n in range(1, 11) if keep_every and n % keep_every == 0]
     assert left == sorted({*range(11 - keep, 11), *for_good})
+
+
+def test_of_saves_between_the_regular_ones_none_stays_for_good(alone, tmp_path):
+    for position in (32, 100, 200, 300, 332, 364, 400, 500, 600, 632):  # 32, 332, 364 and 632: the run was stopped
+        checkpoint.save(tmp_path, position, state(0), "")
+        checkpoint.prune(tmp_path, CheckpointConfig(every=100, keep=1, keep_every=300))
+    assert [int(path.name) for path in checkpoint.find(tmp_path)[0]] == [300, 600, 632]
 
 
 def test_a_removal_killed_half_way_leaves_no_checkpoint(alone, tmp_path, monkeypatch):
@@ -68,7 +75,7 @@ def test_a_removal_killed_half_way_leaves_no_checkpoint(alone, tmp_path, monkeyp
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
     (tmp_path / "000000000064").mkdir()
     with pytest.raises(RunError, match=r"000000000064/manifest.json: no such file"):
-        checkpoint.load(tmp_path / "000000000064", state(0))
+        checkpoint.verify(tmp_path / "000000000064")
 
 
 def test_every_file_of_a_checkpoint_is_in_its_manifest_and_missed_when_gone(alone, tmp_path):
@@ -80,12 +87,12 @@ def test_every_file_of_a_checkpoint_is_in_its_manifest_and_missed_when_gone(alon
         kept = (folder / name).read_bytes()
         (folder / name).unlink()
         with pytest.raises(RunError, match=f"{name}: no file"):
-            checkpoint.load(folder, state(0))
+            checkpoint.verify(folder)
         (folder / name).write_bytes(kept[:-1])
         with pytest.raises(RunError, match=f"{name}: {len(kept) - 1}, should be {len(kept)} bytes"):
-            checkpoint.load(folder, state(0))
+            checkpoint.verify(folder)
         (folder / name).write_bytes(kept)
-    checkpoint.load(folder, state(0))
+    checkpoint.verify(folder)
 
 
 def test_a_parameter_that_is_missing_or_of_another_shape_is_named(alone, tmp_path):

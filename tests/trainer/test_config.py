@@ -7,6 +7,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from data.images import open_images
+from trainer.build import check_data
 from trainer.config import Config, check_world, load_config, parse_config
 from trainer.config_file import dotted, field_names, to_yaml
 from trainer.errors import RunError
@@ -18,7 +20,9 @@ CONFIGS = sorted(Path("configs").rglob("*.yaml"))
 
 def error_of(*overrides, config="configs/digits.yaml"):
     with pytest.raises(RunError) as caught:
-        check_world(load_config(config, list(overrides)), 2)
+        loaded = load_config(config, list(overrides))
+        check_world(loaded, 2)
+        check_data(loaded, open_images("digits"))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -64,7 +68,18 @@ def test_a_size_can_be_named_and_group_sizes_of_sampling_follow_the_variant():
         ("groups.variant=lite", ["groups.variant=lite", "'light'"]),
         ("groups.size=17", ["groups.size=17", "16"]),
         ("engine=zero", ["engine=zero", "'fsdp'"]),
-        ("optim=3", ["optim=3"]),
+        ("optim=3", ["optim=3", "section", "optim.lr"]),
+        ("groups=null", ["groups=None", "section", "groups.variant"]),
+        ("groups=3", ["groups=3", "section"]),
+        ("model=null", ["model=None", "section"]),
+        ("groups.variant=[1]", ["groups.variant=[1]", "'light'"]),
+        ("model.size=[1]", ["model.size=[1]", "string"]),
+        ("optim.betas=[2,0.9]", ["optim.betas.0=2", "less than 1"]),
+        ("optim.lr=.inf", ["optim.lr=inf", "finite"]),
+        ("sample.seed=99999999999", ["sample.seed=99999999999"]),
+        ("train.global_batch=4096", ["train.global_batch=4096", "1198"]),
+        ("groups.neighbors=2000", ["groups.neighbors=2000", "1197"]),
+        ("model.patch=3", ["model.patch=3", "8"]),
         ("nonsense", ["nonsense", "field=value"]),
         ("groups.variant=none", ["groups.size=4", "size=1"]),
         ("groups.share=0", ["groups.share=0", "variant=light"]),
@@ -125,10 +140,18 @@ def test_dry_run_prints_the_resolved_tree_and_makes_nothing(tmp_path):
 
 
 def test_every_field_is_read_by_something(tmp_path, tiny, monkeypatch):
-    """Train, sample and continue with recording configs: a field that nothing reads is a field that does nothing."""
+    """Train and sample with recording configs: a field that nothing reads is a field that does nothing."""
     read: set[tuple[str, str]] = set()
     config = load_config(
-        tiny, ["engine=single", f"run={tmp_path}/run", "sample.every=320", "train.images=320", "checkpoint.keep=1"]
+        tiny,
+        [
+            "engine=single",
+            f"run={tmp_path}/run",
+            "train.sample_every=320",
+            "train.images=320",
+            "checkpoint.keep=1",
+            "checkpoint.every=96",
+        ],
     )
     within = parse_config({**config.model_dump(), "run": f"{tmp_path}/two", "groups": {"variant": "full", "size": 2}})
     original = BaseModel.__getattribute__

@@ -3,10 +3,10 @@ import torch
 from torch import nn
 
 from data.images import open_images
+from trainer.build import build_network
 from trainer.config import load_config
 from trainer.ema import EMA
 from trainer.generate import generate, to_uint8
-from trainer.loop import build_network
 from trainer.ranks import Ranks
 from trainer.samples import find_checkpoint, make_samples
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from data.images import open_images
+from trainer.build import build_network
 from trainer.config import load_config
 from trainer.engines import build_engine
-from trainer.loop import build_network
 from trainer.ranks import process_group
 
 WIDE = ["model.width=256", "model.heads=4", "train.images=160"]  # blocks of over a million weights: several FSDP units
@@ -57,7 +57,7 @@ def test_bf16_stays_near_fp32_and_differs_from_it(launcher, metrics, tmp_path):
 def test_sampling_during_training_does_not_disturb_it(launcher, metrics, tensors, tmp_path):
     for world, engines in ((1, ["single"]), (2, ["ddp", "fsdp"])):
         plain = [[f"engine={engine}", f"run={tmp_path}/{engine}"] for engine in engines]
-        shown = [[*run[:1], f"{run[1]}-shown", "sample.every=64"] for run in plain]
+        shown = [[*run[:1], f"{run[1]}-shown", "train.sample_every=64"] for run in plain]
         launcher.run(world, *plain, *shown)
         for engine in engines:
             assert metrics(tmp_path / engine) == metrics(tmp_path / f"{engine}-shown")

@@ -12,8 +12,9 @@ import torch
 from data.batch import make_batch
 from data.images import open_images
 from data.loader import GroupSampler
+from trainer.build import make_planner
 from trainer.config import load_config
-from trainer.loop import make_planner, train
+from trainer.loop import train
 
 LAST = "checkpoints/000000000640"
 
@@ -92,7 +93,7 @@ def test_continued_on_other_ranks_and_engines_the_losses_go_on(launcher, metrics
         shutil.copytree(whole, run)
         for late in ("480", "640"):
             shutil.rmtree(run / f"checkpoints/000000000{late}")
-        said = launcher.run(world, [f"run={run}", f"engine={engine}"])
+        said = launcher.run(world, [f"run={run}", f"engine={engine}", f"data.workers={world // 2}"])
         assert f"continuing from {run}/checkpoints/000000000320" in said
         assert [row["loss"] for row in metrics(run)] == pytest.approx(expected, abs=1e-4, rel=0)
         a, b = tensors(whole / LAST), tensors(run / LAST)
@@ -121,6 +122,19 @@ def test_any_world_size_sees_the_same_images_noise_and_timesteps(tiny):
         found = stream(world, micro_batch)
         assert found.keys() == expected.keys()
         assert all(torch.equal(a, b) for key in found for a, b in zip(found[key], expected[key], strict=True))
+
+
+def test_a_second_job_on_a_live_run_is_refused_and_does_no_harm(launcher, metrics, uninterrupted, tmp_path):
+    whole = uninterrupted(2)
+    run = tmp_path / "run"
+    processes = launcher.start(2, [f"run={run}"])
+    wait_for(lambda: rows(run) >= 1, processes)
+    launcher.signal(processes, signal.SIGSTOP)
+    code, said = launcher.finish(launcher.start(2, [f"run={run}"]))
+    assert code == 1 and f"run={run}: another job is writing this run" in said
+    launcher.signal(processes, signal.SIGCONT)
+    assert launcher.finish(processes)[0] == 0
+    assert metrics(run) == metrics(whole)
 
 
 def test_told_to_stop_a_run_saves_and_continues_where_it_was(tmp_path, tiny, metrics):

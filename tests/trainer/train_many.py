@@ -1,4 +1,4 @@
-"""One rank of several runs, one after another in one process: `train_many.py PORT CONFIG JSON-list-of-overrides`."""
+"""One rank of several runs, one after another in one process: `train_many.py CONFIG OVERRIDES PORTS`, lists in JSON."""
 
 import json
 import os
@@ -8,9 +8,9 @@ from trainer.config import load_config
 from trainer.errors import RunError
 from trainer.loop import train
 
-port, config, runs = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-for number, overrides in enumerate(runs):
-    os.environ["MASTER_PORT"] = str(port + number)
+config, runs, ports = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+for overrides, port in zip(runs, ports, strict=True):
+    os.environ["MASTER_PORT"] = str(port)
     try:
         train(load_config(config, overrides))
     except RunError as error:

@@ -28,23 +28,10 @@ def measure() -> tuple[Figures, Targets]:
             reports = []
             for seed in range(SEEDS):
                 run = Path(folder) / f"{name}-{seed}"
-                arguments = [
-                    f"run={run}",
-                    f"seed={seed}",
-                    "sample.every=0",
-                    f"sample.per_class={PER_CLASS}",
-                    *overrides,
-                ]
-                command = [
-                    sys.executable,
-                    "tools/submit.py",
-                    "--cluster",
-                    "local",
-                    "--procs",
-                    "2",
-                    "configs/digits.yaml",
-                ]
-                subprocess.run([*command, *arguments, f"sample.seed={seed}"], check=True, stdout=subprocess.DEVNULL)
+                settings = [f"run={run}", f"seed={seed}", "train.sample_every=0", *overrides]
+                settings += [f"sample.per_class={PER_CLASS}", f"sample.seed={seed}"]
+                command = [sys.executable, "tools/submit.py", "--cluster", "local", "--procs", "2", CONFIG, *settings]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
                 pixels, label, _ = make_samples(find_checkpoint(run), load_config(run / "config.yaml"))
                 reports.append(evaluate(pixels.reshape(-1, *pixels.shape[2:]), label.ravel(), *splits))
             for measure in ("frechet", "class_accuracy"):

@@ -13,8 +13,9 @@ from data.loader import BatchDataset, GroupSampler
 from data.plan import steps_per_epoch
 from models.objective import denoising_loss
 from models.paths import PATHS
+from trainer.build import build_network, make_planner
 from trainer.config import Config, load_config
-from trainer.loop import build_network, make_planner, train
+from trainer.loop import train
 
 STEPS, WARM_UP, ROUNDS = 40, 5, 5
 
@@ -24,7 +25,7 @@ def measure() -> tuple[Figures, Targets]:
     trainer, bare = [], []
     for _ in range(ROUNDS):
         with tempfile.TemporaryDirectory() as folder:
-            overrides = [f"run={folder}", "engine=single", f"train.images={STEPS * 128}", "sample.every=0"]
+            overrides = [f"run={folder}", "engine=single", f"train.images={STEPS * 128}", "train.sample_every=0"]
             config = load_config("configs/digits.yaml", overrides)
             trainer.append(_trainer_seconds(config))
             bare.append(_bare_seconds(config))
@@ -43,6 +44,8 @@ def _trainer_seconds(config: Config) -> float:
     ticks = []
 
     def tick() -> bool:
+        if len(ticks) + 1 in (WARM_UP, STEPS):
+            _synchronize()
         ticks.append(time.perf_counter())
         return False
 
