@@ -1,5 +1,6 @@
 """Run one function in many processes, here or on Slurm nodes, by submitit."""
 
+import math
 import os
 import re
 import shutil
@@ -110,6 +111,7 @@ def follow(job: submitit.Job, out: TextIO = sys.stderr) -> Any:
             if failed_at is None and any(_has_failed(task) for task in tasks):
                 failed_at = time.monotonic()
             if failed_at is not None and time.monotonic() - failed_at > PATIENCE:
+                failed_at = math.inf  # once: submitit ends the tasks step by step
                 job.cancel()
             time.sleep(0.2)
     except KeyboardInterrupt:
@@ -128,7 +130,12 @@ def _has_failed(task: submitit.Job) -> bool:
 
 
 def _cause(failures: list[tuple[int, Exception]], logs: Path) -> str:
-    """One line for a failed job: a task's own error, rather than the broken connection that it leaves to the others."""
-    rank, error = min(failures, key=lambda failure: bool(re.search("Connection|DistBackend|NCCL", str(failure[1]))))
+    """One line for a failed job: a task's own error, rather than being ended, or the connection that broke with it."""
+
+    def remote(failure: tuple[int, Exception]) -> tuple[bool, bool]:
+        ended = not isinstance(failure[1], FailedJobError)  # it left no error behind
+        return ended, bool(re.search("Connection|DistBackend|NCCL", str(failure[1])))
+
+    rank, error = min(failures, key=remote)
     raised = [line for line in str(error).splitlines() if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
     return f"{raised[-1] if raised else str(error).strip()} (task {rank}; logs in {logs})"

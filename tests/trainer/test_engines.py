@@ -41,7 +41,7 @@ def test_engines_world_sizes_and_accumulation_give_the_same_losses_and_norms(lau
 
 
 def test_bf16_stays_near_fp32_and_differs_from_it(launcher, metrics, tmp_path):
-    """Measured on 20 steps: losses within 0.01; the weights stay fp32, so the error does not grow."""
+    """Measured on 20 steps: losses within 0.0003. The weights stay fp32, so the error does not grow."""
     runs = {
         name: [f"engine={name.split('-')[0]}", f"precision={name.split('-')[1]}", f"run={tmp_path}/{name}"]
         for name in ("ddp-fp32", "ddp-bf16", "fsdp-bf16")
@@ -51,7 +51,7 @@ def test_bf16_stays_near_fp32_and_differs_from_it(launcher, metrics, tmp_path):
     for name in ("ddp-bf16", "fsdp-bf16"):
         found = columns(metrics(tmp_path / name))
         assert found != expected
-        assert [row[0] for row in found] == pytest.approx([row[0] for row in expected], abs=0.02)
+        assert [row[0] for row in found] == pytest.approx([row[0] for row in expected], abs=0.002)
 
 
 def test_sampling_during_training_does_not_disturb_it(launcher, metrics, tensors, tmp_path):

@@ -125,12 +125,13 @@ def test_any_world_size_sees_the_same_images_noise_and_timesteps(tiny):
 
 
 def test_a_second_job_on_a_live_run_is_refused_and_does_no_harm(launcher, metrics, uninterrupted, tmp_path):
-    whole = uninterrupted(2)
+    long = "train.images=1920"  # enough steps to be caught in
+    whole = uninterrupted(2, long)
     run = tmp_path / "run"
-    processes = launcher.start(2, [f"run={run}"])
+    processes = launcher.start(2, [f"run={run}", long])
     wait_for(lambda: rows(run) >= 1, processes)
     launcher.signal(processes, signal.SIGSTOP)
-    code, said = launcher.finish(launcher.start(2, [f"run={run}"]))
+    code, said = launcher.finish(launcher.start(2, [f"run={run}", long]))
     assert code == 1 and f"run={run}: another job is writing this run" in said
     launcher.signal(processes, signal.SIGCONT)
     assert launcher.finish(processes)[0] == 0
