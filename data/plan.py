@@ -16,7 +16,7 @@ SHARES = {"none": 0.0, "light": 0.1, "full": 1.0}
 
 
 class GroupsConfig(BaseModel, extra="forbid", frozen=True):
-    """Groups of Group Diffusion (method.md).
+    """Groups of Group Diffusion (arXiv 2512.10954).
 
     none: plain diffusion. light (C=1, UC=N): `share` of the images in unconditional groups, the others alone with their
     class. full (C=N, UC=N): groups with their class; the class is dropped for a whole group.

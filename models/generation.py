@@ -31,7 +31,7 @@ class SampleConfig(BaseModel, extra="forbid", frozen=True):
         return max(self.cond_group_size, self.uncond_group_size)
 
     def for_variant(self, variant: str, size: int) -> "SampleConfig":
-        """With C and UC filled in as the variant was trained (method.md: C and UC)."""
+        """With C and UC filled in as the variant was trained (arXiv 2512.10954)."""
         c, uc = {"none": (1, 1), "light": (1, size), "full": (size, size)}[variant]
         c, uc = self.cond_group_size or c, self.uncond_group_size or uc
         if max(c, uc) % min(c, uc):
