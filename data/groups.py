@@ -12,11 +12,11 @@ def similar_groups(
 ) -> np.ndarray:
     """Up to `count` disjoint groups (m, size) of an anchor and size - 1 of its neighbours at or above `threshold`.
 
-    The paper's query (arXiv 2512.10954): members are drawn at random from the anchor's candidates. Rounds of proposals:
-    in each, some anchors draw members among the images still free, and a group stands if no better-placed proposal wants
-    any of its images. When few groups are asked for, anchors come at random. When most images must find a group, those go first
-    that have the fewest ways into one (free neighbours, and free images whose neighbour they are), because they would
-    be left over else. It ends when no free image has enough free neighbours.
+    The paper's query (arXiv 2512.10954): members are drawn at random from the anchor's candidates. Rounds of
+    proposals: in each, some anchors draw members among the images still free, and a group stands if no better-placed
+    proposal wants any of its images. When few groups are asked for, anchors come at random. When most images must
+    find a group, those go first that have the fewest ways into one (free neighbours, and free images whose neighbour
+    they are), because they would be left over else. It ends when no free image has enough free neighbours.
     """
     n = len(graph.ids)
     if size == 1:
