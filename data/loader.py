@@ -50,10 +50,10 @@ class GroupSampler(Sampler[list[MicroBatch]]):
             ]
 
     def _pieces(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        share = (end - begin) // self.world_size
-        start = begin + self.rank * share
-        stop = start + share
-        size = self.micro_batch or max(share, 1)
+        length = (end - begin) // self.world_size
+        start = begin + self.rank * length
+        stop = start + length
+        size = self.micro_batch or max(length, 1)
         return ((i, min(i + size, stop)) for i in range(start, stop, size))
 
 

@@ -35,7 +35,6 @@ def save(folder: Path, position: int, state: dict[str, dict], config: str) -> No
     final = folder / f"{position:012d}"
     partial = folder / (final.name + INCOMPLETE)
     if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
     dcp.save(state, checkpoint_id=partial)  # returns when every rank's file is on disk

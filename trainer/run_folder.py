@@ -1,6 +1,7 @@
 """A run is a folder: config.yaml, metrics.jsonl, TensorBoard events, checkpoints/, logs/, samples."""
 
 import fcntl
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,8 +59,10 @@ def sole_user(folder: Path) -> Iterator[None]:
     with (folder / "lock").open("a") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process, so loader workers do not inherit it
-        except OSError:
+        except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: somebody has it
             raise RunError(f"run={folder}: another job is writing this run; wait for its end or cancel it") from None
+        except OSError as error:
+            warnings.warn(f"{folder}: cannot be locked ({error}); let one job at a time write it", stacklevel=2)
         yield
 
 

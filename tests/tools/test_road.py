@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -142,3 +143,12 @@ def test_the_readme_names_only_files_that_exist():
     folders = ("configs/", "tools/", "tests/", "trainer/", "models/", "data/", "slurm/", "results/")
     named = [w for w in words if w.startswith(folders)]
     assert named and [w for w in named if not Path(w.rstrip(".,:;)")).exists()] == []
+
+
+def test_what_the_readme_submits_is_accepted(tmp_path):
+    """Every `submit.py` line of it, with --dry-run: world size, batch and groups fit one another."""
+    start = "    .venv/bin/python tools/submit.py "
+    lines = [line.removeprefix(start) for line in Path("README.md").read_text().splitlines() if line.startswith(start)]
+    assert len(lines) >= 4
+    for line in lines:
+        assert tool("submit", *shlex.split(line, comments=True), "--dry-run", f"run={tmp_path}/run").stdout
