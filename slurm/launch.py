@@ -7,7 +7,8 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -58,14 +59,34 @@ def make_executor(
 def submit(executor: submitit.AutoExecutor, function: Callable[..., Any], *arguments: Any) -> submitit.Job:
     """Start `function(*arguments)` in every process of the executor, with torchrun's environment variables set."""
     if executor.cluster == "slurm":
-        try:
+        with _sbatch_errors():
             return executor.submit(_run_task, None, None, function, *arguments)
-        except FailedJobError as error:  # what sbatch said
-            raise LaunchError(str(error).strip().splitlines()[-1]) from None
     tasks = executor.parameters["tasks_per_node"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // tasks)))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # submitit would replace it by the first ones of the machine
     return executor.submit(_run_task, _free_port(), visible, function, *arguments)
+
+
+def submit_array(executor: submitit.AutoExecutor, functions: list[Callable[[], Any]]) -> list[submitit.Job]:
+    """Start each function as a job of its own, in every process of the executor: a job array of Slurm."""
+    with _sbatch_errors(), executor.batch():
+        return [executor.submit(_run_task, None, None, function) for function in functions]
+
+
+@contextmanager
+def _sbatch_errors() -> Iterator[None]:
+    try:
+        yield
+    except FailedJobError as error:  # what sbatch said
+        raise LaunchError(str(error).strip().splitlines()[-1]) from None
+
+
+def parse_option(text: str) -> tuple[str, str]:
+    """An option of sbatch from the command line, as `partition=gpu`."""
+    key, equals, value = text.partition("=")
+    if not (key and equals and value) or (key == "time" and not value.isdigit()):
+        raise LaunchError(f"--slurm {text}: write KEY=VALUE, as partition=gpu or time=1440 (minutes)")
+    return key, value
 
 
 def _run_task(port: int | None, visible_gpus: str | None, function: Callable[..., Any], *arguments: Any) -> Any:

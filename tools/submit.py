@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from data.images import open_images
-from slurm.launch import LaunchError, follow, make_executor, submit
+from slurm.launch import LaunchError, follow, make_executor, parse_option, submit
 from trainer.build import check_data
 from trainer.config import check_world, load_config
 from trainer.config_file import to_yaml
@@ -34,13 +34,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def _option(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not (key and equals and value) or (key == "time" and not value.isdigit()):
-        raise LaunchError(f"--slurm {text}: write KEY=VALUE, as partition=gpu or time=1440 (minutes)")
-    return key, value
-
-
 def main(arguments: list[str]) -> None:
     """Check, submit, and for a local run show its progress until it ends."""
     args = parse(arguments)
@@ -48,7 +41,7 @@ def main(arguments: list[str]) -> None:
     here = torch.cuda.device_count()
     procs = args.procs or (8 if cluster == "slurm" else max(here, 1))
     gpus = (0 if args.cpu else procs) if cluster == "slurm" else min(here, procs)
-    options = dict(_option(option) for option in args.slurm)
+    options = dict(parse_option(option) for option in args.slurm)
 
     config = load_config(args.config, args.overrides)
     check_world(config, (args.nodes or 1) * procs)

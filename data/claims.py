@@ -1,0 +1,82 @@
+"""Processes on any number of nodes share the parts of a piece of work; one that dies gives up what it held.
+
+A claim is a POSIX lock on a file, which the system frees when its process ends, however that happens. Only saving work
+depends on it: a result appears by one rename, so two processes that did the same part would leave the same files.
+"""
+
+import fcntl
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from data.files import WORK
+
+
+class Claims:
+    """Iterate to claim parts: numbers of `results` (files of `folder`) that are not there and that nobody else makes.
+
+    It starts at part `start` and ends when nothing is left to claim. Call `release` once the result is there.
+    """
+
+    def __init__(self, folder: Path, results: list[str], start: int = 0) -> None:
+        self.folder, self.results, self.start = folder, results, start
+        self._held: dict[int, TextIO] = {}
+
+    def __iter__(self) -> Iterator[int]:
+        claimed = True
+        while claimed:  # once more: another process may have died meanwhile
+            claimed = False
+            for i in range(len(self.results)):
+                part = (self.start + i) % len(self.results)
+                if part not in self._held and not self._done(part) and self._claim(part):
+                    claimed = True
+                    yield part
+
+    def release(self, part: int) -> None:
+        """Give a part up."""
+        self._held.pop(part).close()
+
+    def _done(self, part: int) -> bool:
+        return (self.folder / self.results[part]).exists()
+
+    def _claim(self, part: int) -> bool:
+        name = self.results[part]
+        lock = _open_lock(self.folder, name)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: somebody has it
+            lock.close()
+            return False
+        except OSError as error:
+            _warn(self.folder, error)
+        else:
+            for left in (self.folder / WORK).glob(f"{name}.*"):
+                if left.suffix != ".lock":
+                    left.unlink()  # by a process that was killed
+        if self._done(part):  # between the look and the lock
+            lock.close()
+            return False
+        self._held[part] = lock
+        return True
+
+
+@contextmanager
+def wait_for_lock(folder: Path, name: str) -> Iterator[None]:
+    """One process at a time."""
+    with _open_lock(folder, name) as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            _warn(folder, error)
+        yield
+
+
+def _open_lock(folder: Path, name: str) -> TextIO:
+    (folder / WORK).mkdir(parents=True, exist_ok=True)
+    return (folder / WORK / f"{name}.lock").open("w")
+
+
+def _warn(folder: Path, error: OSError) -> None:
+    warnings.warn(f"{folder}: has no file locks ({error}); processes may do the same work twice", stacklevel=3)

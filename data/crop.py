@@ -1,0 +1,25 @@
+"""From the bytes of an image file to pixels, exactly as ADM's public code does it (Dhariwal & Nichol, 2105.05233)."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+
+def decode_rgb(content: bytes) -> Image.Image:
+    """RGB by Pillow's own conversion, whatever the file holds: CMYK, greyscale, palette, 16 bits. As in ADM, a
+    transparent background is dropped and an EXIF orientation is not applied."""
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+        return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """ADM's centre crop to uint8 (size, size, 3): halve with a box filter while the short side is at least 2 `size`,
+    then bicubic until it is `size`, then cut out the centre."""
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize(tuple(round(side * scale) for side in image.size), resample=Image.Resampling.BICUBIC)
+    left, top = ((side - size) // 2 for side in image.size)
+    return np.asarray(image.crop((left, top, left + size, top + size)))

@@ -1,0 +1,110 @@
+"""From images to a store of arrays: read, prepare in worker processes, encode in batches, write shards. Any number of
+processes may do it at once, each may be killed at any time, and the same call goes on where they were."""
+
+import errno
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data.claims import Claims
+from data.errors import DataError
+from data.prepare import PreparedBatch, prepared_batches
+from data.progress import Progress
+from data.shards import agree_on_settings, finish, shard_names, write_shard
+from data.sources import shared_source
+
+
+@dataclass(frozen=True)
+class Work:
+    """What to make of which images. `settings` are what makes the arrays what they are: a folder has one of them.
+
+    prepare: an RGB image -> an array of one shape, in worker processes. encode: a batch (b, ...) of these -> for each
+    field of the store an array (b, ...).
+    """
+
+    kind: str
+    images: Path
+    out: Path
+    settings: dict
+    prepare: Callable[[Image.Image], np.ndarray]
+    encode: Callable[[torch.Tensor], dict[str, np.ndarray]]
+    part_size: int
+    batch: int
+    workers: int
+    max_rejects: int
+
+
+def extract(work: Work, process: int = 0, processes: int = 1) -> dict | None:
+    """Make the shards that nobody else makes. Returns the manifest if all are there then, None if others are at work.
+
+    DataError if the folder has other settings, if more images than allowed cannot be read, or if the disk is full.
+    """
+    try:
+        return _extract(work, process, processes)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        raise DataError(
+            f"--out {work.out}: cannot be written: {error.strerror}; complete shards stay: mend that and start again"
+        ) from None
+
+
+def _extract(work: Work, process: int, processes: int) -> dict | None:
+    settings = {"images": str(work.images.absolute()), "part_size": work.part_size, **work.settings}
+    agree_on_settings(work.out, settings)
+    source = shared_source(work.images, work.part_size, work.out)
+    shards = [work.out / name for name in shard_names(work.kind, source.parts)]
+    claims = Claims(work.out, [shard.name for shard in shards], start=process * source.parts // processes)
+    batches = prepared_batches(source, claims, work.prepare, work.batch, work.workers)
+    with Progress(work.kind, source.images, shards) as progress, ThreadPoolExecutor(1) as writer:
+        part, writing = _Part(), deque()
+        for batch in batches:
+            part.add(batch, work.encode(batch.inputs) if batch.keys else {})
+            progress.done(shards[batch.part], len(batch.keys) + len(batch.rejected))
+            if batch.last:
+                writing.append((batch.part, writer.submit(part.write, shards[batch.part])))
+                part = _Part()
+            while len(writing) > 1 or (writing and writing[0][1].done()):  # one at a time, to bound the memory
+                claims.release(_written(*writing.popleft()))
+                progress.shard_written()
+        while writing:
+            claims.release(_written(*writing.popleft()))
+            progress.shard_written()
+    return finish(work.out, work.kind, source.parts, source.num_classes, work.max_rejects)
+
+
+def _written(part: int, writing: Future) -> int:
+    writing.result()
+    return part
+
+
+@dataclass
+class _Part:
+    """The batches of a part so far."""
+
+    keys: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    rejected: list[dict] = field(default_factory=list)
+    encoded: list[dict[str, np.ndarray]] = field(default_factory=list)
+
+    def add(self, batch: PreparedBatch, arrays: dict[str, np.ndarray]) -> None:
+        for name, array in arrays.items():
+            if not np.isfinite(array).all():
+                bad = batch.keys[int(np.argmin(np.isfinite(array.reshape(len(array), -1)).all(axis=1)))]
+                raise DataError(f"{bad}: {name} is not finite in {array.dtype}; use a wider type, as --precision fp32")
+        self.keys += batch.keys
+        self.labels += batch.labels
+        self.rejected += batch.rejected
+        if arrays:
+            self.encoded.append(arrays)
+
+    def write(self, shard: Path) -> None:
+        names = self.encoded[0] if self.encoded else {}
+        arrays = {name: np.concatenate([encoded[name] for encoded in self.encoded]) for name in names}
+        write_shard(shard, self.keys, self.labels, arrays, self.rejected)

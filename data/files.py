@@ -1,0 +1,44 @@
+"""Files that are there whole or not at all, also after a power failure."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+WORK = ".work"  # what is being written stands here, inside the folder where it will appear
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which gets its name when the block ends well and is removed when it does not."""
+    partial = partial_of(path)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def partial_of(path: Path) -> Path:
+    """Where this process writes what shall become `path`; other processes write elsewhere."""
+    return path.parent / WORK / f"{path.name}.{os.uname().nodename}-{os.getpid()}"
+
+
+def write_json(path: Path, content: object) -> None:
+    """As JSON."""
+    with appearing(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

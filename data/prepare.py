@@ -1,0 +1,93 @@
+"""Images of claimed parts as batches of arrays, prepared in worker processes ahead of their use."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from data.claims import Claims
+from data.crop import decode_rgb
+from data.sources import Item, Source
+
+
+@dataclass
+class PreparedBatch:
+    """Images of one part, the `last` of it or not; those that could not be read stand in `rejected`."""
+
+    part: int
+    last: bool
+    keys: list[str]
+    labels: list[int]
+    inputs: torch.Tensor  # (b, ...)
+    rejected: list[dict]
+
+    def pin_memory(self) -> "PreparedBatch":
+        """The loader calls it where there is a GPU."""
+        return PreparedBatch(self.part, self.last, self.keys, self.labels, self.inputs.pin_memory(), self.rejected)
+
+
+def prepared_batches(
+    source: Source, claims: Claims, prepare: Callable[[Image.Image], np.ndarray], batch: int, workers: int
+) -> DataLoader:
+    """PreparedBatches of the parts that can be claimed, part by part; a part has at least one, be it empty."""
+    return DataLoader(
+        _Prepared(prepare),
+        sampler=_Batches(source, claims, batch),
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+class _Batches:
+    """Claims parts one after the other, ahead of the workers, and cuts each into batches."""
+
+    def __init__(self, source: Source, claims: Claims, batch: int) -> None:
+        self.source, self.claims, self.batch = source, claims, batch
+
+    def __iter__(self) -> Iterator[tuple[int, bool, list[Item]]]:
+        for part in self.claims:
+            items = self.source.items(part)
+            starts = range(0, max(len(items), 1), self.batch)
+            for start in starts:
+                yield part, start == starts[-1], items[start : start + self.batch]
+
+
+class _Prepared(Dataset[PreparedBatch]):
+    """Reads and prepares the images of a batch; those that cannot be are named."""
+
+    def __init__(self, prepare: Callable[[Image.Image], np.ndarray]) -> None:
+        self.prepare = prepare
+
+    def __getitem__(self, batch: tuple[int, bool, list[Item]]) -> PreparedBatch:
+        part, last, items = batch
+        good, arrays, rejected = [], [], []
+        for item in items:
+            try:
+                arrays.append(self._prepare(item))
+                good.append(item)
+            except _Rejected as error:
+                rejected.append({"key": item.key, "file": str(item.file), "reason": str(error)})
+        inputs = torch.from_numpy(np.stack(arrays)) if arrays else torch.empty(0)
+        return PreparedBatch(part, last, [item.key for item in good], [item.label for item in good], inputs, rejected)
+
+    def _prepare(self, item: Item) -> np.ndarray:
+        if item.label is None:
+            raise _Rejected("no label: its .cls is missing or not a whole number")
+        try:
+            content = item.read()  # other errors than these are the machine's fault, not the image's
+        except (FileNotFoundError, PermissionError) as error:
+            raise _Rejected(error.strerror) from None
+        if not content:
+            raise _Rejected("no image in it")
+        try:
+            return self.prepare(decode_rgb(content))
+        except Exception as error:  # Pillow raises nearly anything at damaged files
+            raise _Rejected(f"{type(error).__name__}: {error}") from None
+
+
+class _Rejected(Exception):
+    """An image that cannot be read, and why."""

@@ -1,0 +1,49 @@
+"""How far a store is, over all processes that make it."""
+
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data.shards import record_of
+
+
+class Progress:
+    """A bar over the images of all processes: one's own as they come, those of others by whole shards."""
+
+    def __init__(self, kind: str, images: int | None, shards: list[Path]) -> None:
+        self._images, self._shards, self._waiting = images, len(shards), set(shards)
+        self._mine: dict[Path, int] = {}
+        self._ready, self._rejected = 0, 0
+        self._look_for_shards()
+        self._bar = tqdm(desc=kind, unit="img", initial=self._ready, total=images, mininterval=0.5)
+        self.done(None, 0)
+
+    def done(self, shard: Path | None, images: int) -> None:
+        """So many images more of a shard that this process makes."""
+        if shard:
+            self._mine[shard] = self._mine.get(shard, 0) + images
+        ready = self._shards - len(self._waiting)
+        if self._images is None and ready:
+            self._bar.total = round(self._ready / ready * self._shards)  # tar shards tell their size when they are read
+        self._bar.set_postfix(rejected=self._rejected, refresh=False)
+        self._bar.update(self._ready + sum(self._mine.values()) - self._bar.n)
+
+    def _look_for_shards(self) -> None:
+        for shard in [shard for shard in self._waiting if shard.exists()]:
+            record = json.loads(record_of(shard).read_text())
+            self._ready += record["images"] + len(record["rejected"])
+            self._rejected += len(record["rejected"])
+            self._mine.pop(shard, None)
+            self._waiting.remove(shard)
+
+    def shard_written(self) -> None:
+        """Count what is there."""
+        self._look_for_shards()
+        self.done(None, 0)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

@@ -1,0 +1,149 @@
+"""Images to be precomputed: a tree of class folders, or WebDataset tar shards, in parts that processes share."""
+
+import json
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from data.claims import wait_for_lock
+from data.errors import DataError
+from data.files import write_json
+from data.tar import tar_samples
+
+EXTENSIONS = {"bmp", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image: its bytes stand in `file` from `offset` on, `size` of them (None: to the end). `label` is None where
+    the source has none for it."""
+
+    key: str
+    label: int | None
+    file: Path
+    offset: int = 0
+    size: int | None = None
+
+    def read(self) -> bytes:
+        """The image file's content."""
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            return file.read() if self.size is None else file.read(self.size)
+
+
+class Source(Protocol):
+    """Images in a fixed order, cut into parts; a part becomes a shard."""
+
+    parts: int
+    images: int | None  # None: known only when all parts have been read
+    num_classes: int | None
+
+    def items(self, part: int) -> list[Item]:
+        """The images of a part."""
+
+    def listing(self) -> dict:
+        """What `open_source` needs to have the same source again, as JSON."""
+
+
+class ClassFolders:
+    """`root/class/.../image.jpg`: labels number the sorted class folders, keys are paths without the extension."""
+
+    def __init__(self, root: Path, classes: list[str], files: list[str], part_size: int) -> None:
+        self.root, self.classes, self.files, self.part_size = root, classes, files, part_size
+        self.parts = -(-len(files) // part_size)
+        self.images, self.num_classes = len(files), len(classes)
+        self._label = {name: i for i, name in enumerate(classes)}
+
+    def items(self, part: int) -> list[Item]:
+        """The images of a part: `part_size` files of the sorted listing."""
+        files = self.files[part * self.part_size : (part + 1) * self.part_size]
+        return [Item(key_of(file), self._label[file.split("/", 1)[0]], self.root / file) for file in files]
+
+    def listing(self) -> dict:
+        """The names found when the work began."""
+        return {"classes": self.classes, "files": self.files}
+
+
+class TarShards:
+    """`root/*.tar` of samples `key.jpg` (or another image) and `key.cls`: a tar is a part. Its name goes before its
+    keys, which often start anew in each tar."""
+
+    def __init__(self, root: Path, tars: list[str]) -> None:
+        self.root, self.tars = root, tars
+        self.parts, self.images, self.num_classes = len(tars), None, None
+
+    def items(self, part: int) -> list[Item]:
+        """The images of a tar."""
+        path = self.root / self.tars[part]
+        items = []
+        try:
+            with path.open("rb") as file:
+                for key, members in tar_samples(path):
+                    label = None
+                    if "cls" in members:
+                        file.seek(members["cls"][0])
+                        text = file.read(members["cls"][1]).strip()
+                        label = int(text) if text.isdigit() else None
+                    image = min(EXTENSIONS & members.keys(), default=None)
+                    place = members[image] if image else (0, 0)
+                    items.append(Item(f"{path.stem}/{key}", label, path, *place))
+        except tarfile.TarError as error:
+            raise DataError(f"{path}: not a whole tar file ({error}); get it again") from None
+        return items
+
+    def listing(self) -> dict:
+        """The names found when the work began."""
+        return {"tars": self.tars}
+
+
+def key_of(file: str) -> str:
+    """A path without its extension; other dots in its last part are escaped: webdataset ends a key at one."""
+    folder, slash, name = file.rpartition("/")
+    return folder + slash + name.rpartition(".")[0].replace("%", "%25").replace(".", "%2E")
+
+
+def list_source(root: Path, part_size: int) -> Source:
+    """Look through `root`. DataError if it holds no images, or two of one key."""
+    if not root.is_dir():
+        raise DataError(f"--images {root}: no such folder; give a tree of class folders, or a folder of tar shards")
+    with os.scandir(root) as entries:
+        names = sorted((entry.name, entry.is_dir()) for entry in entries)
+    tars = [name for name, is_folder in names if name.endswith(".tar") and not is_folder]
+    if tars:
+        return TarShards(root, tars)
+    classes = [name for name, is_folder in names if is_folder]
+    files = [file for name in classes for file in _image_files(root, name)]
+    if not files:
+        raise DataError(f"--images {root}: neither class folders with images nor *.tar shards in it")
+    keys: dict[str, str] = {}
+    for file in files:
+        other = keys.setdefault(key_of(file), file)
+        if other != file:
+            raise DataError(f"--images {root}: {other} and {file} have one key, {key_of(file)}; rename one of them")
+    return ClassFolders(root, classes, files, part_size)
+
+
+def open_source(root: Path, listing: dict, part_size: int) -> Source:
+    """The source that had this `listing`, without looking through its folders again."""
+    if "tars" in listing:
+        return TarShards(root, listing["tars"])
+    return ClassFolders(root, listing["classes"], listing["files"], part_size)
+
+
+def shared_source(root: Path, part_size: int, folder: Path) -> Source:
+    """The source as it was when the work in `folder` began: the first process lists it, the others wait and read."""
+    path = folder / "inputs.json"
+    with wait_for_lock(folder, path.name):
+        if not path.exists():
+            write_json(path, list_source(root, part_size).listing())
+    return open_source(root, json.loads(path.read_text()), part_size)
+
+
+def _image_files(root: Path, class_name: str) -> list[str]:
+    found = []
+    for folder, _, names in os.walk(root / class_name, followlinks=True):
+        inside = Path(folder).relative_to(root).as_posix()
+        found += [f"{inside}/{name}" for name in names if name.rpartition(".")[2].lower() in EXTENSIONS]
+    return sorted(found)

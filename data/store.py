@@ -1,0 +1,53 @@
+"""Reading a store that data/shards.py wrote, at random, through memory maps: the tar shards are the storage format."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from data.errors import DataError
+from data.shards import INDEX, MANIFEST
+
+
+def read_manifest(folder: Path, kind: str, made_by: str) -> dict:
+    """The manifest of a complete store of `kind`. DataError if there is none."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DataError(f"{folder}: no {MANIFEST} in it, so not (yet) complete; make it with {made_by}")
+    manifest = json.loads(path.read_text())
+    if manifest["kind"] != kind:
+        raise DataError(f"{folder}: holds {manifest['kind']}, not {kind}; give a folder made by {made_by}")
+    return manifest
+
+
+class Store:
+    """Arrays of images by number. Nothing is in memory but what the system keeps of the files."""
+
+    def __init__(self, folder: Path, manifest: dict) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.index = np.load(folder / INDEX, mmap_mode="r")
+        self._maps: dict[tuple[str, int], np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, field: str, numbers: np.ndarray, entry: np.ndarray | None = None) -> np.ndarray:
+        """The arrays of images `numbers` (b,), stacked. With `entry` (b,), of each that entry of its first axis."""
+        shape, dtype = (self.manifest["fields"][field][name] for name in ("shape", "dtype"))
+        out = np.empty((len(numbers), *(shape if entry is None else shape[1:])), dtype)
+        rows = out.reshape(len(numbers), -1)
+        size = rows.shape[1]
+        where = self.index[numbers]
+        start = where[field] // out.itemsize
+        if entry is not None:
+            start += entry.astype(np.int64) * size
+        for row, shard, begin in zip(rows, where["shard"].tolist(), start.tolist(), strict=True):
+            row[:] = self._map(field, out.dtype, shard)[begin : begin + size]
+        return out
+
+    def _map(self, field: str, dtype: np.dtype, shard: int) -> np.ndarray:
+        found = self._maps.get((field, shard))
+        if found is None:
+            path = self.folder / self.manifest["shards"][shard]["name"]
+            found = self._maps[field, shard] = np.asarray(np.memmap(path, dtype, mode="r"))
+        return found

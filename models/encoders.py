@@ -1,0 +1,30 @@
+"""Pretrained image encoders by which images are compared (DINOv2, CLIP, SigLIP and the like), by transformers."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import AutoImageProcessor, AutoModel
+
+
+class Encoder:
+    """An image tower from a local folder or by its name on the hub, with the image processor that belongs to it."""
+
+    def __init__(self, name: str, device: torch.device, precision: str = "fp32") -> None:
+        self.device, self.precision = device, precision
+        self.network = AutoModel.from_pretrained(name).to(device).eval().requires_grad_(False)
+        self._processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+
+    def prepare(self, image: Image.Image) -> np.ndarray:
+        """An RGB image -> the network's input (3, H, W) float32: its own resizing, cropping and normalisation."""
+        return self._processor(image, return_tensors="np")["pixel_values"][0]
+
+    @torch.inference_mode()
+    def features(self, inputs: Tensor) -> Tensor:
+        """Inputs (B, 3, H, W) -> one vector of length 1 per image (B, d), fp32: the projected embedding of a model of
+        images and texts (CLIP, SigLIP), else the pooled output of an image tower (DINOv2: its class token)."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            embed = getattr(self.network, "get_image_features", self.network)
+            output = embed(pixel_values=inputs)
+        return normalize(output.pooler_output.float(), dim=1)

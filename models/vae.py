@@ -1,0 +1,35 @@
+"""The autoencoder between pixels and latents: diffusers' AutoencoderKL, from a local folder or a hub name."""
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+
+class VAE:
+    """Images (B, 3, H, W) in [-1, 1] <-> moments (B, 2C, h, w) and latents (B, C, h, w)."""
+
+    def __init__(self, name: str, device: torch.device, precision: str = "fp32") -> None:
+        self.name, self.device, self.precision = name, device, precision
+        network = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
+        self.network = network.to(device).eval().requires_grad_(False)
+        config = self.network.config
+        self.channels: int = config.latent_channels
+        self.factor: int = 2 ** (len(config.block_out_channels) - 1)  # pixels a side of a latent
+        self.scaling: float = config.scaling_factor
+        self.shift: float = config.shift_factor or 0.0
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    @torch.inference_mode()
+    def moments(self, images: Tensor) -> Tensor:
+        """Mean and log-variance, stacked along the channels, of the posterior of each image; fp32, not scaled."""
+        with self._autocast():
+            posterior = self.network.encode(images).latent_dist
+        return torch.cat([posterior.mean.float(), posterior.logvar.float()], dim=1)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of latents as the network is trained on them: (z - shift) * scaling."""
+        with self._autocast():
+            return self.network.decode(latents / self.scaling + self.shift).sample.float()

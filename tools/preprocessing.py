@@ -1,0 +1,101 @@
+"""What the preprocessing tools have in common: their processes, here or on nodes, and how they end."""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.errors import DataError
+from data.shards import MANIFEST, SETTINGS
+from data.sources import list_source
+from data.verify import verify_store
+from slurm.launch import LaunchError, follow, make_executor, parse_option, submit, submit_array
+from trainer.errors import RunError
+
+
+def add_process_options(parser: argparse.ArgumentParser) -> None:
+    """Where the tool runs."""
+    parser.add_argument("--nodes", type=int, help="Slurm nodes: a job array of as many jobs, which share the work")
+    parser.add_argument("--procs", type=int, help="processes per node; default: one per GPU (on Slurm: 8)")
+    parser.add_argument("--cpu", action="store_true", help="ask Slurm for no GPUs")
+    parser.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="as --slurm partition=gpu")
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Which images become which shards."""
+    parser.add_argument("--images", type=Path, required=True, help="a tree of class folders, or a folder of tar shards")
+    parser.add_argument("--out", type=Path, required=True, help="where the shards go; on a shared file system")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of the network's arithmetic")
+    parser.add_argument("--batch", type=positive, default=32, help="images the network takes at once")
+    parser.add_argument("--workers", type=int, default=4, help="processes that decode images, for each GPU")
+    parser.add_argument("--shard-size", type=positive, default=2048, help="images of a shard (of class folders)")
+    parser.add_argument("--max-rejects", type=int, default=0, help="images that may be damaged; see rejected.jsonl")
+    parser.add_argument("--verify", action="store_true", help="only prove that all is there, once and unharmed")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
+    return value
+
+
+def run_in_processes(args: argparse.Namespace, function: Callable[..., Any], **arguments: Any) -> None:
+    """Call `function(**arguments, process=..., processes=...)` in every process asked for, and wait for them; jobs of
+    Slurm are only submitted."""
+    here = torch.cuda.device_count()
+    nodes, procs = args.nodes or 1, args.procs or (8 if args.nodes else max(here, 1))
+    options = dict(parse_option(option) for option in args.slurm)
+    if not args.nodes and procs == 1:
+        function(**arguments)
+        return
+    logs = args.out.absolute() / "logs" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    gpus = (0 if args.cpu else procs) if args.nodes else min(here, procs)
+    executor = make_executor("slurm" if args.nodes else "local", logs, args.out.name, 1, procs, gpus, options)
+    shares = [partial(_share, function, arguments, node * procs, nodes * procs) for node in range(nodes)]
+    if args.nodes:
+        jobs = submit_array(executor, shares)
+        print(f"jobs {' '.join(job.job_id for job in jobs)}: logs in {logs}")
+    else:
+        follow(submit(executor, shares[0]))
+
+
+def _share(function: Callable[..., Any], arguments: dict[str, Any], first: int, processes: int) -> None:
+    function(**arguments, process=first + int(os.environ["RANK"]), processes=processes)
+
+
+def report(folder: Path) -> None:
+    """Whether the work in a folder is complete."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        print(f"{folder}: not complete yet; the same command goes on with it")
+        return
+    manifest = json.loads(path.read_text())
+    print(f"{folder}: complete, {manifest['images']} images, {manifest.get('rejected', 0)} rejected")
+
+
+def run_tool(main: Callable[[list[str]], None]) -> None:
+    """Call `main` with the command line; errors that the user can mend are one line, and the exit code is 1."""
+    try:
+        main(sys.argv[1:])
+    except (DataError, RunError, LaunchError) as error:
+        message = re.sub(r"^(data|trainer)\.errors\.\w+: ", "", str(error))
+        sys.exit(f"error: {message}")
+
+
+def verify(folder: Path, images: Path) -> None:
+    """Print what is wrong with a store; exit code 1 if anything is."""
+    settings = json.loads(path.read_text()) if (path := folder / SETTINGS).is_file() else {}
+    source = list_source(images, settings.get("part_size", 1))
+    problems = list(verify_store(folder, source))
+    print("\n".join(problems) or f"{folder}: verified: every image once, every byte as written")
+    sys.exit(1 if problems else 0)

@@ -1,0 +1,116 @@
+"""Latents and features of an image set: what each process of tools/precompute_latents.py and _features.py does."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.crop import center_crop
+from data.errors import DataError
+from data.extract import Work, extract
+from models.encoders import Encoder
+from models.fingerprint import fingerprint
+from models.vae import VAE
+from trainer.errors import RunError
+
+T = TypeVar("T")
+Precision = Literal["bf16", "fp32"]
+
+
+def precompute_latents(
+    images: Path,
+    out: Path,
+    vae: str,
+    image_size: int,
+    precision: Precision,
+    dtype: Literal["float16", "float32"],
+    part_size: int,
+    batch: int,
+    workers: int,
+    max_rejects: int,
+    process: int = 0,
+    processes: int = 1,
+) -> dict | None:
+    """Posterior moments of every image and of its mirror image, (2, 2C, h, w): mean and log-variance along the second
+    axis, not scaled. Returns the manifest, or None if other processes still make shards."""
+    network = _load("--vae", vae, lambda: VAE(vae, _device(), precision))
+    if image_size % network.factor:
+        raise RunError(f"--size {image_size}: must be a multiple of the VAE's factor, {network.factor}")
+    settings = {
+        "name": vae,
+        "vae_weights": fingerprint(network.network),
+        "scaling_factor": network.scaling,
+        "shift_factor": network.shift,
+        "size": image_size,
+        "transform": "ADM centre crop",
+        "precision": precision,
+        "dtype": dtype,
+    }
+
+    def prepare(image: Image.Image) -> np.ndarray:
+        return center_crop(image, image_size).transpose(2, 0, 1)
+
+    def encode(pixels: Tensor) -> dict[str, np.ndarray]:
+        x = pixels.to(network.device, non_blocking=True) / 127.5 - 1
+        moments = network.moments(torch.cat([x, x.flip(3)]))
+        both = moments.unflatten(0, (2, len(x))).transpose(0, 1)
+        return {"moments": both.to(getattr(torch, dtype)).cpu().numpy()}
+
+    return _extract(
+        Work("latents", images, out, settings, prepare, encode, part_size, batch, workers, max_rejects),
+        process,
+        processes,
+    )
+
+
+def precompute_features(
+    images: Path,
+    out: Path,
+    encoder: str,
+    precision: Precision,
+    part_size: int,
+    batch: int,
+    workers: int,
+    max_rejects: int,
+    process: int = 0,
+    processes: int = 1,
+) -> dict | None:
+    """A float16 vector of length 1 per image. Returns the manifest, or None if other processes still make shards."""
+    network = _load("--encoder", encoder, lambda: Encoder(encoder, _device(), precision))
+    settings = {"name": encoder, "encoder_weights": fingerprint(network.network), "precision": precision}
+
+    def encode(inputs: Tensor) -> dict[str, np.ndarray]:
+        features = network.features(inputs.to(network.device, non_blocking=True))
+        return {"feature": features.half().cpu().numpy()}
+
+    return _extract(
+        Work("features", images, out, settings, network.prepare, encode, part_size, batch, workers, max_rejects),
+        process,
+        processes,
+    )
+
+
+def _extract(work: Work, process: int, processes: int) -> dict | None:
+    try:
+        return extract(work, process, processes)
+    except DataError as error:
+        raise RunError(str(error)) from None
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def _load(option: str, name: str, load: Callable[[], T]) -> T:
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RunError(f"{option} {name}: cannot be loaded: {reason}; give a local folder or a hub name") from None
