@@ -17,11 +17,12 @@ from data.files import WORK
 class Claims:
     """Iterate to claim parts: numbers of `results` (files of `folder`) that are not there and that nobody else makes.
 
-    It starts at part `start` and ends when nothing is left to claim. Call `release` once the result is there.
+    It starts at part `start` and ends when nothing is left to claim, or when the file `complete` appears, for which
+    the results are only parts. Call `release` once the result is there.
     """
 
-    def __init__(self, folder: Path, results: list[str], start: int = 0) -> None:
-        self.folder, self.results, self.start = folder, results, start
+    def __init__(self, folder: Path, results: list[str], start: int = 0, complete: Path | None = None) -> None:
+        self.folder, self.results, self.start, self.complete = folder, results, start, complete
         self._held: dict[int, TextIO] = {}
 
     def __iter__(self) -> Iterator[int]:
@@ -39,7 +40,7 @@ class Claims:
         self._held.pop(part).close()
 
     def _done(self, part: int) -> bool:
-        return (self.folder / self.results[part]).exists()
+        return (self.folder / self.results[part]).exists() or (self.complete is not None and self.complete.exists())
 
     def _claim(self, part: int) -> bool:
         name = self.results[part]

@@ -19,6 +19,7 @@ def similar_groups(
     they are), because they would be left over else. It ends when no free image has enough free neighbours.
     """
     n = len(graph.ids)
+    least = _at_or_above(threshold, graph.similarities.dtype)
     if size == 1:
         return rng.permutation(n)[:count, None].astype(np.int32)
     free = np.ones(n, dtype=bool)
@@ -31,7 +32,7 @@ def similar_groups(
         pool, anchors = (anchors[:few], anchors[few:]) if at_random else (anchors, anchors[:0])
         pool = pool[free[pool]]
         candidates = graph.ids[pool]
-        usable = free[candidates] & (graph.similarities[pool] >= threshold)
+        usable = free[candidates] & (graph.similarities[pool] >= least)
         choices = usable.sum(axis=1)
         enough = choices >= size - 1
         pool, candidates, usable, choices = (a[enough] for a in (pool, candidates, usable, choices))
@@ -50,6 +51,12 @@ def similar_groups(
         missing -= len(groups)
         anchors = np.concatenate([anchors, pool])
     return np.concatenate(found) if found else np.empty((0, size), np.int32)
+
+
+def _at_or_above(value: float, dtype: np.dtype) -> np.floating:
+    """The least number of a type that is not below `value`: numpy would compare with the nearest."""
+    nearest = dtype.type(value)
+    return nearest if float(nearest) >= value else np.nextafter(nearest, dtype.type(np.inf))
 
 
 def _draw(candidates: np.ndarray, usable: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:

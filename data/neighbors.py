@@ -1,37 +1,128 @@
-"""Neighbour graph: for each image the k most similar others, by cosine, exactly."""
+"""Neighbour graph: for each image the k most similar others by cosine, exactly.
+
+Fast products find candidates, float64 ranks them, and an error bound proves that none was missed; where it cannot, the
+next finer precision looks again. Features of whole numbers or of float16 with a length of about 1 have exact dot
+products in float64, in whatever order they are summed: every machine then finds the same graph, equal ones included.
+"""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
+
+COLUMNS = 2**17  # images that a block of rows is compared with at once
+EXACT_ELEMENTS = 2**18  # float64 numbers at once when candidates are ranked: these stay in a core's cache
 
 
 @dataclass(frozen=True)
 class NeighborGraph:
-    """ids (n, k) int32, nearest first, never the image itself nor one twice; similarities (n, k) float32."""
+    """ids (n, k) int32, nearest first, never the image itself nor one twice; similarities (n, k) float32, or float16
+    rounded down."""
 
     ids: np.ndarray
     similarities: np.ndarray
 
 
 def nearest_neighbors(features: np.ndarray, k: int, block: int = 1024) -> NeighborGraph:
-    """The k nearest by cosine of `features` (n, d), computed in float64 by blocks of rows; equal ones: lower id first.
-
-    The dot products come before the normalisation: those of whole numbers are then exact, whatever the order in which a
-    machine sums them, so all ranks find the same graph. An image of zeros has similarity 0 to all.
-    """
+    """The k nearest by cosine of `features` (n, d), equal ones: lower id first. An image of zeros has similarity 0 to
+    all."""
     if not 1 <= k < len(features):
         raise ValueError(f"groups.neighbors={k}: must be from 1 to the number of images less one, {len(features) - 1}")
-    rows = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float64))
-    norms = rows.square().sum(dim=1).sqrt()
-    norms[norms == 0] = 1
-    ids = np.empty((len(rows), k), np.int32)
-    similarities = np.empty((len(rows), k), np.float32)
-    for start in range(0, len(rows), block):
-        stop = min(start + block, len(rows))
-        cosine = rows[start:stop] @ rows.T / (norms[start:stop, None] * norms)
-        cosine[torch.arange(stop - start), torch.arange(start, stop)] = -torch.inf
-        values, order = cosine.sort(dim=1, descending=True, stable=True)
-        ids[start:stop] = order[:, :k]
-        similarities[start:stop] = values[:, :k]
-    return NeighborGraph(ids, similarities)
+    search = ExactSearch(features)
+    blocks = [search.nearest(np.arange(i, min(i + block, len(features))), k) for i in range(0, len(features), block)]
+    ids, similarities = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+    return NeighborGraph(ids, similarities.astype(np.float32))
+
+
+class ExactSearch:
+    """The images of `features` (n, d), ready to be compared. `precision` is that of the first look."""
+
+    def __init__(
+        self, features: np.ndarray, device: torch.device | str = "cpu", precision: Literal["bf16", "fp32"] = "fp32"
+    ) -> None:
+        self._rows = torch.from_numpy(np.ascontiguousarray(features)).to(device)
+        self._norms = torch.cat([rows.double().square().sum(dim=1).sqrt() for rows in self._rows.split(2**14)])
+        self._norms[self._norms == 0] = 1
+        unit = self._rows.float() / self._norms.float()[:, None]
+        self._looks = [_Look(unit, extra=16, error=_fp32_error(unit.shape[1]))]
+        if precision == "bf16":  # both factors and the product are rounded to 8 bits
+            error = 3.1 * 2**-9 + _fp32_error(unit.shape[1])
+            self._looks.insert(0, _Look(unit.bfloat16(), extra=192, error=error))
+
+    def nearest(self, images: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids (b, k) int32, similarities (b, k) float64) of the k nearest of each image (b,)."""
+        ids = np.empty((len(images), k), np.int32)
+        similarities = np.empty((len(images), k))
+        left = np.arange(len(images))
+        for look in self._looks:
+            if len(left):
+                found, cosine, proven = self._look(images[left], k, look)
+                ids[left[proven]], similarities[left[proven]] = found[proven], cosine[proven]
+                left = left[~proven]
+        for i in range(0, len(left), rows := max(1, 2**26 // len(self._rows))):
+            some = left[i : i + rows]
+            ids[some], similarities[some] = self._sort_all(images[some], k)
+        return ids, similarities
+
+    def rank(self, images: np.ndarray, candidates: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same of `candidates` (b, m) alone: ids in rising order, -1 for none."""
+        device = self._rows.device
+        cosine, ids = self._ranked(torch.from_numpy(images).to(device), torch.from_numpy(candidates).to(device), k)
+        return ids.int().cpu().numpy(), cosine.cpu().numpy()
+
+    def _look(self, images: np.ndarray, k: int, look: "_Look") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids, similarities, whether they are proven to be right (b,)) by the products of rounded rows."""
+        mine = torch.from_numpy(images).to(look.unit.device)
+        number = min(k + look.extra, len(look.unit) - 1)
+        best, ids = look.unit.new_empty(len(mine), 0), mine.new_empty(len(mine), 0)
+        for start in range(0, len(look.unit), COLUMNS):
+            products = look.unit[mine] @ look.unit[start : start + COLUMNS].T
+            inside = ((mine >= start) & (mine < start + COLUMNS)).nonzero().squeeze(1)
+            products[inside, mine[inside] - start] = -torch.inf
+            values, columns = products.topk(min(number, products.shape[1]), dim=1)
+            best, kept = torch.cat([best, values], dim=1).topk(min(number, best.shape[1] + values.shape[1]), dim=1)
+            ids = torch.cat([ids, columns + start], dim=1).gather(1, kept)
+        cosine, ids = self._ranked(mine, ids.sort(dim=1).values, k)
+        others = best[:, -1].double() + look.error  # no image that was not looked at is nearer than this
+        proven = (cosine[:, -1] > others) | (number == len(look.unit) - 1)
+        return ids.cpu().numpy(), cosine.cpu().numpy(), proven.cpu().numpy()
+
+    def _ranked(self, images: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """(similarities (b, k) float64, ids (b, k)) of the nearest of `candidates` (b, m), in order of id; -1: none."""
+        rows = max(1, EXACT_ELEMENTS // (candidates.shape[1] * self._rows.shape[1]))
+        cosine = torch.cat(
+            [
+                (self._rows[some][:, None].double() * self._rows[others].double()).sum(dim=2)
+                for some, others in zip(images.split(rows), candidates.split(rows), strict=True)
+            ]
+        )
+        cosine /= self._norms[images, None] * self._norms[candidates]
+        cosine[candidates < 0] = -torch.inf
+        cosine, order = cosine.sort(dim=1, descending=True, stable=True)
+        return cosine[:, :k], candidates.gather(1, order[:, :k])
+
+    def _sort_all(self, images: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, similarities) by comparing with all others in float64."""
+        mine = torch.from_numpy(images).to(self._rows.device)
+        products = [self._rows[mine].double() @ rows.double().T for rows in self._rows.split(2**14)]
+        cosine = torch.cat(products, dim=1) / (self._norms[mine, None] * self._norms)
+        cosine[torch.arange(len(mine)), mine] = -torch.inf
+        cosine, order = cosine.sort(dim=1, descending=True, stable=True)
+        return order[:, :k].cpu().numpy(), cosine[:, :k].cpu().numpy()
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Rows of length 1, rounded to a fast type; how many candidates besides k; the largest error of a product."""
+
+    unit: Tensor
+    extra: int
+    error: float
+
+
+def _fp32_error(length: int) -> float:
+    """Of a dot product of two unit vectors in any order of summation, their rounding included (Higham, "Accuracy and
+    Stability of Numerical Algorithms", section 3.1)."""
+    return (length + 8) * 2**-24

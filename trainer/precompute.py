@@ -1,9 +1,10 @@
 """Latents and features of an image set: what each process of tools/precompute_latents.py and _features.py does."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from data.crop import center_crop
 from data.errors import DataError
 from data.extract import Work, extract
+from data.graph import build_graph
 from models.encoders import Encoder
 from models.fingerprint import fingerprint
 from models.vae import VAE
@@ -61,11 +63,12 @@ def precompute_latents(
         both = moments.unflatten(0, (2, len(x))).transpose(0, 1)
         return {"moments": both.to(getattr(torch, dtype)).cpu().numpy()}
 
-    return _extract(
-        Work("latents", images, out, settings, prepare, encode, part_size, batch, workers, max_rejects),
-        process,
-        processes,
-    )
+    with _data_errors():
+        return extract(
+            Work("latents", images, out, settings, prepare, encode, part_size, batch, workers, max_rejects),
+            process,
+            processes,
+        )
 
 
 def precompute_features(
@@ -88,16 +91,18 @@ def precompute_features(
         features = network.features(inputs.to(network.device, non_blocking=True))
         return {"feature": features.half().cpu().numpy()}
 
-    return _extract(
-        Work("features", images, out, settings, network.prepare, encode, part_size, batch, workers, max_rejects),
-        process,
-        processes,
-    )
+    with _data_errors():
+        return extract(
+            Work("features", images, out, settings, network.prepare, encode, part_size, batch, workers, max_rejects),
+            process,
+            processes,
+        )
 
 
-def _extract(work: Work, process: int, processes: int) -> dict | None:
+@contextmanager
+def _data_errors() -> Iterator[None]:
     try:
-        return extract(work, process, processes)
+        yield
     except DataError as error:
         raise RunError(str(error)) from None
 
@@ -114,3 +119,11 @@ def _load(option: str, name: str, load: Callable[[], T]) -> T:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RunError(f"{option} {name}: cannot be loaded: {reason}; give a local folder or a hub name") from None
+
+
+def build_neighbors(precision: Precision | None, **arguments: Any) -> None:
+    """data.graph.build_graph on this process's device; `precision` None: the one that is fast there."""
+    device = _device()
+    precision = precision or ("bf16" if device.type == "cuda" else "fp32")
+    with _data_errors():
+        build_graph(precision=precision, device=device, **arguments)

@@ -1,0 +1,111 @@
+"""The neighbour graph of a feature store, as a folder: two memory-mapped arrays and a manifest.
+
+ids.npy           (n, k) int32, nearest first
+similarities.npy  (n, k) float16, rounded down: what passes a threshold is truly at or above it
+manifest.json     which features, how many, how found
+"""
+
+import json
+import shutil
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from tqdm import tqdm
+
+from data.claims import Claims, wait_for_lock
+from data.errors import DataError
+from data.files import WORK, appearing, partial_of, write_json
+from data.ivf import IVFSearch
+from data.neighbors import ExactSearch, NeighborGraph
+from data.shards import MANIFEST, agree_on_settings
+from data.store import Store, read_manifest
+
+IDS, SIMILARITIES, PARTS = "ids.npy", "similarities.npy", "parts"
+PART, BLOCK, SAMPLE = 16_384, 1024, 1000
+
+
+def build_graph(
+    features: Path,
+    out: Path,
+    neighbors: int,
+    method: Literal["exact", "ivf"],
+    probes: int,
+    precision: Literal["bf16", "fp32"],
+    device: torch.device,
+    process: int = 0,
+    processes: int = 1,
+) -> None:
+    """The `neighbors` nearest of every image, in parts that processes share; the last one to end puts them together."""
+    manifest = read_manifest(features, "features", "tools/precompute_features.py")
+    n = manifest["images"]
+    if not 1 <= neighbors < n:
+        raise DataError(f"--neighbors {neighbors}: must be from 1 to {n - 1}, one less than there are images")
+    settings = {
+        "name": manifest["settings"].get("name"),
+        "keys": manifest["keys"],
+        "features": sha256(json.dumps(manifest["shards"]).encode()).hexdigest(),
+        "neighbors": neighbors,
+        "method": method if method == "exact" else f"ivf, {probes} probes",
+    }
+    agree_on_settings(out, settings)
+    if (out / MANIFEST).is_file():
+        return
+    parts = [f"{part:06d}.npz" for part in range(-(-n // PART))]
+    rows = Store(features, manifest).read("feature", np.arange(n))
+    exact = ExactSearch(rows, device, precision)
+    search = exact if method == "exact" else IVFSearch(rows, probes, exact)
+    claims = Claims(out / PARTS, parts, process * len(parts) // processes, complete=out / MANIFEST)
+    ready = min(n, PART * sum((out / PARTS / name).exists() for name in parts))
+    with tqdm(desc="neighbors", unit="img", total=n, initial=ready, mininterval=0.5) as bar:
+        for part in claims:
+            ids, similarities = [], []
+            for start in range(part * PART, min((part + 1) * PART, n), BLOCK):
+                block = np.arange(start, min(start + BLOCK, (part + 1) * PART, n))
+                found, cosine = search.nearest(block, neighbors)
+                ids.append(found)
+                similarities.append(round_down(cosine))
+                bar.update(len(block))
+            with appearing(out / PARTS / parts[part]) as file:
+                np.savez(file, ids=np.concatenate(ids), similarities=np.concatenate(similarities))
+            claims.release(part)
+    if (out / MANIFEST).is_file() or all((out / PARTS / name).exists() for name in parts):
+        with wait_for_lock(out, MANIFEST):
+            if not (out / MANIFEST).is_file():
+                recall = _join(out, n, neighbors, parts, exact)
+                write_json(out / MANIFEST, {"kind": "neighbors", "images": n, "recall": recall, "settings": settings})
+                shutil.rmtree(out / PARTS)
+                shutil.rmtree(out / WORK, ignore_errors=True)
+
+
+def open_graph(folder: Path) -> tuple[NeighborGraph, dict]:
+    """A graph, memory-mapped, and its manifest. DataError if it is not there or not complete."""
+    manifest = read_manifest(folder, "neighbors", "tools/build_neighbors.py")
+    return NeighborGraph(*(np.load(folder / name, mmap_mode="r") for name in (IDS, SIMILARITIES))), manifest
+
+
+def round_down(values: np.ndarray) -> np.ndarray:
+    """float64 -> float16, never above the value."""
+    nearest = values.astype(np.float16)
+    return np.where(nearest > values, np.nextafter(nearest, np.float16(-np.inf)), nearest)
+
+
+def _join(out: Path, n: int, neighbors: int, parts: list[str], exact: ExactSearch) -> float:
+    """Write the two arrays. Returns the recall: the share that is there of the true neighbours of some images."""
+    sample = np.random.default_rng(0).permutation(n)[:SAMPLE]
+    true, _ = exact.nearest(sample, neighbors)
+    arrays = {}
+    for name, entry, dtype in ((IDS, "ids", np.int32), (SIMILARITIES, "similarities", np.float16)):
+        partial = partial_of(out / name)
+        partial.parent.mkdir(exist_ok=True)
+        arrays[entry] = open_memmap(partial, "w+", dtype, (n, neighbors))
+        for number, part in enumerate(parts):
+            with np.load(out / PARTS / part) as stored:
+                arrays[entry][number * PART : (number + 1) * PART] = stored[entry]
+        arrays[entry].flush()
+        partial.replace(out / name)
+    hits = (arrays["ids"][sample][:, :, None] == true[:, None]).any(axis=2)
+    return float(hits.mean())
