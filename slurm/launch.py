@@ -73,6 +73,11 @@ def submit_array(executor: submitit.AutoExecutor, functions: list[Callable[[], A
         return [executor.submit(_run_task, None, None, function) for function in functions]
 
 
+def call_share(function: Callable[..., None], arguments: dict[str, Any], first: int, processes: int) -> None:
+    """In each process of a job: call the function as number `first` + rank of `processes` that share a piece of work."""
+    function(**arguments, process=first + int(os.environ["RANK"]), processes=processes)
+
+
 @contextmanager
 def _sbatch_errors() -> Iterator[None]:
     try:

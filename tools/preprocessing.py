@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from data.errors import DataError
 from data.shards import MANIFEST, SETTINGS
 from data.sources import list_source
 from data.verify import verify_store
-from slurm.launch import LaunchError, follow, make_executor, parse_option, submit, submit_array
+from slurm.launch import LaunchError, call_share, follow, make_executor, parse_option, submit, submit_array
 from trainer.errors import RunError
 
 
@@ -61,16 +60,12 @@ def run_in_processes(args: argparse.Namespace, function: Callable[..., Any], **a
     logs = args.out.absolute() / "logs" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     gpus = (0 if args.cpu else procs) if args.nodes else min(here, procs)
     executor = make_executor("slurm" if args.nodes else "local", logs, args.out.name, 1, procs, gpus, options)
-    shares = [partial(_share, function, arguments, node * procs, nodes * procs) for node in range(nodes)]
+    shares = [partial(call_share, function, arguments, node * procs, nodes * procs) for node in range(nodes)]
     if args.nodes:
         jobs = submit_array(executor, shares)
         print(f"jobs {' '.join(job.job_id for job in jobs)}: logs in {logs}")
     else:
         follow(submit(executor, shares[0]))
-
-
-def _share(function: Callable[..., Any], arguments: dict[str, Any], first: int, processes: int) -> None:
-    function(**arguments, process=first + int(os.environ["RANK"]), processes=processes)
 
 
 def report(folder: Path) -> None:
