@@ -25,7 +25,7 @@ class MicroBatch:
 class Batch:
     """B images in groups of `group_size`, each contiguous; all of one kind, so it is one call of the network."""
 
-    x: Tensor  # (B, C, H, W) clean, in [-1, 1]
+    x: Tensor  # (B, C, H, W) clean: latents, or pixels in [-1, 1]
     noise: Tensor  # (B, C, H, W) standard normal
     t: Tensor  # (B,) in [0, 1]
     label: Tensor  # (B,) class numbers
@@ -53,13 +53,13 @@ def make_batch(images: Images, config: GroupsConfig, max_group_size: int, seed: 
     size = config.size if micro.grouped else 1
     number = len(micro.images)
     positions = np.arange(micro.position, micro.position + number)
-    drawn = draw(seed, Stream.TRAINING, positions, images.x.shape[1:], size, max_group_size)
+    drawn = draw(seed, Stream.TRAINING, positions, images.shape, size, max_group_size, images.posterior)
     base, offset, drop = drawn.uniform.T
     first = np.arange(number) // size * size
     t = spread_timesteps(base[first], np.where(first == np.arange(number), 0.5, offset), config.spread)
     dropped = np.full(number, micro.grouped) if config.variant == "light" else drop[first] < config.drop
     return Batch(
-        x=torch.from_numpy(images.x[micro.images]),
+        x=images.read(micro.images, drawn),
         noise=torch.from_numpy(drawn.noise),
         t=torch.from_numpy(t.astype(np.float32)),
         label=torch.from_numpy(images.label[micro.images]),

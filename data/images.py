@@ -1,38 +1,108 @@
 """The images that a run trains on, and where they come from."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
-from pydantic import BaseModel, Field
+import torch
+from pydantic import BaseModel, Field, model_validator
 
 from data import digits
+from data.errors import DataError
+from data.latents import Latents
+from data.neighbors import NeighborGraph, nearest_neighbors
+from data.randomness import Draws
+from data.streamed_latents import StreamedLatents
 
 
 class DataConfig(BaseModel, extra="forbid", frozen=True):
-    """Which images, and how they are read."""
+    """Which images, and how they are read. What stands in it of channels, side and scaling must be true of the latents;
+    null accepts whatever they have."""
 
-    name: Literal["digits"] = "digits"
+    name: Literal["digits", "latents"] = "digits"
+    latents: str | None = None  # folder made by tools/precompute_latents.py or tools/cluster_latents.py
+    neighbors: str | None = None  # folder made by tools/build_neighbors.py, of features of the same images
+    channels: int | None = Field(None, ge=1)  # of a latent
+    side: int | None = Field(None, ge=1)  # of a latent, in its own pixels
+    scaling: float | None = Field(None, gt=0)  # of latents by the VAE
+    flip: bool = True  # half of the latents, at random, of the mirror image
+    vae: str | None = None  # to show samples; null: the one that the latents name
+    streaming: bool = False  # read whole shards in turn instead of images at random: see README
+    window: int = Field(8, ge=1)  # shards that a rank has in memory and forms groups in (streaming)
     workers: int = Field(0, ge=0)  # processes per rank that prepare batches; 0: in the training process
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if self.name == "latents" and not self.latents:
+            raise ValueError("latents=null: name=latents needs a folder made by tools/precompute_latents.py")
+        if self.name == "digits":
+            given = {"latents": self.latents, "neighbors": self.neighbors, "vae": self.vae, "streaming": self.streaming}
+            for name, value in given.items():
+                if value:
+                    raise ValueError(f"{name}={value}: is for name=latents; set that, or leave {name} out")
+        return self
+
+
+class Images(Protocol):
+    """n images by number. `posterior` tells whether an image is a distribution to draw from, and may be mirrored."""
+
+    label: np.ndarray  # (n,) class numbers
+    num_classes: int
+    shape: tuple[int, int, int]  # C, H, W of one
+    posterior: bool
+    vae: str | None  # what decodes them; None: they are pixels
+
+    def __len__(self) -> int: ...
+
+    def read(self, numbers: np.ndarray, draws: Draws) -> torch.Tensor:
+        """The images `numbers` (b,), (b, C, H, W) float32; what is random about them is in `draws`."""
+
+    def max_neighbors(self) -> int:
+        """How many `neighbors` of each are known. DataError if none."""
+
+    def neighbors(self, k: int) -> NeighborGraph:
+        """The k most similar others of each."""
 
 
 @dataclass(frozen=True)
-class Images:
-    """x (n, C, H, W) float32 in [-1, 1], label (n,) int64; `features` (n, d) is what images are compared by."""
+class ArrayImages:
+    """Images in memory: x (n, C, H, W) float32 in [-1, 1], label (n,) int64; `features` (n, d) are what is compared."""
 
     x: np.ndarray
     label: np.ndarray
     features: np.ndarray
     num_classes: int
+    posterior = False
+    vae = None
 
     def __len__(self) -> int:
         return len(self.label)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """C, H, W."""
+        return self.x.shape[1:]
 
-_SOURCES: dict[str, Callable[[str], tuple[np.ndarray, np.ndarray, np.ndarray, int]]] = {"digits": digits.load}
+    def read(self, numbers: np.ndarray, draws: Draws) -> torch.Tensor:
+        """As they are."""
+        return torch.from_numpy(self.x[numbers])
+
+    def max_neighbors(self) -> int:
+        """All others."""
+        return len(self) - 1
+
+    def neighbors(self, k: int) -> NeighborGraph:
+        """By their features."""
+        return nearest_neighbors(self.features, k)
 
 
-def open_images(name: str, split: Literal["train", "heldout"] = "train") -> Images:
-    """The images called `name`; "heldout" are those that training never sees."""
-    return Images(*_SOURCES[name](split))
+def open_images(config: DataConfig, split: Literal["train", "heldout"] = "train") -> Images:
+    """The images of a config; "heldout" are those that training never sees. DataError if there are none."""
+    if config.name == "digits":
+        return ArrayImages(*digits.load(split))
+    if split != "train":
+        raise DataError(f"data.name={config.name}: has no held-out images")
+    fields = {name: getattr(config, name) for name in ("channels", "side", "scaling")}
+    if config.streaming:
+        return StreamedLatents(config.latents, config.vae, config.flip, config.window, fields)
+    return Latents(config.latents, config.neighbors, config.vae, config.flip, fields)

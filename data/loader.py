@@ -46,15 +46,17 @@ class GroupSampler(Sampler[list[MicroBatch]]):
             yield [
                 MicroBatch(step * len(images) + start, images[start:stop], is_group)
                 for begin, end, is_group in ((0, grouped, True), (grouped, len(images), False))
-                for start, stop in self._pieces(begin, end)
+                for start, stop in rank_pieces(begin, end, self.rank, self.world_size, self.micro_batch)
             ]
 
-    def _pieces(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        length = (end - begin) // self.world_size
-        start = begin + self.rank * length
-        stop = start + length
-        size = self.micro_batch or max(length, 1)
-        return ((i, min(i + size, stop)) for i in range(start, stop, size))
+
+def rank_pieces(begin: int, end: int, rank: int, world_size: int, micro_batch: int | None) -> Iterator[tuple[int, int]]:
+    """A rank's contiguous slice of the places `begin` to `end` of a step, cut into micro-batches (start, stop)."""
+    length = (end - begin) // world_size
+    start = begin + rank * length
+    stop = start + length
+    size = micro_batch or max(length, 1)
+    return ((i, min(i + size, stop)) for i in range(start, stop, size))
 
 
 class BatchDataset(Dataset[list[Batch]]):

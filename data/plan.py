@@ -79,8 +79,8 @@ def plan_epoch(
     n = len(label)
     steps = steps_per_epoch(n, global_batch)
     rng = np.random.default_rng([seed, epoch])
-    grouped = _grouped_images(config, global_batch, epoch * steps, steps)
-    groups, fallback = _form_groups(config, label, graph, int(grouped.sum()) // config.size, rng)
+    grouped = np.diff(grouped_before(config, global_batch, epoch * steps + np.arange(steps + 1)))
+    groups, fallback = form_groups(config, label, graph, int(grouped.sum()) // config.size, rng)
     alone = np.ones(n, dtype=bool)
     alone[groups] = False
     images = np.empty((steps, global_batch), np.int32)
@@ -102,16 +102,15 @@ def group_quantum(config: GroupsConfig, global_batch: int) -> int:
     return global_batch if config.mixing == "by_step" else config.size * config.splits
 
 
-def _grouped_images(config: GroupsConfig, global_batch: int, first_step: int, steps: int) -> np.ndarray:
-    """Images in groups, for each step (steps,): after any number of steps since the start of the run, the share of all
-    images so far is met to less than one quantum (a line drawn on a grid: multiples of the share, rounded down)."""
+def grouped_before(config: GroupsConfig, global_batch: int, step: int | np.ndarray) -> np.ndarray:
+    """Images in groups in all steps before `step`: the share of all images so far, met to less than one quantum (a line
+    drawn on a grid: multiples of the share, rounded down)."""
     quantum = group_quantum(config, global_batch)
     slope = config.share * global_batch / quantum
-    line = np.floor(np.arange(first_step, first_step + steps + 1) * slope + 1e-9)  # a whole number may come out below
-    return np.diff(line).astype(np.int64) * quantum
+    return np.floor(step * slope + 1e-9).astype(np.int64) * quantum  # a whole number may come out below
 
 
-def _form_groups(
+def form_groups(
     config: GroupsConfig, label: np.ndarray, graph: NeighborGraph | None, count: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """`count` disjoint groups (count, size) in random order, and which of them are fallbacks (count,) bool."""

@@ -5,7 +5,7 @@ the position in the high word of its counter: every position has 2^192 numbers o
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -21,11 +21,16 @@ class Stream(IntEnum):
 @dataclass(frozen=True)
 class Draws:
     """What is random about B images: noise (B, *shape) float32, standard normal; uniform (B, 3) float64 in [0, 1); and
-    slot (B,) int64, rows of the sample embedding: for each group without replacement, so that no slot is special."""
+    slot (B,) int64, rows of the sample embedding: for each group without replacement, so that no slot is special.
+
+    For images drawn from a posterior also its noise, `posterior` like `noise`, and flip (B,) bool, for half of them.
+    """
 
     noise: np.ndarray
     uniform: np.ndarray
     slot: np.ndarray
+    posterior: np.ndarray | None = None
+    flip: np.ndarray | None = None
 
 
 def draw(
@@ -35,16 +40,19 @@ def draw(
     shape: tuple[int, ...],
     group_size: int,
     max_group_size: int,
+    posterior: bool = False,
 ) -> Draws:
     """The numbers of the images at `positions` (B,) of a stream, in groups of `group_size`: each from its position
     alone, but for the slots, which come from the position of the group's first image."""
-    noise = np.empty((len(positions), *shape), np.float32)
-    uniform = np.empty((len(positions), 3 + max_group_size))
+    noise = np.empty((1 + posterior, len(positions), *shape), np.float32)
+    uniform = np.empty((len(positions), 3 + max_group_size + posterior))
     for i, rng in enumerate(generators(seed, stream, positions)):
         rng.random(out=uniform[i])
-        rng.standard_normal(out=noise[i], dtype=np.float32)
-    order = np.argsort(uniform[::group_size, 3:], axis=1, kind="stable")
-    return Draws(noise, uniform[:, :3], order[:, :group_size].ravel())
+        for part in noise:
+            rng.standard_normal(out=part[i], dtype=np.float32)
+    order = np.argsort(uniform[::group_size, 3 : 3 + max_group_size], axis=1, kind="stable")
+    drawn = Draws(noise[0], uniform[:, :3], order[:, :group_size].ravel())
+    return replace(drawn, posterior=noise[1], flip=uniform[:, -1] < 0.5) if posterior else drawn
 
 
 def generators(seed: int, stream: Stream, positions: Iterable[int]) -> Iterator[np.random.Generator]:

@@ -74,7 +74,7 @@ def submit_array(executor: submitit.AutoExecutor, functions: list[Callable[[], A
 
 
 def call_share(function: Callable[..., None], arguments: dict[str, Any], first: int, processes: int) -> None:
-    """In each process of a job: call the function as number `first` + rank of `processes` that share a piece of work."""
+    """In each process of a job: call the function as number `first` + rank of `processes` that share some work."""
     function(**arguments, process=first + int(os.environ["RANK"]), processes=processes)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.images import open_images
+from trainer.build import open_data
 from trainer.errors import RunError
 from trainer.evaluate import evaluate
 from trainer.run_folder import read_config
@@ -20,12 +20,14 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_intermixed_args(arguments)
 
     config = read_config(args.run)
+    if config.data.name != "digits":
+        raise RunError(f"data.name={config.data.name}: only samples of digits can be evaluated as yet")
     samples, record = args.run / "samples.npz", args.run / "samples.json"
     for file in (samples, record):
         if not file.is_file():
             raise RunError(f"{file}: not there; make it with: python tools/sample.py {args.run}")
     arrays = np.load(samples)
-    images = (open_images(config.data.name, split) for split in ("train", "heldout"))
+    images = (open_data(config, split) for split in ("train", "heldout"))
     report = evaluate(arrays["arr_0"], arrays["arr_1"], *images)
     report["samples"] = json.loads(record.read_text())
     (args.run / "report.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from data.errors import DataError
-from data.shards import MANIFEST, SETTINGS
-from data.sources import list_source
+from data.shards import MANIFEST
+from data.sources import Source, list_source
 from data.verify import verify_store
 from slurm.launch import LaunchError, call_share, follow, make_executor, parse_option, submit, submit_array
 from trainer.errors import RunError
@@ -88,9 +88,12 @@ def run_tool(main: Callable[[list[str]], None]) -> None:
 
 
 def verify(folder: Path, images: Path) -> None:
-    """Print what is wrong with a store; exit code 1 if anything is."""
-    settings = json.loads(path.read_text()) if (path := folder / SETTINGS).is_file() else {}
-    source = list_source(images, settings.get("part_size", 1))
+    """Print what is wrong with a store made of `images`, and exit."""
+    verify_against(folder, list_source(images, part_size=2048))
+
+
+def verify_against(folder: Path, source: Source) -> None:
+    """Print what is wrong with a store, and exit: with code 1 if anything is."""
     problems = list(verify_store(folder, source))
     print("\n".join(problems) or f"{folder}: verified: every image once, every byte as written")
     sys.exit(1 if problems else 0)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-from data.images import open_images
 from slurm.launch import LaunchError, follow, make_executor, parse_option, submit
-from trainer.build import check_data
+from trainer.build import open_data
 from trainer.config import check_world, load_config
 from trainer.config_file import to_yaml
 from trainer.errors import RunError
@@ -45,7 +44,7 @@ def main(arguments: list[str]) -> None:
 
     config = load_config(args.config, args.overrides)
     check_world(config, (args.nodes or 1) * procs)
-    check_data(config, open_images(config.data.name))
+    open_data(config)
     check_folder(config)
     if args.dry_run:
         print(to_yaml(config), end="")

@@ -2,31 +2,38 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Literal
 
 import torch
 
-from data.images import Images
-from data.neighbors import nearest_neighbors
+from data.errors import DataError
+from data.images import Images, open_images
 from data.plan import Plan, plan_epoch
 from models.dit import DiT
 from trainer.config import Config
 from trainer.errors import RunError
 
 
-def check_data(config: Config, images: Images) -> None:
-    """RunError if the images are too few or of a size that does not fit."""
-    n, side = len(images), images.x.shape[-1]
-    if config.train.global_batch > n:
+def open_data(config: Config, split: Literal["train", "heldout"] = "train") -> Images:
+    """The images of a config. RunError if they are not there or do not fit it."""
+    try:
+        images = open_images(config.data, split)
+        known = images.max_neighbors() if _needs_graph(config) else None
+    except DataError as error:
+        raise RunError(str(error)) from None
+    n, side = len(images), images.shape[-1]
+    if split == "train" and config.train.global_batch > n:
         raise RunError(f"train.global_batch={config.train.global_batch}: more than there are images; set {n} or less")
-    if _needs_graph(config) and config.groups.neighbors >= n:
-        raise RunError(f"groups.neighbors={config.groups.neighbors}: an image has {n - 1} others; set that or less")
+    if known is not None and config.groups.neighbors > known:
+        raise RunError(f"groups.neighbors={config.groups.neighbors}: {known} are known of each image; set that or less")
     if side % config.model.patch:
         raise RunError(f"model.patch={config.model.patch}: must divide the side of the images, {side}")
+    return images
 
 
 def make_planner(config: Config, images: Images) -> Callable[[int], Plan]:
     """The plan of an epoch as a function of its number; the last one is remembered."""
-    graph = nearest_neighbors(images.features, config.groups.neighbors) if _needs_graph(config) else None
+    graph = images.neighbors(config.groups.neighbors) if _needs_graph(config) else None
     return lru_cache(maxsize=1)(
         lambda epoch: plan_epoch(config.groups, images.label, graph, config.train.global_batch, config.seed, epoch)
     )
@@ -36,7 +43,7 @@ def build_network(config: Config, images: Images) -> DiT:
     """The network for these images, initialised by the run's seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return DiT(config.model, images.x.shape[1], images.x.shape[2], images.num_classes)
+        return DiT(config.model, images.shape[0], images.shape[1], images.num_classes)
 
 
 def _needs_graph(config: Config) -> bool:

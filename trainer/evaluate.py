@@ -7,12 +7,12 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
-from data.images import Images
+from data.images import ArrayImages
 from trainer.frechet import frechet_distance
 from trainer.generate import to_uint8
 
 
-def evaluate(generated: np.ndarray, label: np.ndarray, train: Images, heldout: Images) -> dict[str, float]:
+def evaluate(generated: np.ndarray, label: np.ndarray, train: ArrayImages, heldout: ArrayImages) -> dict[str, float]:
     """Measures of uint8 images (n, H, W, C) that were asked to be of class `label` (n,).
 
     frechet: Frechet distance to the held-out images in the last hidden layer of a classifier trained on `train`;
@@ -20,7 +20,7 @@ def evaluate(generated: np.ndarray, label: np.ndarray, train: Images, heldout: I
     with, the same of real images: frechet_train (training to held-out images) and heldout_accuracy.
     """
 
-    def pixels(images: Images) -> np.ndarray:
+    def pixels(images: ArrayImages) -> np.ndarray:
         return to_uint8(torch.from_numpy(images.x))
 
     classifier = _fit(pixels(train), train.label)

@@ -22,13 +22,13 @@ def generate(
     ranks: Ranks,
     progress: Callable[[int], object] = lambda number: None,
 ) -> Tensor:
-    """Images (classes, sample.per_class, C, H, W) in [-1, 1] on the CPU, the groups of a class contiguous.
+    """Images (classes, sample.per_class, C, H, W), latents or in [-1, 1], on the CPU, the groups of a class contiguous.
 
     Any number of ranks makes the same images. Groups are dealt to the ranks in equal numbers (the last one again, where
     they do not divide), because a sharded network needs all ranks in every call. A class has whole groups, cut to
     `per_class`. `network` should hold the EMA weights; `images` tells shape and classes.
     """
-    sample, shape = config.sample, images.x.shape[1:]
+    sample, shape = config.sample, images.shape
     size = sample.group_size
     per_class = -(-sample.per_class // size)  # in groups, from here on
     groups = images.num_classes * per_class

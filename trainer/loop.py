@@ -1,25 +1,21 @@
 """The training loop: what a run does, from top to bottom."""
 
-import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 
-from data.images import open_images
-from data.loader import BatchDataset, GroupSampler, load_batches
-from data.plan import Plan, steps_per_epoch
 from models.objective import denoising_loss
 from models.paths import PATHS
 from trainer import checkpoint
-from trainer.build import build_network, check_data, make_planner
+from trainer.batches import make_batches
+from trainer.build import build_network, open_data
 from trainer.config import Config, check_world
 from trainer.config_file import to_yaml
+from trainer.decode import make_decoder
 from trainer.engines import Engine, build_engine
-from trainer.errors import RunError
 from trainer.generate import generate, grid, to_uint8
 from trainer.monitor import Monitor
 from trainer.ranks import from_rank_0, process_group
@@ -36,11 +32,10 @@ def train(config: Config, should_stop: Callable[[], bool] = lambda: False) -> Li
         from_rank_0(lambda: check_folder(config))
         folder, batch = Path(config.run), config.train.global_batch
 
-        # what to train on, in which order
-        images = open_images(config.data.name)
-        check_data(config, images)
-        plan_of_epoch = make_planner(config, images)
-        epoch_steps = steps_per_epoch(len(images), batch)
+        # what to train on
+        images = open_data(config)
+        if config.train.sample_every:
+            from_rank_0(lambda: bool(make_decoder(images.vae, ranks.device)))  # before hours have passed
 
         # what to train, from where
         engine = build_engine(config, config.optim, build_network(config, images), ranks)
@@ -48,24 +43,15 @@ def train(config: Config, should_stop: Callable[[], bool] = lambda: False) -> Li
         from_rank_0(lambda: closing.enter_context(sole_user(folder)))
         position, notes = _restore(folder / "checkpoints", engine)
         first, last = position // batch, config.train.images // batch
-        _check_same_plan(plan_of_epoch(first // epoch_steps))
         if ranks.rank == 0:
             write_config(config)
         monitor = closing.enter_context(Monitor(folder, ranks, position, last * batch))
         for note in notes:
             monitor.say(note)
-
-        def planned(epoch: int) -> Plan:
-            monitor.plan(epoch, epoch * epoch_steps * batch, plan_of_epoch(epoch))
-            return plan_of_epoch(epoch)
-
-        sampler = GroupSampler(
-            planned, epoch_steps, first, last, ranks.rank, ranks.world_size, config.train.micro_batch
-        )
-        dataset = BatchDataset(images, config.groups, config.model.max_group_size, config.seed)
+        batches = make_batches(config, images, ranks, first, last, monitor)
         images_per_rank = batch // ranks.world_size
 
-        for step, micro_batches in enumerate(load_batches(dataset, sampler, config.data.workers), start=first):
+        for step, micro_batches in enumerate(batches, start=first):
             # forward and backward, micro-batch by micro-batch: the gradient of the mean over the global batch
             step_loss = torch.zeros((), device=ranks.device)
             for i, micro in enumerate(micro_batches):
@@ -89,7 +75,9 @@ def train(config: Config, should_stop: Callable[[], bool] = lambda: False) -> Li
             if config.train.sample_every and _passed(config.train.sample_every, before, position):
                 with engine.ema_weights():
                     samples = generate(engine, config, images, ranks)
-                monitor.picture("samples", grid(to_uint8(samples), config.sample.group_size, enlarge=4), position)
+                if ranks.rank == 0:
+                    pixels = to_uint8(make_decoder(images.vae, ranks.device)(samples))
+                    monitor.picture("samples", grid(pixels, config.sample.group_size, enlarge=4), position)
             if saving:
                 checkpoint.save(folder / "checkpoints", position, engine.state(), to_yaml(config))
                 if ranks.rank == 0:
@@ -124,12 +112,3 @@ def _restore(folder: Path, engine: Engine) -> tuple[int, list[str]]:
     position = checkpoint.load(newest, state)
     engine.load_state(state)
     return position, [*notes, f"continuing from {newest}"]
-
-
-def _check_same_plan(plan: Plan) -> None:
-    """RunError unless all ranks have made the same plan (another library version on one node would do it)."""
-    mine = zlib.crc32(plan.images.tobytes() + plan.grouped.tobytes())
-    lowest = torch.tensor([mine, -mine])
-    dist.all_reduce(lowest, dist.ReduceOp.MIN)
-    if lowest[0] != -lowest[1]:
-        raise RunError("the ranks have made different plans: give all nodes the same data and package versions")

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.images import open_images
 from trainer import checkpoint
-from trainer.build import build_network
+from trainer.build import build_network, open_data
 from trainer.config import Config
+from trainer.decode import make_decoder
 from trainer.errors import RunError
 from trainer.generate import generate, grid, to_uint8
 from trainer.ranks import Ranks
@@ -35,7 +35,7 @@ def make_samples(
     """(images (classes, per_class, H, W, C) uint8, labels (classes, per_class), record of how they were made) from the
     EMA weights of a checkpoint, or its `raw` ones, in this one process."""
     weights = "model" if raw else "ema"
-    images = open_images(config.data.name)
+    images = open_data(config)
     network = build_network(config, images)
     checkpoint.verify(folder)
     position = checkpoint.load(folder, {weights: network.state_dict()})  # fills the network's own tensors
@@ -43,6 +43,7 @@ def make_samples(
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         made = generate(network.to(device).eval(), config, images, Ranks(0, 1, device), progress)
     label = np.repeat(np.arange(len(made))[:, None], made.shape[1], axis=1)
+    made = make_decoder(images.vae, device)(made)
     record = {"checkpoint": str(folder), "position": position, "weights": weights, "precision": config.precision}
     record |= config.sample.model_dump()
     return to_uint8(made), label, record

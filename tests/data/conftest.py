@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.images import Images
+from data.images import ArrayImages
 from data.neighbors import nearest_neighbors
 
 
@@ -27,7 +27,7 @@ def random_images():
         weight = 0.5 ** np.arange(classes)
         label = rng.choice(classes, size=number, p=weight / weight.sum())
         x = rng.uniform(-1, 1, size=(number, 2, 3, 3)).astype(np.float32)
-        return Images(x, label.astype(np.int64), features, classes)
+        return ArrayImages(x, label.astype(np.int64), features, classes)
 
     return make
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, chisquare, kstest
 
 from data.batch import Batch, MicroBatch, make_batch, spread_timesteps
-from data.images import Images
+from data.images import ArrayImages
 from data.plan import GroupsConfig
 
 SLOTS = 16
@@ -22,7 +22,7 @@ def config_of(variant, size=4, **values):
 
 def points(number):
     """Images of one pixel, for statistics."""
-    return Images(np.zeros((number, 1, 1, 1), np.float32), np.arange(number), np.zeros((number, 1)), number)
+    return ArrayImages(np.zeros((number, 1, 1, 1), np.float32), np.arange(number), np.zeros((number, 1)), number)
 
 
 def long_batch(config, grouped, number=20_000, seed=0):

@@ -3,7 +3,7 @@ import pytest
 import sklearn.datasets
 
 from data import digits
-from data.images import Images, open_images
+from data.images import ArrayImages, DataConfig, open_images
 
 SPLITS = ("train", "heldout")
 
@@ -57,11 +57,11 @@ def test_a_third_is_held_out_and_loading_twice_gives_the_same():
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_images_by_name_are_those_of_the_split(split):
-    images = open_images("digits", split)
+    images = open_images(DataConfig(), split)
     x, label, features, classes = digits.load(split)
-    assert isinstance(images, Images)
+    assert isinstance(images, ArrayImages)
     assert len(images) == len(label)
     assert images.num_classes == classes
     for ours, theirs in ((images.x, x), (images.label, label), (images.features, features)):
         np.testing.assert_array_equal(ours, theirs)
-    np.testing.assert_array_equal(open_images("digits").label, digits.load("train")[1])
+    np.testing.assert_array_equal(open_images(DataConfig()).label, digits.load("train")[1])

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data.images import open_images
+from data.images import DataConfig, open_images
 from trainer.build import build_network
 from trainer.config import load_config
 from trainer.generate import generate, grid, to_uint8
@@ -115,7 +115,7 @@ def test_how_many_images_are_made_at_once_does_not_matter(per_class, batch, step
 
     overrides = [*SMALL, f"sample.per_class={per_class}", f"sample.steps={steps}"]
     configs = [load_config(CONFIG, [*overrides, f"sample.batch={b}"]) for b in (batch, 1000)]
-    images = open_images("digits")
+    images = open_images(DataConfig())
     network = build_network(configs[0], images)
     torch.manual_seed(0)
     for parameter in network.parameters():

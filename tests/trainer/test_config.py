@@ -7,8 +7,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from data.images import open_images
-from trainer.build import check_data
+from trainer.build import open_data
 from trainer.config import Config, check_world, load_config, parse_config
 from trainer.config_file import dotted, field_names, to_yaml
 from trainer.errors import RunError
@@ -22,7 +21,7 @@ def error_of(*overrides, config="configs/digits.yaml"):
     with pytest.raises(RunError) as caught:
         loaded = load_config(config, list(overrides))
         check_world(loaded, 2)
-        check_data(loaded, open_images("digits"))
+        open_data(loaded)
     message = str(caught.value)
     assert "\n" not in message
     return message

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from data.images import open_images
+from data.images import DataConfig, open_images
 from trainer.build import build_network
 from trainer.config import load_config
 from trainer.ema import EMA
@@ -53,7 +53,7 @@ def test_samples_come_from_the_ema_weights(launcher, tensors, tmp_path):
     assert record["weights"] == "ema" and raw_record["weights"] == "model"
     assert (pixels != raw).mean() > 0.1
 
-    images = open_images("digits")
+    images = open_images(DataConfig())
     network = build_network(config, images)
     ema = {n.removeprefix("ema."): v for n, v in tensors(checkpoint).items() if n.startswith("ema.")}
     network.load_state_dict(ema)

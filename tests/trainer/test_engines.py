@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from data.images import open_images
+from data.images import DataConfig, open_images
 from trainer.build import build_network
 from trainer.config import load_config
 from trainer.engines import build_engine
@@ -70,7 +70,7 @@ def test_sampling_during_training_does_not_disturb_it(launcher, metrics, tensors
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler: apt-get install g++")
 def test_compiled_blocks_have_the_gradients_of_eager_ones(tiny, tmp_path):
     """For single images and groups, and with the strides that the patch embedding really gives."""
-    images = open_images("digits")
+    images = open_images(DataConfig())
     gradients = []
     for compiled in ("false", "true"):
         config = load_config(tiny, ["engine=single", f"compile={compiled}", f"run={tmp_path}"])

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from data.images import open_images
+from data.images import DataConfig, open_images
 from trainer.evaluate import evaluate
 from trainer.frechet import frechet_distance
 
@@ -34,7 +34,7 @@ def test_frechet_distance_of_features_that_never_vary_is_finite():
 
 @pytest.fixture(scope="module")
 def splits():
-    return open_images("digits"), open_images("digits", "heldout")
+    return open_images(DataConfig()), open_images(DataConfig(), "heldout")
 
 
 def as_uint8(x):

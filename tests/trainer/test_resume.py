@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data.batch import make_batch
-from data.images import open_images
+from data.images import DataConfig, open_images
 from data.loader import GroupSampler
 from trainer.build import make_planner
 from trainer.config import load_config
@@ -102,7 +102,7 @@ def test_continued_on_other_ranks_and_engines_the_losses_go_on(launcher, metrics
 
 def test_any_world_size_sees_the_same_images_noise_and_timesteps(tiny):
     config = load_config(tiny)
-    images = open_images("digits")
+    images = open_images(DataConfig())
     planner, batch = make_planner(config, images), config.train.global_batch
 
     def stream(world: int, micro_batch: int | None) -> dict[int, tuple]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import Figures, Targets
-from data.images import open_images
+from data.images import DataConfig, open_images
 from trainer.config import load_config
 from trainer.evaluate import evaluate
 from trainer.samples import find_checkpoint, make_samples
@@ -21,7 +21,7 @@ SEEDS, PER_CLASS = 3, 100
 
 def measure() -> tuple[Figures, Targets]:
     """Train each variant with each seed as the demo does (two processes), sample 1,000 images, evaluate."""
-    splits = [open_images("digits", split) for split in ("train", "heldout")]
+    splits = [open_images(DataConfig(), split) for split in ("train", "heldout")]
     figures: Figures = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, overrides in RUNS.items():

@@ -56,7 +56,7 @@ def _trainer_seconds(config: Config) -> float:
 def _bare_seconds(config: Config) -> float:
     """Mean seconds of forward, backward and AdamW on the same batches, made before: no EMA, clipping, log, loader."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = build_network(config, open_images(config.data.name)).to(device)
+    network = build_network(config, open_images(config.data)).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
     path = PATHS[config.path]()
     steps = _batches(config, device)
@@ -73,7 +73,7 @@ def _bare_seconds(config: Config) -> float:
 
 
 def _batches(config: Config, device: torch.device) -> list[list[Batch]]:
-    images = open_images(config.data.name)
+    images = open_images(config.data)
     epoch = steps_per_epoch(len(images), config.train.global_batch)
     sampler = GroupSampler(make_planner(config, images), epoch, 0, STEPS, 0, 1, None)
     dataset = BatchDataset(images, config.groups, config.model.max_group_size, config.seed)

@@ -1,0 +1,121 @@
+"""Shards for streaming: images that are alike stand in one shard, so that a window of few shards holds their groups."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.claims import Claims, wait_for_lock
+from data.errors import DataError
+from data.files import appearing
+from data.shards import agree_on_settings, finish, shard_names, write_shard
+from data.sources import Item
+from data.store import Store, read_manifest
+
+ORDER = "order.npy"
+UNIT = 16  # shard sizes are multiples of it, hence of every group size up to it that is a power of two
+SAMPLE = 16_384
+
+
+def cluster_latents(
+    latents: Path, features: Path, out: Path, shard_size: int, process: int = 0, processes: int = 1
+) -> dict | None:
+    """Write the images of two stores as one of latents with features, in shards of about `shard_size` similar images.
+    Processes share the shards. Returns the manifest, or None if others still make some."""
+    moments = Store(latents, read_manifest(latents, "latents", "tools/precompute_latents.py"))
+    vectors = Store(features, read_manifest(features, "features", "tools/precompute_features.py"))
+    if moments.manifest["keys"] != vectors.manifest["keys"]:
+        raise DataError(
+            f"--features {features}: are of other images ({len(vectors)}) than --latents {latents} ({len(moments)});"
+            " make both of the same"
+        )
+    encoder = vectors.manifest["settings"].get("encoder_weights")
+    settings = moments.manifest["settings"] | {"encoder_weights": encoder, "part_size": shard_size}
+    agree_on_settings(out, settings | {"keys": moments.manifest["keys"]})
+    sizes = shard_sizes(len(moments), shard_size)
+    with wait_for_lock(out, ORDER):
+        if not (out / ORDER).exists():
+            found = balanced_clusters(vectors.read("feature", np.arange(len(vectors))), sizes)
+            with appearing(out / ORDER) as file:
+                np.save(file, found)
+    order = np.split(np.load(out / ORDER), np.cumsum(sizes)[:-1])
+    names = shard_names("latents", len(sizes))
+    claims = Claims(out, names, start=process * len(names) // processes)
+    with tqdm(desc="shards", unit="shard", total=len(names), mininterval=0.5) as bar:
+        for shard in claims:
+            rows = moments.index[order[shard]]
+            arrays = {
+                "moments": moments.read("moments", order[shard]),
+                "feature": vectors.read("feature", order[shard]),
+            }
+            keys = [key.decode() for key in rows["key"]]
+            write_shard(out / names[shard], keys, rows["label"].tolist(), arrays, [])
+            claims.release(shard)
+            bar.update(sum((out / name).exists() for name in names) - bar.n)
+    return finish(out, "latents", len(names), moments.manifest["num_classes"], max_rejects=0)
+
+
+def shard_sizes(images: int, shard_size: int) -> list[int]:
+    """Sizes of about `shard_size`, in multiples of UNIT but for the last, which holds the rest."""
+    shards = max(1, min(round(images / shard_size), images // UNIT))
+    units, more = divmod(images // UNIT, shards)
+    sizes = [UNIT * (units + (i < more)) for i in range(shards)]
+    sizes[-1] += images - sum(sizes)
+    return sizes
+
+
+def balanced_clusters(features: np.ndarray, sizes: list[int]) -> np.ndarray:
+    """The numbers of the images (n,), cluster by cluster: clusters have the given sizes, and images of one are alike.
+
+    The set is halved again and again, each time by 2-means with halves of fixed size: the images are ordered along the
+    line between the two means and cut at the place that the sizes ask for, which makes new means.
+    """
+    order = np.arange(len(features))
+    rng = torch.Generator().manual_seed(0)
+    todo = [(0, len(features), sizes)]
+    while todo:
+        start, stop, parts = todo.pop()
+        if len(parts) == 1:
+            continue
+        half = len(parts) // 2
+        cut = sum(parts[:half])
+        mine = order[start:stop]
+        along = _along_the_means(features, mine, cut / (stop - start), rng)
+        order[start:stop] = mine[np.argsort(along, kind="stable")]
+        todo += [(start, start + cut, parts[:half]), (start + cut, stop, parts[half:])]
+    return order
+
+
+def _along_the_means(features: np.ndarray, images: np.ndarray, share: float, rng: torch.Generator) -> np.ndarray:
+    """Where each image lies on the line between the means of the two clusters, (m,)."""
+    chosen = np.linspace(0, len(images) - 1, min(len(images), SAMPLE)).astype(np.intp)
+    sample = torch.from_numpy(features[images[chosen]]).float()
+    lower = min(max(round(share * len(sample)), 1), len(sample) - 1)
+    line = torch.randn(sample.shape[1], generator=rng)
+    for _ in range(10):
+        order = (sample @ line).argsort(stable=True)
+        line = sample[order[lower:]].mean(dim=0) - sample[order[:lower]].mean(dim=0)
+    return np.concatenate(
+        [
+            (torch.from_numpy(features[i]).float() @ line).numpy()
+            for i in np.array_split(images, -(-len(images) // SAMPLE))
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class StoredKeys:
+    """The images of a store as a source (data/sources.py) for data/verify.py to compare with."""
+
+    store: Store
+    parts: int = 1
+
+    def items(self, part: int) -> list[Item]:
+        """All of them."""
+        rows = self.store.index
+        return [
+            Item(key.decode(), int(label), self.store.folder)
+            for key, label in zip(rows["key"], rows["label"], strict=True)
+        ]

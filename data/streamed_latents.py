@@ -1,0 +1,77 @@
+"""Latents that are read shard by shard instead of image by image (see data/stream.py)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import webdataset
+from torch import Tensor
+
+from data.errors import DataError
+from data.latents import LatentFormat
+from data.randomness import Draws
+
+
+class StreamedLatents:
+    """A store of latents of which only the manifest is read; see data.images.Images. `open` its shards in windows."""
+
+    posterior = True
+
+    def __init__(self, folder: str, vae: str | None, flip: bool, window: int, expected: dict) -> None:
+        self.format = LatentFormat(folder, expected)
+        self.folder, self.flip, self.window = Path(folder), flip, window
+        self.shape, self.num_classes = self.format.shape, self.format.num_classes
+        self.vae = vae or self.format.vae
+        self.counts = [shard["images"] for shard in self.format.manifest["shards"]]
+        self.has_features = "feature" in self.format.manifest["fields"]
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def max_neighbors(self) -> int:
+        """All others; those in the window are found. DataError without features."""
+        if not self.has_features:
+            raise DataError(
+                f"data.streaming=true: {self.folder} holds no features, which groups.query=similarity needs; make it"
+                " with tools/cluster_latents.py"
+            )
+        return len(self) - 1
+
+    def read_shards(self, shards: tuple[int, ...]) -> "Pool":
+        """All images of some shards, read from start to end by the webdataset library."""
+        names = [self.format.manifest["shards"][shard]["name"] for shard in shards]
+        urls = [str(self.folder / name) for name in names]
+        samples = list(webdataset.WebDataset(urls, shardshuffle=False, nodesplitter=None, workersplitter=None).decode())
+        if len(samples) != sum(self.counts[shard] for shard in shards):
+            raise DataError(
+                f"{self.folder}: {', '.join(names)} hold {len(samples)} images, the manifest says otherwise"
+            )
+        features = np.stack([sample["feature.npy"] for sample in samples]) if self.has_features else None
+        label = np.array([sample["cls"] for sample in samples], np.int64)
+        return Pool(self, np.stack([sample["moments.npy"] for sample in samples]), label, features)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Images in memory: moments (n, 2, 2C, h, w) of each and of its mirror image, label (n,), features (n, d)."""
+
+    source: StreamedLatents
+    moments: np.ndarray
+    label: np.ndarray
+    features: np.ndarray | None
+    posterior = True
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """C, H, W of a latent."""
+        return self.source.shape
+
+    def read(self, numbers: np.ndarray, draws: Draws) -> Tensor:
+        """One sample of each image's posterior, or of its mirror image's."""
+        entry = draws.flip.astype(np.intp) if self.source.flip else 0
+        return self.source.format.drawn(self.moments[numbers, entry], draws.posterior)
+
+    def keep(self, numbers: np.ndarray, new: "Pool") -> "Pool":
+        """These images, and behind them those of `new`."""
+        moments = np.concatenate([self.moments[numbers], new.moments])
+        return Pool(self.source, moments, np.concatenate([self.label[numbers], new.label]), None)

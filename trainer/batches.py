@@ -1,0 +1,49 @@
+"""The batches of this rank's steps: by the plan of an epoch, or from a stream of shards."""
+
+import zlib
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from data.images import Images
+from data.loader import BatchDataset, GroupSampler, load_batches
+from data.plan import Plan, steps_per_epoch
+from data.stream import StreamDataset, stream_batches
+from data.streamed_latents import StreamedLatents
+from data.windows import Stream
+from trainer.build import make_planner
+from trainer.config import Config
+from trainer.errors import RunError
+from trainer.monitor import Monitor
+from trainer.ranks import Ranks
+
+
+def make_batches(config: Config, images: Images, ranks: Ranks, first: int, last: int, monitor: Monitor) -> DataLoader:
+    """The micro-batches of each of the steps from `first` to before `last`. All ranks call it."""
+    batch, micro_batch = config.train.global_batch, config.train.micro_batch
+    slots = config.model.max_group_size
+    if isinstance(images, StreamedLatents):
+        window = config.data.window
+        stream = Stream(images.counts, config.groups, batch, config.seed, ranks.rank, ranks.world_size, window)
+        return stream_batches(StreamDataset(images, stream, slots, micro_batch, first, last), config.data.workers)
+
+    plan_of_epoch = make_planner(config, images)
+    epoch_steps = steps_per_epoch(len(images), batch)
+    _check_same_plan(plan_of_epoch(first // epoch_steps))
+
+    def planned(epoch: int) -> Plan:
+        monitor.plan(epoch, epoch * epoch_steps * batch, plan_of_epoch(epoch))
+        return plan_of_epoch(epoch)
+
+    sampler = GroupSampler(planned, epoch_steps, first, last, ranks.rank, ranks.world_size, micro_batch)
+    return load_batches(BatchDataset(images, config.groups, slots, config.seed), sampler, config.data.workers)
+
+
+def _check_same_plan(plan: Plan) -> None:
+    """RunError unless all ranks have made the same plan (another library version on one node would do it)."""
+    mine = zlib.crc32(plan.images.tobytes() + plan.grouped.tobytes())
+    lowest = torch.tensor([mine, -mine])
+    dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    if lowest[0] != -lowest[1]:
+        raise RunError("the ranks have made different plans: give all nodes the same data and package versions")

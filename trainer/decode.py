@@ -1,0 +1,37 @@
+"""From what the network generates to pixels."""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from trainer.errors import RunError
+
+BATCH = 16  # images that the VAE decodes at once
+
+
+@lru_cache(maxsize=1)
+def make_decoder(vae: str | None, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A function of samples (..., C, H, W) that gives pixels in [-1, 1] on the CPU: by this VAE, or they are pixels.
+
+    RunError if the VAE cannot be loaded.
+    """
+    if vae is None:
+        return lambda samples: samples
+    from models.vae import VAE  # diffusers is slow to import
+
+    try:
+        network = VAE(vae, device)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RunError(
+            f"data.vae={vae}: cannot be loaded to decode samples: {reason}; set it to a folder of the VAE, or"
+            " train.sample_every=0"
+        ) from None
+
+    def decode(samples: Tensor) -> Tensor:
+        pixels = torch.cat([network.decode(some.to(device)).cpu() for some in samples.flatten(0, -4).split(BATCH)])
+        return pixels.unflatten(0, samples.shape[:-3])
+
+    return decode
