@@ -19,6 +19,7 @@ class MicroBatch:
     position: int
     images: np.ndarray
     grouped: bool
+    fallbacks: int = 0  # groups that the query could not fill
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Batch:
     conditional: Tensor  # (B,) bool
     group_size: int
     grouped: bool  # of the group kind, also where groups are of one image
+    fallbacks: int = 0  # groups that the query could not fill
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -67,6 +69,7 @@ def make_batch(images: Images, config: GroupsConfig, max_group_size: int, seed: 
         conditional=torch.from_numpy(~dropped),
         group_size=size,
         grouped=micro.grouped,
+        fallbacks=micro.fallbacks,
     )
 
 

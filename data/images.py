@@ -102,7 +102,7 @@ def open_images(config: DataConfig, split: Literal["train", "heldout"] = "train"
         return ArrayImages(*digits.load(split))
     if split != "train":
         raise DataError(f"data.name={config.name}: has no held-out images")
-    fields = {name: getattr(config, name) for name in ("channels", "side", "scaling")}
+    expected = {"channels": config.channels, "side": config.side, "scaling": config.scaling}
     if config.streaming:
-        return StreamedLatents(config.latents, config.vae, config.flip, config.window, fields)
-    return Latents(config.latents, config.neighbors, config.vae, config.flip, fields)
+        return StreamedLatents(config.latents, config.vae, config.flip, expected)
+    return Latents(config.latents, config.neighbors, config.vae, config.flip, expected)

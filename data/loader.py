@@ -43,8 +43,14 @@ class GroupSampler(Sampler[list[MicroBatch]]):
                 plan = self.plan_of_epoch(epoch)
             row = step % self.steps_per_epoch
             images, grouped = plan.images[row], int(plan.grouped[row])
+            fallback = plan.fallback[int(plan.grouped[:row].sum()) // plan.group_size :]  # of the groups from here on
             yield [
-                MicroBatch(step * len(images) + start, images[start:stop], is_group)
+                MicroBatch(
+                    step * len(images) + start,
+                    images[start:stop],
+                    is_group,
+                    int(fallback[start // plan.group_size : stop // plan.group_size].sum()) if is_group else 0,
+                )
                 for begin, end, is_group in ((0, grouped, True), (grouped, len(images), False))
                 for start, stop in rank_pieces(begin, end, self.rank, self.world_size, self.micro_batch)
             ]

@@ -6,6 +6,7 @@ of (seed, step, rank, world size), so a run resumes exactly at the same world si
 
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from itertools import dropwhile
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from data.batch import Batch, MicroBatch, make_batch
 from data.loader import rank_pieces
 from data.neighbors import nearest_neighbors
-from data.plan import form_groups, grouped_before
+from data.plan import form_groups
 from data.streamed_latents import Pool, StreamedLatents
 from data.windows import Stream, Window
 
@@ -30,27 +31,31 @@ class StreamReader:
         first = next(self._windows)
         self.pool: Pool | None = None
         self._grouped, self._single = np.empty(0, np.intp), np.empty(0, np.intp)
+        self._fallback = np.empty(0, dtype=bool)
         self._next = background.submit(self._open, first)
         self.take(used[0] - first.total_grouped + first.grouped, used[1] - first.total_single + first.single)
 
-    def take(self, grouped: int, single: int) -> tuple[np.ndarray, np.ndarray]:
-        """So many images in groups, each contiguous, and single ones: numbers in `pool`, until the next call."""
+    def take(self, grouped: int, single: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """So many images in groups, each contiguous, and single ones: numbers in `pool`, until the next call; and which
+        of the groups are fallbacks."""
         while len(self._grouped) < grouped or len(self._single) < single:
             self._add(*self._next.result())
             self._next = self._background.submit(self._open, next(self._windows))
-        taken = self._grouped[:grouped], self._single[:single]
+        taken = self._grouped[:grouped], self._single[:single], self._fallback[: grouped // self._stream.config.size]
         self._grouped, self._single = self._grouped[grouped:], self._single[single:]
+        self._fallback = self._fallback[len(taken[2]) :]
         return taken
 
-    def _add(self, pool: Pool, grouped: np.ndarray, single: np.ndarray) -> None:
+    def _add(self, pool: Pool, grouped: np.ndarray, single: np.ndarray, fallback: np.ndarray) -> None:
         left = np.concatenate([self._grouped, self._single])
         n, m = len(self._grouped), len(left)
         self.pool = self.pool.keep(left, pool) if m else pool
         self._grouped = np.concatenate([np.arange(n), m + grouped])
         self._single = np.concatenate([np.arange(n, m), m + single])
+        self._fallback = np.concatenate([self._fallback, fallback])
 
-    def _open(self, window: Window) -> tuple[Pool, np.ndarray, np.ndarray]:
-        """(images, which of them are in groups, which are single), in the order of their use."""
+    def _open(self, window: Window) -> tuple[Pool, np.ndarray, np.ndarray, np.ndarray]:
+        """(images, which of them are in groups, which are single, which groups are fallbacks), in order of use."""
         stream, config = self._stream, self._stream.config
         pool = self._source.read_shards(window.shards)
         count = window.grouped // config.size
@@ -58,10 +63,10 @@ class StreamReader:
         if count and config.query == "similarity":
             graph = nearest_neighbors(pool.features, min(config.neighbors, len(pool.label) - 1))
         rng = np.random.default_rng([stream.seed, stream.world_size, stream.rank, window.number])
-        groups, _ = form_groups(config, pool.label, graph, count, rng)
+        groups, fallback = form_groups(config, pool.label, graph, count, rng)
         single = np.ones(len(pool.label), dtype=bool)
         single[groups] = False
-        return pool, groups.ravel(), rng.permutation(np.flatnonzero(single))[: window.single]
+        return pool, groups.ravel(), rng.permutation(np.flatnonzero(single))[: window.single], fallback
 
 
 class StreamDataset(IterableDataset[list[Batch]]):
@@ -84,21 +89,19 @@ class StreamDataset(IterableDataset[list[Batch]]):
         with ThreadPoolExecutor(1) as background:
             reader = StreamReader(self.source, stream, self.first_step, background)
             for step in range(self.first_step, self.last_step):
-                grouped = int(
-                    grouped_before(stream.config, batch, step + 1) - grouped_before(stream.config, batch, step)
-                )
-                taken = reader.take(grouped // stream.world_size, (batch - grouped) // stream.world_size)
-                yield [
-                    self._batch(
-                        reader.pool, MicroBatch(step * batch + start, images[start - first : stop - first], kind)
-                    )
-                    for images, begin, end, kind in ((taken[0], 0, grouped, True), (taken[1], grouped, batch, False))
-                    for first in [begin + stream.rank * len(images)]
-                    for start, stop in rank_pieces(begin, end, stream.rank, stream.world_size, self.micro_batch)
-                ]
-
-    def _batch(self, pool: Pool, micro: MicroBatch) -> Batch:
-        return make_batch(pool, self.stream.config, self.max_group_size, self.stream.seed, micro)
+                grouped, size = stream.grouped_at(step), stream.config.size
+                share = grouped // stream.world_size, (batch - grouped) // stream.world_size
+                groups, single, fallback = reader.take(*share)
+                micro_batches = []
+                for start, stop in rank_pieces(0, grouped, stream.rank, stream.world_size, self.micro_batch):
+                    first, last = (place - stream.rank * share[0] for place in (start, stop))
+                    fallbacks = int(fallback[first // size : last // size].sum())
+                    micro_batches.append(MicroBatch(step * batch + start, groups[first:last], True, fallbacks))
+                for start, stop in rank_pieces(grouped, batch, stream.rank, stream.world_size, self.micro_batch):
+                    first, last = (place - grouped - stream.rank * share[1] for place in (start, stop))
+                    micro_batches.append(MicroBatch(step * batch + start, single[first:last], False))
+                make = partial(make_batch, reader.pool, stream.config, self.max_group_size, stream.seed)
+                yield [make(micro) for micro in micro_batches]
 
 
 def stream_batches(dataset: StreamDataset, workers: int) -> DataLoader:

@@ -17,9 +17,9 @@ class StreamedLatents:
 
     posterior = True
 
-    def __init__(self, folder: str, vae: str | None, flip: bool, window: int, expected: dict) -> None:
+    def __init__(self, folder: str, vae: str | None, flip: bool, expected: dict) -> None:
         self.format = LatentFormat(folder, expected)
-        self.folder, self.flip, self.window = Path(folder), flip, window
+        self.folder, self.flip = Path(folder), flip
         self.shape, self.num_classes = self.format.shape, self.format.num_classes
         self.vae = vae or self.format.vae
         self.counts = [shard["images"] for shard in self.format.manifest["shards"]]

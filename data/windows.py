@@ -42,6 +42,11 @@ class Stream:
         """Images in groups that this rank has used before a step."""
         return int(grouped_before(self.config, self.global_batch, step)) // self.world_size
 
+    def grouped_at(self, step: int) -> int:
+        """Images in groups in a step, over all ranks."""
+        before, after = grouped_before(self.config, self.global_batch, np.array([step, step + 1]))
+        return int(after - before)
+
     def single_before(self, step: int) -> int:
         """Single images that this rank has used before a step."""
         return step * self.global_batch // self.world_size - self.grouped_before(step)

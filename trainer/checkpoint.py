@@ -41,7 +41,8 @@ def save(folder: Path, position: int, state: dict[str, dict], config: str) -> No
     if dist.get_rank() == 0:
         _write_synced(partial / "config.yaml", config)
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        _write_synced(partial / MANIFEST, json.dumps({"position": position, "files": sizes}, indent=1))
+        manifest = {"position": position, "world_size": dist.get_world_size(), "files": sizes}
+        _write_synced(partial / MANIFEST, json.dumps(manifest, indent=1))
         _sync(partial)
         partial.rename(final)
         _sync(folder)
@@ -76,6 +77,11 @@ def load(checkpoint: Path, state: dict[str, dict]) -> int:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         dcp.load(state, checkpoint_id=checkpoint)
     return json.loads((checkpoint / MANIFEST).read_text())["position"]
+
+
+def world_size(checkpoint: Path) -> int | None:
+    """How many ranks wrote it; None if it does not say."""
+    return json.loads((checkpoint / MANIFEST).read_text()).get("world_size")
 
 
 def _check_shapes(checkpoint: Path, state: dict[str, dict]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from models.objective import denoising_loss
 from models.paths import PATHS
@@ -41,7 +42,7 @@ def train(config: Config, should_stop: Callable[[], bool] = lambda: False) -> Li
         engine = build_engine(config, config.optim, build_network(config, images), ranks)
         path = PATHS[config.path]()
         from_rank_0(lambda: closing.enter_context(sole_user(folder)))
-        position, notes = _restore(folder / "checkpoints", engine)
+        position, notes = _restore(folder / "checkpoints", engine, config.data.streaming)
         first, last = position // batch, config.train.images // batch
         if ranks.rank == 0:
             write_config(config)
@@ -65,7 +66,8 @@ def train(config: Config, should_stop: Callable[[], bool] = lambda: False) -> Li
             lr = config.optim.lr_at(position)
             grad_norm = engine.step(lr)
             grouped = sum(len(m.t) for m in micro_batches if m.grouped) / images_per_rank
-            monitor.note(step, position, step_loss, grad_norm, lr, grouped)
+            fallbacks = sum(m.fallbacks for m in micro_batches)
+            monitor.note(step, position, step_loss, grad_norm, lr, grouped, fallbacks)
 
             # now and then: log, show samples, save
             stopping = should_stop()
@@ -93,7 +95,7 @@ def _passed(every: int, before: int, position: int) -> bool:
     return position // every > before // every
 
 
-def _restore(folder: Path, engine: Engine) -> tuple[int, list[str]]:
+def _restore(folder: Path, engine: Engine, streaming: bool) -> tuple[int, list[str]]:
     """Load the newest complete checkpoint into the engine. Returns its position (0: none) and what there is to say."""
 
     def choose() -> tuple[Path | None, list[str]]:
@@ -111,4 +113,10 @@ def _restore(folder: Path, engine: Engine) -> tuple[int, list[str]]:
     state = engine.state()
     position = checkpoint.load(newest, state)
     engine.load_state(state)
+    before, now = checkpoint.world_size(newest), dist.get_world_size()
+    if streaming and before != now:
+        notes.append(
+            f"{now} ranks instead of {before}: data.streaming deals the shards anew, so images of this epoch may"
+            " come twice or not at all"
+        )
     return position, [*notes, f"continuing from {newest}"]

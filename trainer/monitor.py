@@ -27,16 +27,21 @@ class Monitor:
         self._steps: list[dict[str, float]] = []
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
+        self._fallbacks: list[int] = []
         self._flushed = (time.perf_counter(), position)
         if self._writes:
             self._metrics = _continue_metrics(folder / "metrics.jsonl", position)
             self._board = SummaryWriter(str(folder), purge_step=position + 1)
             self._bar = tqdm(total=images, initial=position, unit="img", unit_scale=True, desc="train", mininterval=0.5)
 
-    def note(self, step: int, position: int, loss: Tensor, grad_norm: Tensor, lr: float, grouped: float) -> None:
-        """One step: its number, the images seen after it, this rank's mean loss, and the share of grouped images."""
+    def note(
+        self, step: int, position: int, loss: Tensor, grad_norm: Tensor, lr: float, grouped: float, fallbacks: int
+    ) -> None:
+        """One step: its number, the images seen after it, this rank's mean loss, the share of grouped images, and how
+        many of this rank's groups the query could not fill."""
         self._losses.append(loss)
         self._norms.append(grad_norm)
+        self._fallbacks.append(fallbacks)
         self._steps.append({"step": step, "position": position, "lr": lr, "grouped": grouped})
 
     def flush(self) -> None:
@@ -44,13 +49,15 @@ class Monitor:
         if not self._steps:
             return
         losses = torch.stack(self._losses)
-        dist.all_reduce(losses)
-        losses, norms = (losses / self._world_size).tolist(), torch.stack(self._norms).tolist()
+        sums = torch.stack([losses, torch.tensor(self._fallbacks, dtype=losses.dtype, device=losses.device)])
+        dist.all_reduce(sums)
+        losses, fallbacks = (sums[0] / self._world_size).tolist(), sums[1].int().tolist()
+        norms = torch.stack(self._norms).tolist()
         rows = [
-            {**step, "loss": loss, "grad_norm": norm}
-            for step, loss, norm in zip(self._steps, losses, norms, strict=True)
+            {**step, "loss": loss, "grad_norm": norm, "fallbacks": fallback}
+            for step, loss, norm, fallback in zip(self._steps, losses, norms, fallbacks, strict=True)
         ]
-        self._steps, self._losses, self._norms = [], [], []
+        self._steps, self._losses, self._norms, self._fallbacks = [], [], [], []
         bad = next((r for r in rows if not (math.isfinite(r["loss"]) and math.isfinite(r["grad_norm"]))), None)
         if self._writes:
             self._write(rows[: rows.index(bad)] if bad else rows)
@@ -68,7 +75,8 @@ class Monitor:
         position, now = rows[-1]["position"], time.perf_counter()
         rate = (position - self._flushed[1]) / (now - self._flushed[0])
         self._flushed = (now, position)
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in ("loss", "grad_norm", "lr", "grouped")}
+        names = ("loss", "grad_norm", "lr", "grouped", "fallbacks")
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in names}
         for name, value in {**means, "images_per_second": rate}.items():
             self._board.add_scalar(f"train/{name}", value, position)
         self._bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)

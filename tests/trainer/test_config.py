@@ -138,7 +138,11 @@ def test_dry_run_prints_the_resolved_tree_and_makes_nothing(tmp_path):
     assert not run.exists()
 
 
-def test_every_field_is_read_by_something(tmp_path, tiny, monkeypatch):
+TRAIN = {"images": 64, "global_batch": 32}
+RANDOM = {"query": "random"}
+
+
+def test_every_field_is_read_by_something(tmp_path, tiny, monkeypatch, make_latents):
     """Train and sample with recording configs: a field that nothing reads is a field that does nothing."""
     read: set[tuple[str, str]] = set()
     config = load_config(
@@ -153,6 +157,14 @@ def test_every_field_is_read_by_something(tmp_path, tiny, monkeypatch):
         ],
     )
     within = parse_config({**config.model_dump(), "run": f"{tmp_path}/two", "groups": {"variant": "full", "size": 2}})
+    make_latents(tmp_path)
+    latents = {"name": "latents", "latents": f"{tmp_path}/latents", "neighbors": f"{tmp_path}/graph", "scaling": 0.5}
+    by_number = parse_config(
+        {**config.model_dump(), "run": f"{tmp_path}/three", "data": latents, "train": TRAIN, "groups": {"neighbors": 9}}
+    )
+    streamed = parse_config(
+        {**by_number.model_dump(), "run": f"{tmp_path}/four", "data": {**latents, "streaming": True}, "groups": RANDOM}
+    )
     original = BaseModel.__getattribute__
 
     def recording(self, name):
@@ -165,6 +177,8 @@ def test_every_field_is_read_by_something(tmp_path, tiny, monkeypatch):
         check_world(each, 1)
         train(each)
         make_samples(find_checkpoint(Path(each.run)), each)
+    for each in (by_number, streamed):
+        train(each)
     monkeypatch.undo()
 
     def fields(model):
