@@ -43,14 +43,31 @@ def precompute_latents(
     network = _load("--vae", vae, lambda: VAE(vae, _device(), precision))
     if image_size % network.factor:
         raise RunError(f"--size {image_size}: must be a multiple of the VAE's factor, {network.factor}")
+    work = latents_work(network, images, out, image_size, dtype, part_size, batch, workers, max_rejects)
+    with _data_errors():
+        return extract(work, process, processes)
+
+
+def latents_work(
+    vae: VAE,
+    images: Path,
+    out: Path,
+    image_size: int,
+    dtype: Literal["float16", "float32"],
+    part_size: int,
+    batch: int,
+    workers: int,
+    max_rejects: int,
+) -> Work:
+    """How this VAE makes latents of images."""
     settings = {
-        "name": vae,
-        "vae_weights": fingerprint(network.network),
-        "scaling_factor": network.scaling,
-        "shift_factor": network.shift,
+        "name": vae.name,
+        "vae_weights": fingerprint(vae.network),
+        "scaling_factor": vae.scaling,
+        "shift_factor": vae.shift,
         "size": image_size,
         "transform": "ADM centre crop",
-        "precision": precision,
+        "precision": vae.precision,
         "dtype": dtype,
     }
 
@@ -58,17 +75,12 @@ def precompute_latents(
         return center_crop(image, image_size).transpose(2, 0, 1)
 
     def encode(pixels: Tensor) -> dict[str, np.ndarray]:
-        x = pixels.to(network.device, non_blocking=True) / 127.5 - 1
-        moments = network.moments(torch.cat([x, x.flip(3)]))
+        x = pixels.to(vae.device, non_blocking=True) / 127.5 - 1
+        moments = vae.moments(torch.cat([x, x.flip(3)]))
         both = moments.unflatten(0, (2, len(x))).transpose(0, 1)
         return {"moments": both.to(getattr(torch, dtype)).cpu().numpy()}
 
-    with _data_errors():
-        return extract(
-            Work("latents", images, out, settings, prepare, encode, part_size, batch, workers, max_rejects),
-            process,
-            processes,
-        )
+    return Work("latents", images, out, settings, prepare, encode, part_size, batch, workers, max_rejects)
 
 
 def precompute_features(
