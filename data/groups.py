@@ -4,6 +4,7 @@ import numpy as np
 
 from data.neighbors import NeighborGraph
 
+BLOCK = 2**16  # images whose neighbours are looked at together
 _NONE = np.uint32(2**32 - 1)
 
 
@@ -31,26 +32,45 @@ def similar_groups(
         at_random = few < len(anchors) // 5
         pool, anchors = (anchors[:few], anchors[few:]) if at_random else (anchors, anchors[:0])
         pool = pool[free[pool]]
-        candidates = graph.ids[pool]
-        usable = free[candidates] & (graph.similarities[pool] >= least)
-        choices = usable.sum(axis=1)
+        choices, wanted = _choices(graph, pool, free, least, size - 1)
         enough = choices >= size - 1
-        pool, candidates, usable, choices = (a[enough] for a in (pool, candidates, usable, choices))
+        pool, choices = pool[enough], choices[enough]
         if at_random:
-            order = np.arange(len(pool))
+            chosen = pool
         else:
-            ways = choices + np.bincount(candidates[usable], minlength=n)[pool]
+            ways = choices + wanted[pool]
             draw = rng.integers(2**32, size=len(pool), dtype=np.uint64)  # among equals
             order = np.argsort(ways.astype(np.uint64) << np.uint64(32) | draw, kind="stable")
-            order = order[: max(len(order) // 5, 64)]
-        members = _draw(candidates[order], usable[order], size - 1, rng)
-        groups = np.concatenate([pool[order, None], members], axis=1)
+            chosen = pool[order[: max(len(order) // 5, 64)]]
+        members = _draw(graph.ids[chosen], _usable(graph, chosen, free, least), size - 1, rng)
+        groups = np.concatenate([chosen[:, None], members], axis=1)
         groups = groups[_uncontested(groups, n)][:missing]
         free[groups] = False
         found.append(groups)
         missing -= len(groups)
         anchors = np.concatenate([anchors, pool])
     return np.concatenate(found) if found else np.empty((0, size), np.int32)
+
+
+def _usable(graph: NeighborGraph, images: np.ndarray, free: np.ndarray, least: np.floating) -> np.ndarray:
+    """Which neighbours of these images are free and similar enough, (m, k) bool."""
+    return free[graph.ids[images]] & (graph.similarities[images] >= least)
+
+
+def _choices(
+    graph: NeighborGraph, pool: np.ndarray, free: np.ndarray, least: np.floating, least_choices: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(usable neighbours of each image of the pool (m,); of how many of those that have `least_choices` each image of
+    the set is a usable neighbour (n,)). By blocks: all at once, ImageNet would take a gigabyte."""
+    choices = np.empty(len(pool), np.int64)
+    wanted = np.zeros(len(free), np.int64)
+    for start in range(0, len(pool), BLOCK):
+        images = pool[start : start + BLOCK]
+        usable = _usable(graph, images, free, least)
+        choices[start : start + BLOCK] = usable.sum(axis=1)
+        usable[choices[start : start + BLOCK] < least_choices] = False
+        wanted += np.bincount(graph.ids[images][usable], minlength=len(free))
+    return choices, wanted
 
 
 def _at_or_above(value: float, dtype: np.dtype) -> np.floating:

@@ -8,9 +8,12 @@ import json
 import operator
 import sys
 
-from benchmarks import digits, group, plan, step
+from benchmarks import digits, group, latents, neighbors, plan, read, step
 
-BENCHMARKS = {"step": step.measure, "group": group.measure, "plan": plan.measure, "digits": digits.measure}
+BENCHMARKS = {
+    module.__name__.rpartition(".")[2]: module.measure
+    for module in (step, group, plan, digits, latents, read, neighbors)
+}
 COMPARE = {">=": operator.ge, "<=": operator.le, "<": operator.lt, "==": operator.eq}
 
 

@@ -21,7 +21,7 @@ def measure() -> tuple[Figures, Targets]:
     """One epoch of light-4 and full-4 by similarity, each the median of three; then the waiting of ranks."""
     label = (np.arange(IMAGES) * CLASSES // IMAGES).astype(np.int64)
     before = _peak_gigabytes()
-    graph = _class_clusters(label)
+    graph = class_clusters(label, NEIGHBORS)
     figures: Figures = {"peak_gigabytes_of_the_graph": _peak_gigabytes() - before}
     for variant in ("light", "full"):
         config = GroupsConfig(variant=variant, size=4, threshold=0.3, neighbors=NEIGHBORS)
@@ -44,20 +44,20 @@ def measure() -> tuple[Figures, Targets]:
     return figures, targets
 
 
-def _class_clusters(label: np.ndarray, width: int = 32) -> NeighborGraph:
+def class_clusters(label: np.ndarray, neighbors: int, width: int = 32) -> NeighborGraph:
     """The exact neighbours, within their class, of made-up features: a Gaussian cloud per class.
 
     Like real features these have hubs and images that are nobody's neighbour (in-degree 0 to about 250), which is what
     makes full grouping hard.
     """
-    ids = np.empty((len(label), NEIGHBORS), np.int32)
-    similarities = np.empty((len(label), NEIGHBORS), np.float32)
+    ids = np.empty((len(label), neighbors), np.int32)
+    similarities = np.empty((len(label), neighbors), np.float32)
     rng = torch.Generator().manual_seed(0)
     for start, number in zip(*np.unique(label, return_index=True, return_counts=True)[1:], strict=True):
         features = torch.randn(int(number), width, generator=rng) + torch.randn(1, width, generator=rng)
         features = torch.nn.functional.normalize(features)
         cosine = (features @ features.T).fill_diagonal_(-2)
-        values, order = cosine.topk(NEIGHBORS)
+        values, order = cosine.topk(neighbors)
         ids[start : start + number] = order + int(start)
         similarities[start : start + number] = values
     return NeighborGraph(ids, similarities)
