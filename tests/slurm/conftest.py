@@ -1,13 +1,16 @@
 """A real Slurm on this machine, for the tests in this folder."""
 
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+TIME_LIMIT = 240  # seconds for a job, on a busy machine
 CLUSTER = Path(__file__).with_name("cluster.sh")
 
 
@@ -24,3 +27,21 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
         yield os.environ | dict(line.split("=", 1) for line in variables.splitlines())
     finally:
         subprocess.run([CLUSTER, "down"], env=env, check=True)
+
+
+@pytest.fixture(scope="session")
+def assert_completes(two_nodes: dict[str, str]) -> Callable[[str, Path], None]:
+    """Waits until a job has ended; shows its logs if it did not end well."""
+
+    def wait(job: str, logs: Path) -> None:
+        end = time.monotonic() + TIME_LIMIT
+        state = "PENDING"
+        while state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING") and time.monotonic() < end:
+            time.sleep(0.5)
+            show = ["scontrol", "show", "job", job]
+            record = subprocess.run(show, env=two_nodes, capture_output=True, text=True, check=True)
+            state = re.search(r"JobState=(\w+)", record.stdout).group(1)
+        tails = [f"== {file}\n{file.read_text()[-2000:]}" for file in sorted(logs.glob("*_log.*"))]
+        assert state == "COMPLETED", "\n".join(tails)
+
+    return wait
