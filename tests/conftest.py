@@ -12,16 +12,18 @@ def make_latents():
     """A store of random latents in `folder`/latents and, with `width`, features of that many numbers in /features and
     their neighbour graph in /graph. Images come in `kinds` of which one is like the other."""
 
-    def make(folder, number=96, shards=3, shape=(2, 4, 4), classes=3, width=8, neighbors=12, kinds=6, seed=0):
+    def make(
+        folder, number=96, shards=3, shape=(2, 4, 4), classes=3, width=8, neighbors=12, kinds=6, seed=0, scaling=0.5
+    ):
         rng = np.random.default_rng([seed, 5])
         label = rng.integers(classes, size=number)
         kind = rng.integers(kinds, size=number)
         moments = rng.normal(size=(number, 2, 2 * shape[0], *shape[1:])).astype(np.float16)
         features = rng.normal(size=(kinds, width))[kind] + 0.2 * rng.normal(size=(number, width))
         features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float16)
-        scaling = {"name": "no/vae", "scaling_factor": 0.5, "shift_factor": 0.25}
+        vae = {"name": "no/vae", "scaling_factor": scaling, "shift_factor": 0.25}
         for store, name, array, settings in (
-            ("latents", "moments", moments, scaling),
+            ("latents", "moments", moments, vae),
             ("features", "feature", features, {"name": "no/encoder", "encoder_weights": str(seed)}),
         ):
             agree_on_settings(folder / store, settings)

@@ -145,10 +145,13 @@ def test_the_readme_names_only_files_that_exist():
     assert named and [w for w in named if not Path(w.rstrip(".,:;)")).exists()] == []
 
 
-def test_what_the_readme_submits_is_accepted(tmp_path):
+def test_what_the_readme_submits_is_accepted(tmp_path, make_latents):
     """Every `submit.py` line of it, with --dry-run: world size, batch and groups fit one another."""
     start = "    .venv/bin/python tools/submit.py "
     lines = [line.removeprefix(start) for line in Path("README.md").read_text().splitlines() if line.startswith(start)]
     assert len(lines) >= 4
+    make_latents(tmp_path, number=256, shape=(4, 32, 32), scaling=0.18215, neighbors=64)
+    latents = [f"data.latents={tmp_path}/latents", f"data.neighbors={tmp_path}/graph"]
     for line in lines:
-        assert tool("submit", *shlex.split(line, comments=True), "--dry-run", f"run={tmp_path}/run").stdout
+        data = latents if "imagenet" in line else []
+        assert tool("submit", *shlex.split(line, comments=True), "--dry-run", f"run={tmp_path}/run", *data).stdout
