@@ -53,6 +53,7 @@ def build_graph(
     }
     agree_on_settings(out, settings)
     if (out / MANIFEST).is_file():
+        shutil.rmtree(out / WORK, ignore_errors=True)
         return
     parts = [f"{part:06d}.npz" for part in range(-(-n // PART))]
     rows = Store(features, manifest).read("feature", np.arange(n))
@@ -78,7 +79,7 @@ def build_graph(
                 recall = _join(out, n, neighbors, parts, exact)
                 write_json(out / MANIFEST, {"kind": "neighbors", "images": n, "recall": recall, "settings": settings})
                 shutil.rmtree(out / PARTS)
-                shutil.rmtree(out / WORK, ignore_errors=True)
+        shutil.rmtree(out / WORK, ignore_errors=True)
 
 
 def open_graph(folder: Path) -> tuple[NeighborGraph, dict]:

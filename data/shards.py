@@ -33,9 +33,10 @@ def shard_names(kind: str, parts: int) -> list[str]:
 def agree_on_settings(folder: Path, settings: dict) -> None:
     """DataError if the folder was begun with other settings; else they are noted in it."""
     path = folder / SETTINGS
-    with wait_for_lock(folder, SETTINGS):
-        if not path.exists():
-            write_json(path, settings)
+    if not path.exists():
+        with wait_for_lock(folder, SETTINGS):
+            if not path.exists():
+                write_json(path, settings)
     before, now = json.loads(path.read_text()), json.loads(json.dumps(settings))
     for name in (before | now).keys() - {"name"}:  # what the network is called matters less than its weights
         if before.get(name) != now.get(name):
@@ -92,7 +93,9 @@ def finish(folder: Path, kind: str, parts: int, num_classes: int | None, max_rej
     if not all(shard.exists() for shard in shards):
         return None
     with wait_for_lock(folder, MANIFEST):
-        return _finish(folder, kind, shards, num_classes, max_rejects)
+        manifest = _finish(folder, kind, shards, num_classes, max_rejects)
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+    return manifest
 
 
 def _finish(folder: Path, kind: str, shards: list[Path], num_classes: int | None, max_rejects: int) -> dict:
@@ -131,7 +134,6 @@ def _finish(folder: Path, kind: str, shards: list[Path], num_classes: int | None
         "shards": listed,
     }
     write_json(folder / MANIFEST, manifest)
-    shutil.rmtree(folder / WORK, ignore_errors=True)
     return manifest
 
 

@@ -135,9 +135,10 @@ def open_source(root: Path, listing: dict, part_size: int) -> Source:
 def shared_source(root: Path, part_size: int, folder: Path) -> Source:
     """The source as it was when the work in `folder` began: the first process lists it, the others wait and read."""
     path = folder / "inputs.json"
-    with wait_for_lock(folder, path.name):
-        if not path.exists():
-            write_json(path, list_source(root, part_size).listing())
+    if not path.exists():
+        with wait_for_lock(folder, path.name):
+            if not path.exists():
+                write_json(path, list_source(root, part_size).listing())
     return open_source(root, json.loads(path.read_text()), part_size)
 
 

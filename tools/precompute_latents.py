@@ -8,8 +8,6 @@ import argparse
 
 from preprocessing import add_image_options, add_process_options, positive, report, run_in_processes, run_tool, verify
 
-from trainer.precompute import precompute_latents
-
 
 def main(arguments: list[str]) -> None:
     """Make the shards, or verify them."""
@@ -22,6 +20,8 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     if args.verify:
         verify(args.out, args.images)
+    from trainer.precompute import precompute_latents  # slow to import
+
     run_in_processes(
         args,
         precompute_latents,
