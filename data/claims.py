@@ -1,7 +1,7 @@
 """Processes on any number of nodes share the parts of a piece of work; one that dies gives up what it held.
 
-A claim is a POSIX lock on a file, which the system frees when its process ends, however that happens. Only saving work
-depends on it: a result appears by one rename, so two processes that did the same part would leave the same files.
+A claim is a POSIX lock on a file, which the system frees when its process ends, however that happens. On a file system
+without locks there is a warning: let one process at a time work there.
 """
 
 import fcntl
@@ -75,9 +75,13 @@ def wait_for_lock(folder: Path, name: str) -> Iterator[None]:
 
 
 def _open_lock(folder: Path, name: str) -> TextIO:
-    (folder / WORK).mkdir(parents=True, exist_ok=True)
-    return (folder / WORK / f"{name}.lock").open("w")
+    while True:
+        (folder / WORK).mkdir(parents=True, exist_ok=True)
+        try:
+            return (folder / WORK / f"{name}.lock").open("w")
+        except FileNotFoundError:  # the folder was tidied away just then
+            continue
 
 
 def _warn(folder: Path, error: OSError) -> None:
-    warnings.warn(f"{folder}: has no file locks ({error}); processes may do the same work twice", stacklevel=3)
+    warnings.warn(f"{folder}: has no file locks ({error}); let one process at a time work on it", stacklevel=3)

@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from data.claims import Claims, wait_for_lock
 from data.errors import DataError
-from data.files import appearing
-from data.shards import agree_on_settings, finish, shard_names, write_shard
+from data.files import appearing, disk_errors
+from data.shards import agree_on_settings, begin, finish, shard_names, write_shard
 from data.sources import Item
 from data.store import Store, read_manifest
 
@@ -24,6 +24,13 @@ def cluster_latents(
 ) -> dict | None:
     """Write the images of two stores as one of latents with features, in shards of about `shard_size` similar images.
     Processes share the shards. Returns the manifest, or None if others still make some."""
+    with disk_errors(out):
+        return _cluster_latents(latents, features, out, shard_size, process, processes)
+
+
+def _cluster_latents(
+    latents: Path, features: Path, out: Path, shard_size: int, process: int, processes: int
+) -> dict | None:
     moments = Store(latents, read_manifest(latents, "latents", "tools/precompute_latents.py"))
     vectors = Store(features, read_manifest(features, "features", "tools/precompute_features.py"))
     if moments.manifest["keys"] != vectors.manifest["keys"]:
@@ -32,7 +39,7 @@ def cluster_latents(
             " make both of the same"
         )
     encoder = vectors.manifest["settings"].get("encoder_weights")
-    settings = moments.manifest["settings"] | {"encoder_weights": encoder, "part_size": shard_size}
+    settings = moments.manifest["settings"] | {"encoder_weights": encoder, "shard_size": shard_size}
     agree_on_settings(out, settings | {"keys": moments.manifest["keys"]})
     sizes = shard_sizes(len(moments), shard_size)
     with wait_for_lock(out, ORDER):
@@ -42,6 +49,7 @@ def cluster_latents(
                 np.save(file, found)
     order = np.split(np.load(out / ORDER), np.cumsum(sizes)[:-1])
     names = shard_names("latents", len(sizes))
+    begin(out, [out / name for name in names])
     claims = Claims(out, names, start=process * len(names) // processes)
     with tqdm(desc="shards", unit="shard", total=len(names), mininterval=0.5) as bar:
         for shard in claims:

@@ -1,7 +1,6 @@
 """From images to a store of arrays: read, prepare in worker processes, encode in batches, write shards. Any number of
 processes may do it at once, each may be killed at any time, and the same call goes on where they were."""
 
-import errno
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,9 +13,10 @@ from PIL import Image
 
 from data.claims import Claims
 from data.errors import DataError
+from data.files import disk_errors
 from data.prepare import PreparedBatch, prepared_batches
 from data.progress import Progress
-from data.shards import agree_on_settings, finish, shard_names, write_shard
+from data.shards import agree_on_settings, begin, finish, shard_names, write_shard
 from data.sources import shared_source
 
 
@@ -45,21 +45,16 @@ def extract(work: Work, process: int = 0, processes: int = 1) -> dict | None:
 
     DataError if the folder has other settings, if more images than allowed cannot be read, or if the disk is full.
     """
-    try:
+    with disk_errors(work.out):
         return _extract(work, process, processes)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
-            raise
-        raise DataError(
-            f"--out {work.out}: cannot be written: {error.strerror}; complete shards stay: mend that and start again"
-        ) from None
 
 
 def _extract(work: Work, process: int, processes: int) -> dict | None:
-    settings = {"images": str(work.images.absolute()), "part_size": work.part_size, **work.settings}
+    settings = {"images": str(work.images.absolute()), "shard_size": work.part_size, **work.settings}
     agree_on_settings(work.out, settings)
     source = shared_source(work.images, work.part_size, work.out)
     shards = [work.out / name for name in shard_names(work.kind, source.parts)]
+    begin(work.out, shards)
     claims = Claims(work.out, [shard.name for shard in shards], start=process * source.parts // processes)
     batches = prepared_batches(source, claims, work.prepare, work.batch, work.workers)
     with Progress(work.kind, source.images, shards) as progress, ThreadPoolExecutor(1) as writer:
@@ -97,7 +92,9 @@ class _Part:
         for name, array in arrays.items():
             if not np.isfinite(array).all():
                 bad = batch.keys[int(np.argmin(np.isfinite(array.reshape(len(array), -1)).all(axis=1)))]
-                raise DataError(f"{bad}: {name} is not finite in {array.dtype}; use a wider type, as --precision fp32")
+                raise DataError(
+                    f"{bad}: {name} is not finite in {array.dtype}; use --dtype float32, or --precision fp32"
+                )
         self.keys += batch.keys
         self.labels += batch.labels
         self.rejected += batch.rejected

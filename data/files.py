@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, also after a power failure."""
 
+import errno
 import hashlib
 import json
 import os
@@ -7,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from data.errors import DataError
 
 WORK = ".work"  # what is being written stands here, inside the folder where it will appear
 
@@ -36,6 +39,19 @@ def write_json(path: Path, content: object) -> None:
     """As JSON."""
     with appearing(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """DataError where the disk of a tool's output is full, or something may not be read or written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        raise DataError(
+            f"{error.filename or f'--out {out}'}: {error.strerror}; what is complete stays: mend that and start again"
+        ) from None
 
 
 def sha256(path: Path) -> str:

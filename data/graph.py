@@ -13,12 +13,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
 from data.claims import Claims, wait_for_lock
 from data.errors import DataError
-from data.files import WORK, appearing, partial_of, write_json
+from data.files import WORK, appearing, disk_errors, write_json
 from data.ivf import IVFSearch
 from data.neighbors import ExactSearch, NeighborGraph
 from data.shards import MANIFEST, agree_on_settings
@@ -40,6 +39,21 @@ def build_graph(
     processes: int = 1,
 ) -> None:
     """The `neighbors` nearest of every image, in parts that processes share; the last one to end puts them together."""
+    with disk_errors(out):
+        _build_graph(features, out, neighbors, method, probes, precision, device, process, processes)
+
+
+def _build_graph(
+    features: Path,
+    out: Path,
+    neighbors: int,
+    method: str,
+    probes: int,
+    precision: Literal["bf16", "fp32"],
+    device: torch.device,
+    process: int,
+    processes: int,
+) -> None:
     manifest = read_manifest(features, "features", "tools/precompute_features.py")
     n = manifest["images"]
     if not 1 <= neighbors < n:
@@ -53,7 +67,7 @@ def build_graph(
     }
     agree_on_settings(out, settings)
     if (out / MANIFEST).is_file():
-        shutil.rmtree(out / WORK, ignore_errors=True)
+        _tidy(out)
         return
     parts = [f"{part:06d}.npz" for part in range(-(-n // PART))]
     rows = Store(features, manifest).read("feature", np.arange(n))
@@ -78,8 +92,12 @@ def build_graph(
             if not (out / MANIFEST).is_file():
                 recall = _join(out, n, neighbors, parts, exact)
                 write_json(out / MANIFEST, {"kind": "neighbors", "images": n, "recall": recall, "settings": settings})
-                shutil.rmtree(out / PARTS)
-        shutil.rmtree(out / WORK, ignore_errors=True)
+        _tidy(out)
+
+
+def _tidy(out: Path) -> None:
+    for folder in (PARTS, WORK):
+        shutil.rmtree(out / folder, ignore_errors=True)
 
 
 def open_graph(folder: Path) -> tuple[NeighborGraph, dict]:
@@ -96,17 +114,14 @@ def round_down(values: np.ndarray) -> np.ndarray:
 
 def _join(out: Path, n: int, neighbors: int, parts: list[str], exact: ExactSearch) -> float:
     """Write the two arrays. Returns the recall: the share that is there of the true neighbours of some images."""
+    for name, entry, dtype in ((IDS, "ids", np.int32), (SIMILARITIES, "similarities", np.float16)):
+        with appearing(out / name) as file:  # not by a memory map, to which a full disk is a bus error
+            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (n, neighbors)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in parts:
+                with np.load(out / PARTS / part) as stored:
+                    file.write(stored[entry].astype(dtype).tobytes())
     sample = np.random.default_rng(0).permutation(n)[:SAMPLE]
     true, _ = exact.nearest(sample, neighbors)
-    arrays = {}
-    for name, entry, dtype in ((IDS, "ids", np.int32), (SIMILARITIES, "similarities", np.float16)):
-        partial = partial_of(out / name)
-        partial.parent.mkdir(exist_ok=True)
-        arrays[entry] = open_memmap(partial, "w+", dtype, (n, neighbors))
-        for number, part in enumerate(parts):
-            with np.load(out / PARTS / part) as stored:
-                arrays[entry][number * PART : (number + 1) * PART] = stored[entry]
-        arrays[entry].flush()
-        partial.replace(out / name)
-    hits = (arrays["ids"][sample][:, :, None] == true[:, None]).any(axis=2)
+    hits = (np.load(out / IDS, mmap_mode="r")[sample][:, :, None] == true[:, None]).any(axis=2)
     return float(hits.mean())

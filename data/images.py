@@ -21,14 +21,14 @@ class DataConfig(BaseModel, extra="forbid", frozen=True):
 
     name: Literal["digits", "latents"] = "digits"
     latents: str | None = None  # folder made by tools/precompute_latents.py or tools/cluster_latents.py
-    neighbors: str | None = None  # folder made by tools/build_neighbors.py, of features of the same images
+    neighbors: str | None = None  # folder made by tools/build_neighbors.py of the same images (not for streaming)
     channels: int | None = Field(None, ge=1)  # of a latent
     side: int | None = Field(None, ge=1)  # of a latent, in its own pixels
     scaling: float | None = Field(None, gt=0)  # of latents by the VAE
     flip: bool = True  # half of the latents, at random, of the mirror image
     vae: str | None = None  # to show samples; null: the one that the latents name
     streaming: bool = False  # read whole shards in turn instead of images at random: see README
-    window: int = Field(8, ge=1)  # shards that a rank has in memory and forms groups in (streaming)
+    window: int = Field(8, ge=1)  # shards that a rank has in memory and forms groups in (for streaming)
     workers: int = Field(0, ge=0)  # processes per rank that prepare batches; 0: in the training process
 
     @model_validator(mode="after")

@@ -5,6 +5,8 @@ import numpy as np
 from data.errors import DataError
 from data.neighbors import ExactSearch
 
+MORE = 16  # candidates besides those asked for: FAISS ranks in float32
+
 
 class IVFSearch:
     """The images of `features` (n, d) in 4 sqrt(n) inverted lists (k-means), of which `probes` are looked through."""
@@ -14,7 +16,8 @@ class IVFSearch:
             import faiss
         except ImportError:
             raise DataError("--method ivf: needs faiss; pip install faiss-cpu, or use --method exact") from None
-        self._rows = features.astype(np.float32)
+        norms = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
+        self._rows = (features / np.where(norms, norms, 1)).astype(np.float32)
         lists = max(1, min(int(4 * len(features) ** 0.5), len(features) // 40))
         self._index = faiss.index_factory(features.shape[1], f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
         self._index.train(self._rows)
@@ -25,7 +28,7 @@ class IVFSearch:
     def nearest(self, images: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids (b, k) int32, similarities (b, k) float64) of the nearest of those found, ranked as ExactSearch does.
         Images whose lists hold fewer than k others are compared with all."""
-        _, found = self._index.search(self._rows[images], k + 1)
+        _, found = self._index.search(self._rows[images], k + 1 + MORE)
         found[found == images[:, None]] = -1
         found.sort(axis=1)
         ids, similarities = self._exact.rank(images, found, k)

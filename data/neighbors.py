@@ -5,6 +5,8 @@ next finer precision looks again. Features of whole numbers or of float16 with a
 products in float64, in whatever order they are summed: every machine then finds the same graph, equal ones included.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,13 +45,20 @@ class ExactSearch:
         self, features: np.ndarray, device: torch.device | str = "cpu", precision: Literal["bf16", "fp32"] = "fp32"
     ) -> None:
         self._rows = torch.from_numpy(np.ascontiguousarray(features)).to(device)
-        self._norms = torch.cat([rows.double().square().sum(dim=1).sqrt() for rows in self._rows.split(2**14)])
+        squares = torch.cat([rows.double().square().sum(dim=1) for rows in self._rows.split(2**14)])
+        self._norms = torch.from_numpy(np.sqrt(squares.cpu().numpy())).to(device)  # torch's is not always the nearest
         self._norms[self._norms == 0] = 1
         unit = self._rows.float() / self._norms.float()[:, None]
         self._looks = [_Look(unit, extra=16, error=_fp32_error(unit.shape[1]))]
-        if precision == "bf16":  # both factors and the product are rounded to 8 bits
-            error = 3.1 * 2**-9 + _fp32_error(unit.shape[1])
-            self._looks.insert(0, _Look(unit.bfloat16(), extra=192, error=error))
+        if precision == "bf16":
+            rounded = unit.bfloat16()
+            moved = max(
+                float((a - b.float()).norm(dim=1).max())
+                for a, b in zip(unit.split(2**14), rounded.split(2**14), strict=True)
+            )
+            # by both factors (Cauchy-Schwarz), and the product is rounded to 8 bits
+            error = 2 * moved + moved**2 + 1.02 * 2**-8 + _fp32_error(unit.shape[1])
+            self._looks.insert(0, _Look(rounded, extra=192, error=error))
 
     def nearest(self, images: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids (b, k) int32, similarities (b, k) float64) of the k nearest of each image (b,)."""
@@ -78,7 +87,8 @@ class ExactSearch:
         number = min(k + look.extra, len(look.unit) - 1)
         best, ids = look.unit.new_empty(len(mine), 0), mine.new_empty(len(mine), 0)
         for start in range(0, len(look.unit), COLUMNS):
-            products = look.unit[mine] @ look.unit[start : start + COLUMNS].T
+            with _full_precision():
+                products = look.unit[mine] @ look.unit[start : start + COLUMNS].T
             inside = ((mine >= start) & (mine < start + COLUMNS)).nonzero().squeeze(1)
             products[inside, mine[inside] - start] = -torch.inf
             values, columns = products.topk(min(number, products.shape[1]), dim=1)
@@ -111,6 +121,18 @@ class ExactSearch:
         cosine[torch.arange(len(mine)), mine] = -torch.inf
         cosine, order = cosine.sort(dim=1, descending=True, stable=True)
         return order[:, :k].cpu().numpy(), cosine[:, :k].cpu().numpy()
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Products on GPUs as the error bounds assume them, whatever the program has set."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_tf32 = matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction = before
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,8 @@ class _Prepared(Dataset[PreparedBatch]):
         try:
             content = item.read()  # other errors than these are the machine's fault, not the image's
         except (FileNotFoundError, PermissionError) as error:
+            if not item.file.parent.is_dir():
+                raise  # a whole folder that is gone is no damaged image
             raise _Rejected(error.strerror) from None
         if not content:
             raise _Rejected("no image in it")

@@ -50,6 +50,8 @@ def write_shard(
     path: Path, keys: list[str], labels: list[int], arrays: Mapping[str, np.ndarray], rejected: list[dict]
 ) -> None:
     """A shard of samples with `arrays[field][i]` each, and its record. The shard appears last, whole."""
+    if len(set(keys)) < len(keys):
+        raise DataError(f"{path}: key {max(keys, key=keys.count)} comes more than once in the input")
     with appearing(path) as file:
         with webdataset.TarWriter(file, mtime=0, format="PAX_FORMAT") as tar:
             for i, (key, label) in enumerate(zip(keys, labels, strict=True)):
@@ -84,6 +86,14 @@ def array_offsets(members: dict[str, tuple[int, int]], sizes: dict[str, int]) ->
     return {name: offset + length - sizes[name] for name, (offset, length) in places.items()}
 
 
+def begin(folder: Path, shards: list[Path]) -> None:
+    """While shards are missing there must be no manifest: somebody would read by it."""
+    if (folder / MANIFEST).exists() and not all(shard.exists() for shard in shards):
+        with wait_for_lock(folder, MANIFEST):
+            if not all(shard.exists() for shard in shards):
+                (folder / MANIFEST).unlink(missing_ok=True)
+
+
 def finish(folder: Path, kind: str, parts: int, num_classes: int | None, max_rejects: int) -> dict | None:
     """Write index and manifest and return the manifest, if all shards are there; None if some are not.
 
@@ -108,6 +118,7 @@ def _finish(folder: Path, kind: str, shards: list[Path], num_classes: int | None
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["shards"] == listed:
             return manifest
+        (folder / MANIFEST).unlink()  # of shards that were made again since
     rejected = [{"shard": s.name, **row} for s, r in zip(shards, records, strict=True) for row in r["rejected"]]
     with appearing(folder / REJECTED) as file:
         file.writelines((json.dumps(row) + "\n").encode() for row in rejected)

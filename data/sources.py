@@ -109,7 +109,7 @@ def list_source(root: Path, part_size: int) -> Source:
     if not root.is_dir():
         raise DataError(f"--images {root}: no such folder; give a tree of class folders, or a folder of tar shards")
     with os.scandir(root) as entries:
-        names = sorted((entry.name, entry.is_dir()) for entry in entries)
+        names = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
     tars = [name for name, is_folder in names if name.endswith(".tar") and not is_folder]
     if tars:
         return TarShards(root, tars)
@@ -144,7 +144,14 @@ def shared_source(root: Path, part_size: int, folder: Path) -> Source:
 
 def _image_files(root: Path, class_name: str) -> list[str]:
     found = []
-    for folder, _, names in os.walk(root / class_name, followlinks=True):
+    for folder, _, names in os.walk(root / class_name, onerror=_cannot_list, followlinks=True):
         inside = Path(folder).relative_to(root).as_posix()
         found += [f"{inside}/{name}" for name in names if name.rpartition(".")[2].lower() in EXTENSIONS]
+    for file in found:
+        if not file.isprintable() or file != file.encode(errors="replace").decode():
+            raise DataError(f"--images {root}: {file!r} is no name in UTF-8 that can be printed; rename it")
     return sorted(found)
+
+
+def _cannot_list(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be listed: {error.strerror}")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data.errors import DataError
 from data.shards import INDEX, MANIFEST
@@ -49,5 +50,8 @@ class Store:
         found = self._maps.get((field, shard))
         if found is None:
             path = self.folder / self.manifest["shards"][shard]["name"]
-            found = self._maps[field, shard] = np.asarray(np.memmap(path, dtype, mode="r"))
+            size = path.stat().st_size // dtype.itemsize
+            # numpy's memory maps keep a file open each, and there may be more shards than files that may be open
+            mapped = torch.from_file(str(path), shared=False, size=size, dtype=getattr(torch, dtype.name))
+            found = self._maps[field, shard] = mapped.numpy()
         return found

@@ -9,15 +9,13 @@ def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """(key, {extension: (offset in bytes, size)}) of each sample, in the file's order. As webdataset has it, the key is
     a member's name up to the first dot of its last part, and neighbours with one key are one sample.
 
-    tarfile.TarError if the file was cut off.
+    tarfile.TarError if the file was cut off or a header is damaged.
     """
     key, members = "", {}
     with tarfile.open(path, "r:") as tar:
-        end = 0
         for member in tar:
             if not member.isfile():
                 continue
-            end = member.offset_data + member.size
             folder, slash, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
             if folder + slash + stem != key or extension.lower() in members:
@@ -25,7 +23,9 @@ def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
                     yield key, members
                 key, members = folder + slash + stem, {}
             members[extension.lower()] = (member.offset_data, member.size)
-        if end > path.stat().st_size:
-            raise tarfile.ReadError("unexpected end of data")
+        with path.open("rb") as file:  # at a header that is damaged or not there, tarfile ends without a word
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
     if members:
         yield key, members

@@ -19,18 +19,28 @@ def verify_store(folder: Path, source: Source) -> Iterator[str]:
     if not (folder / MANIFEST).is_file():
         yield f"{folder / MANIFEST}: not there: the store is not complete"
         return
-    manifest = json.loads((folder / MANIFEST).read_text())
-    index = np.load(folder / INDEX, mmap_mode="r")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        index = np.load(folder / INDEX, mmap_mode="r")
+        rejected = [json.loads(line) for line in (folder / REJECTED).read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        yield f"{folder}: its manifest, index or list of rejects cannot be read ({error})"
+        return
     if keys_digest(index["key"]) != manifest["keys"] or len(index) != manifest["images"]:
         yield f"{folder / INDEX}: is not the one that the manifest was written for"
-    rejected = [json.loads(line) for line in (folder / REJECTED).read_text().splitlines()]
     found: Counter[str] = Counter(row["key"] for row in rejected)
     for number, shard in enumerate(manifest["shards"]):
         rows = index[index["shard"] == number]
         if len(rows) != shard["images"]:
             yield f"{folder / INDEX}: {len(rows)} images of {shard['name']}, should be {shard['images']}"
         yield from _verify_shard(folder / shard["name"], shard, rows, manifest["fields"], found)
-    yield from _compare(found, Counter(item.key for part in range(source.parts) for item in source.items(part)))
+    wanted = [item for part in range(source.parts) for item in source.items(part)]
+    yield from _compare(found, Counter(item.key for item in wanted))
+    labels = {item.key: item.label for item in wanted}
+    for row in index:
+        key, label = row["key"].decode(), int(row["label"])
+        if labels.get(key, label) != label:
+            yield f"{key}: has label {label} in the store, {labels[key]} in the input"
 
 
 def _verify_shard(path: Path, shard: dict, rows: np.ndarray, fields: dict, found: Counter[str]) -> Iterator[str]:

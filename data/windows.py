@@ -52,8 +52,9 @@ class Stream:
         return step * self.global_batch // self.world_size - self.grouped_before(step)
 
     def windows(self) -> Iterator[Window]:
-        """All windows, from the start of the run. Its images are shared out such that every step finds what it needs:
-        when the images so far are enough for t whole steps, those steps are served, and the rest is for step t."""
+        """All windows, from the start of the run. Their images are shared out by what the steps need: when the images
+        so far are enough for t whole steps, these can be served (but for remainders less than a group), and the rest is
+        for step t."""
         shards = self._shards()
         shard = next(shards)
         images = total_grouped = total_single = 0
@@ -69,6 +70,7 @@ class Stream:
             step = images * self.world_size // self.global_batch
             wanted = min(self.grouped_before(step + 1), images - self.single_before(step))
             grouped = wanted // self.config.size * self.config.size - total_grouped
+            grouped = min(grouped, size // self.config.size * self.config.size)  # the next one makes up for the rest
             total_grouped, total_single = total_grouped + grouped, total_single + size - grouped
             yield Window(number, tuple(window), grouped, size - grouped, total_grouped, total_single)
 
@@ -80,4 +82,6 @@ class Stream:
             if place // len(self.counts) != epoch:
                 epoch = place // len(self.counts)
                 order = np.random.default_rng([self.seed, epoch]).permutation(len(self.counts))
-            yield int(order[place % len(self.counts)])
+            shard = int(order[place % len(self.counts)])
+            if self.counts[shard]:  # else all its images were rejected
+                yield shard

@@ -54,6 +54,7 @@ def run_in_processes(args: argparse.Namespace, function: Callable[..., Any], **a
     here = torch.cuda.device_count()
     nodes, procs = args.nodes or 1, args.procs or (8 if args.nodes else max(here, 1))
     options = dict(parse_option(option) for option in args.slurm)
+    options.setdefault("cpus_per_task", str(1 + arguments.get("workers", 0)))
     if not args.nodes and procs == 1:
         function(**arguments)
         return

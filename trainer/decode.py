@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from trainer.errors import RunError
+from trainer.errors import RunError, first_line
 
 BATCH = 16  # images that the VAE decodes at once
 
@@ -24,10 +24,9 @@ def make_decoder(vae: str | None, device: torch.device) -> Callable[[Tensor], Te
     try:
         network = VAE(vae, device)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise RunError(
-            f"data.vae={vae}: cannot be loaded to decode samples: {reason}; set it to a folder of the VAE, or"
-            " train.sample_every=0"
+            f"data.vae={vae}: cannot be loaded to decode samples: {first_line(error)}; set it to a folder of the"
+            " VAE, or (in training) train.sample_every=0"
         ) from None
 
     def decode(samples: Tensor) -> Tensor:

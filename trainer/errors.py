@@ -3,3 +3,8 @@
 
 class RunError(Exception):
     """A run cannot start or go on. Tools print the message as it is and exit with code 1."""
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of a library says, in short."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

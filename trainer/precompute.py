@@ -18,7 +18,7 @@ from data.graph import build_graph
 from models.encoders import Encoder
 from models.fingerprint import fingerprint
 from models.vae import VAE
-from trainer.errors import RunError
+from trainer.errors import RunError, first_line
 
 T = TypeVar("T")
 Precision = Literal["bf16", "fp32"]
@@ -122,15 +122,18 @@ def _data_errors() -> Iterator[None]:
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def _load(option: str, name: str, load: Callable[[], T]) -> T:
     try:
         return load()
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RunError(f"{option} {name}: cannot be loaded: {reason}; give a local folder or a hub name") from None
+        raise RunError(
+            f"{option} {name}: cannot be loaded: {first_line(error)}; give a local folder or a hub name"
+        ) from None
 
 
 def build_neighbors(precision: Precision | None, **arguments: Any) -> None:

@@ -36,14 +36,15 @@ def make_samples(
     EMA weights of a checkpoint, or its `raw` ones, in this one process."""
     weights = "model" if raw else "ema"
     images = open_data(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    decode = make_decoder(images.vae, device)
     network = build_network(config, images)
     checkpoint.verify(folder)
     position = checkpoint.load(folder, {weights: network.state_dict()})  # fills the network's own tensors
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         made = generate(network.to(device).eval(), config, images, Ranks(0, 1, device), progress)
     label = np.repeat(np.arange(len(made))[:, None], made.shape[1], axis=1)
-    made = make_decoder(images.vae, device)(made)
+    made = decode(made)
     record = {"checkpoint": str(folder), "position": position, "weights": weights, "precision": config.precision}
     record |= config.sample.model_dump()
     return to_uint8(made), label, record

@@ -1,9 +1,11 @@
 """Writing a store, its index and manifest, and reading it back; what --verify finds."""
 
 import json
+import resource
 import subprocess
 import tarfile
 from multiprocessing import get_context
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,12 +14,23 @@ import webdataset
 
 from data.errors import DataError
 from data.files import sha256
-from data.shards import INDEX, MANIFEST, agree_on_settings, finish, keys_digest, record_of, shard_names, write_shard
+from data.shards import (
+    INDEX,
+    MANIFEST,
+    agree_on_settings,
+    begin,
+    finish,
+    keys_digest,
+    record_of,
+    shard_names,
+    write_shard,
+)
 from data.store import Store, read_manifest
 from data.verify import verify_store
 
 SETTINGS = {"name": "some/vae", "size": 8}
 LONG = "/".join(["folder-with-a-long-name"] * 5) + "/" + "x" * 180
+SIMPLE = [f"c/{i:02d}" for i in range(9)]
 KEYS = ["a/plain", "a/with%2Edot", "a/with space", "b/ünï", LONG, "b.dotted.folder/1", "c/1", "c/2"]
 
 
@@ -43,7 +56,9 @@ def make_store(folder, keys=KEYS, cuts=(3, 4), seed=0, dtype=np.float16, kind="l
 
 def source_of(keys):
     """What --verify compares with."""
-    return SimpleNamespace(parts=1, items=lambda part: [SimpleNamespace(key=key) for key in keys])
+    known = {key: i % 9 for all_keys in (KEYS, SIMPLE) for i, key in enumerate(all_keys)}
+    items = [SimpleNamespace(key=key, label=known.get(key, 0)) for key in keys]
+    return SimpleNamespace(parts=1, items=lambda part: items)
 
 
 def problems(folder, keys=KEYS):
@@ -136,8 +151,8 @@ def test_an_image_that_was_rejected_is_listed_and_needs_leave(tmp_path):
     agree_on_settings(tmp_path, SETTINGS)
     shards = [tmp_path / name for name in shard_names("latents", 2)]
     rejected = [{"key": "c/1", "file": "c/1.jpg", "reason": "broken"}]
-    write_shard(shards[0], KEYS[:6], [0] * 6, arrays_of(KEYS[:6], 0), rejected)
-    write_shard(shards[1], KEYS[7:], [0], arrays_of(KEYS[7:], 0), [])
+    write_shard(shards[0], KEYS[:6], [0, 1, 2, 3, 4, 5], arrays_of(KEYS[:6], 0), rejected)
+    write_shard(shards[1], KEYS[7:], [7], arrays_of(KEYS[7:], 0), [])
     with pytest.raises(DataError, match="1 images could not be read, more than --max-rejects 0"):
         finish(tmp_path, "latents", 2, None, 0)
     assert not (tmp_path / MANIFEST).exists()
@@ -194,9 +209,6 @@ def rewrite(folder, shard, change):
             entry["sha256"] = sha256(path)
     (folder / MANIFEST).write_text(json.dumps(manifest))
     record_of(path).write_text(json.dumps(record | {"sha256": sha256(path)}))
-
-
-SIMPLE = [f"c/{i:02d}" for i in range(9)]
 
 
 def test_verify_finds_a_missing_key_although_the_checksums_were_mended(tmp_path):
@@ -262,3 +274,32 @@ def test_verify_finds_a_false_index(tmp_path, column):
 def test_verify_finds_that_the_input_is_another(tmp_path, keys, line):
     make_store(tmp_path, keys=SIMPLE)
     assert [line in problem for problem in problems(tmp_path, keys)] == [True]
+
+
+def test_no_manifest_stands_beside_shards_that_were_made_again(tmp_path):
+    """Otherwise images would be read at the offsets of others."""
+    make_store(tmp_path, keys=SIMPLE)
+    shards = [tmp_path / name for name in shard_names("latents", 3)]
+    begin(tmp_path, shards)
+    assert (tmp_path / MANIFEST).exists()
+    shards[1].unlink()
+    begin(tmp_path, shards)
+    assert not (tmp_path / MANIFEST).exists()
+    write_shard(shards[1], [], [], {}, [{"key": SIMPLE[3], "file": "f", "reason": "broken"}])
+    with pytest.raises(DataError, match="1 images"):
+        finish(tmp_path, "latents", 3, 9, 0)
+    assert not (tmp_path / MANIFEST).exists()
+    assert finish(tmp_path, "latents", 3, 9, 1)["images"] == len(SIMPLE) - 1
+    assert problems(tmp_path, SIMPLE) == []
+
+
+def test_a_store_of_more_shards_than_files_may_be_open_is_read(tmp_path):
+    keys = [f"c/{i:03d}" for i in range(90)]
+    arrays, _ = make_store(tmp_path, keys=keys, cuts=range(1, 90))
+    store = Store(tmp_path, read_manifest(tmp_path, "latents", "it"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, hard))
+    try:
+        np.testing.assert_array_equal(store.read("moments", np.arange(90)), arrays["moments"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -1,4 +1,5 @@
 import io
+import os
 import tarfile
 
 import numpy as np
@@ -128,3 +129,44 @@ def test_a_tar_that_was_cut_off_is_named(tmp_path, keep):
     path.write_bytes(path.read_bytes()[: int(end * keep)])
     with pytest.raises(DataError, match=r"a\.tar: not a whole tar file"):
         list_source(tmp_path, 2).items(0)
+
+
+@pytest.mark.parametrize("place", ["header", "middle of a header", "between members"])
+def test_a_tar_damaged_at_a_header_is_not_taken_for_a_short_one(tmp_path, place):
+    """The tarfile module ends there without a word, and images would be lost."""
+    path = tmp_path / "a.tar"
+    with webdataset.TarWriter(str(path)) as tar:
+        for i in range(10):
+            tar.write({"__key__": str(i), "jpg": picture(i), "cls": i})
+    with tarfile.open(path) as tar:
+        header = [member.offset for member in tar][8]
+    content = bytearray(path.read_bytes())
+    if place == "header":
+        content[header + 100] ^= 0x55
+    else:
+        del content[header + (300 if "middle" in place else 0) :]
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.tar: not a whole tar file"):
+        list_source(tmp_path, 2).items(0)
+
+
+def test_a_class_folder_that_cannot_be_listed_is_an_error_and_hidden_ones_are_no_classes(tmp_path, monkeypatch):
+    fill(tmp_path, ["a/1.jpg", "b/2.jpg", ".cache/3.jpg"])
+    assert list_source(tmp_path, 4).classes == ["a", "b"]
+    scandir = os.scandir
+
+    def failing(path):
+        if str(path).endswith("/b"):
+            raise OSError(5, "Input/output error", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(DataError, match="/b: cannot be listed: Input/output error"):
+        list_source(tmp_path, 4)
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_any_work(tmp_path):
+    fill(tmp_path, ["a/1.jpg"])
+    (tmp_path / "a" / os.fsdecode(b"\xff.jpg")).write_bytes(picture())
+    with pytest.raises(DataError, match="rename it"):
+        list_source(tmp_path, 4)

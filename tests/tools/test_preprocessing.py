@@ -165,7 +165,7 @@ def test_a_full_disk_is_said_and_complete_shards_stay(tool, photographs, vae, tm
     command = latents(images, tmp_path / "out", vae, "--shard-size", 20)
     failed = tool(*command, code=1, preexec_fn=limit)
     last = failed.err.strip().splitlines()[-1]
-    assert last.startswith("error: --out ") and "File too large" in last and "complete shards stay" in last
+    assert last.startswith("error: --out ") and "File too large" in last and "what is complete stays" in last
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert not [name for name in left if name.endswith(".tar")], "no half-written shard has a final name"
     tool(*command)
@@ -179,7 +179,7 @@ def test_a_full_disk_is_said_and_complete_shards_stay(tool, photographs, vae, tm
         ("size", {"image_size": 40}),
         ("dtype", {"dtype": "float16"}),
         ("precision", {"precision": "bf16"}),
-        ("part_size", {"part_size": 9}),
+        ("shard_size", {"part_size": 9}),
         ("scaling_factor", {}),
         ("images", {}),
     ],
