@@ -1,5 +1,6 @@
 """The images that a run trains on, and where they come from."""
 
+import zlib
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -51,6 +52,7 @@ class Images(Protocol):
     shape: tuple[int, int, int]  # C, H, W of one
     posterior: bool
     vae: str | None  # what decodes them; None: they are pixels
+    identity: str  # tells these images from others, wherever they lie
 
     def __len__(self) -> int: ...
 
@@ -82,6 +84,11 @@ class ArrayImages:
     def shape(self) -> tuple[int, int, int]:
         """C, H, W."""
         return self.x.shape[1:]
+
+    @property
+    def identity(self) -> str:
+        """Their checksum."""
+        return f"{zlib.crc32(self.x.tobytes()):08x}"
 
     def read(self, numbers: np.ndarray, draws: Draws) -> torch.Tensor:
         """As they are."""

@@ -26,6 +26,7 @@ class LatentFormat:
         settings = self.manifest["settings"]
         self.scaling, self.shift = settings["scaling_factor"], settings["shift_factor"]
         self.vae: str = settings["name"]
+        self.identity = f"keys {self.manifest['keys'][:12]}, VAE {str(settings.get('vae_weights'))[:12]}"
         found = {"channels": self.shape[0], "side": width, "scaling": self.scaling}
         for name, value in expected.items():
             if value is not None and value != found[name]:
@@ -52,7 +53,7 @@ class Latents:
         self._store = Store(Path(folder), self._format.manifest)
         self._folder, self._neighbors, self._flip = folder, neighbors, flip
         self.shape, self.num_classes = self._format.shape, self._format.num_classes
-        self.vae = vae or self._format.vae
+        self.vae, self.identity = vae or self._format.vae, self._format.identity
         self.label = self._store.index["label"].astype(np.int64)
 
     def __len__(self) -> int:

@@ -21,7 +21,7 @@ class StreamedLatents:
         self.format = LatentFormat(folder, expected)
         self.folder, self.flip = Path(folder), flip
         self.shape, self.num_classes = self.format.shape, self.format.num_classes
-        self.vae = vae or self.format.vae
+        self.vae, self.identity = vae or self.format.vae, self.format.identity
         self.counts = [shard["images"] for shard in self.format.manifest["shards"]]
         self.has_features = "feature" in self.format.manifest["fields"]
 

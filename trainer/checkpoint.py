@@ -30,8 +30,9 @@ class CheckpointConfig(BaseModel, extra="forbid", frozen=True):
     keep_every: int = Field(0, ge=0)  # also, for good, the first one after each multiple of so many images; 0: none
 
 
-def save(folder: Path, position: int, state: dict[str, dict], config: str) -> None:
-    """Write the checkpoint of `position` (images seen); all ranks call it. `config` is the resolved config's text."""
+def save(folder: Path, position: int, state: dict[str, dict], config: str, data: str) -> None:
+    """Write the checkpoint of `position` (images seen); all ranks call it. `config` is the resolved config's text,
+    `data` tells the images from others."""
     final = folder / f"{position:012d}"
     partial = folder / (final.name + INCOMPLETE)
     if dist.get_rank() == 0:
@@ -41,7 +42,7 @@ def save(folder: Path, position: int, state: dict[str, dict], config: str) -> No
     if dist.get_rank() == 0:
         _write_synced(partial / "config.yaml", config)
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        manifest = {"position": position, "world_size": dist.get_world_size(), "files": sizes}
+        manifest = {"position": position, "world_size": dist.get_world_size(), "data": data, "files": sizes}
         _write_synced(partial / MANIFEST, json.dumps(manifest, indent=1))
         _sync(partial)
         partial.rename(final)
@@ -59,7 +60,7 @@ def verify(checkpoint: Path) -> None:
     """RunError if a file of the checkpoint is missing or was cut off."""
     if not (checkpoint / MANIFEST).is_file():
         raise RunError(f"{checkpoint / MANIFEST}: no such file; {checkpoint} is no checkpoint of ours: remove it")
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest = read_manifest(checkpoint)
     for name, size in manifest["files"].items():
         file = checkpoint / name
         found = file.stat().st_size if file.is_file() else "no file"
@@ -76,12 +77,12 @@ def load(checkpoint: Path, state: dict[str, dict]) -> int:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         dcp.load(state, checkpoint_id=checkpoint)
-    return json.loads((checkpoint / MANIFEST).read_text())["position"]
+    return read_manifest(checkpoint)["position"]
 
 
-def world_size(checkpoint: Path) -> int | None:
-    """How many ranks wrote it; None if it does not say."""
-    return json.loads((checkpoint / MANIFEST).read_text()).get("world_size")
+def read_manifest(checkpoint: Path) -> dict:
+    """position, world_size (ranks that wrote it), data (which images), files and their sizes."""
+    return json.loads((checkpoint / MANIFEST).read_text())
 
 
 def _check_shapes(checkpoint: Path, state: dict[str, dict]) -> None:

@@ -12,10 +12,10 @@ BATCH = 16  # images that the VAE decodes at once
 
 
 @lru_cache(maxsize=1)
-def make_decoder(vae: str | None, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A function of samples (..., C, H, W) that gives pixels in [-1, 1] on the CPU: by this VAE, or they are pixels.
+def make_decoder(vae: str | None, channels: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A function of samples (..., channels, H, W) that gives pixels in [-1, 1] on the CPU: by this VAE, or they are.
 
-    RunError if the VAE cannot be loaded.
+    RunError if the VAE cannot be loaded, or has latents of other channels.
     """
     if vae is None:
         return lambda samples: samples
@@ -28,6 +28,11 @@ def make_decoder(vae: str | None, device: torch.device) -> Callable[[Tensor], Te
             f"data.vae={vae}: cannot be loaded to decode samples: {first_line(error)}; set it to a folder of the"
             " VAE, or (in training) train.sample_every=0"
         ) from None
+
+    if network.channels != channels:
+        raise RunError(
+            f"data.vae={vae}: decodes {network.channels} channels, the latents have {channels}; set the right one"
+        )
 
     def decode(samples: Tensor) -> Tensor:
         pixels = torch.cat([network.decode(some.to(device)).cpu() for some in samples.flatten(0, -4).split(BATCH)])

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 
 from models.objective import denoising_loss
 from models.paths import PATHS
@@ -16,10 +15,11 @@ from trainer.build import build_network, open_data
 from trainer.config import Config, check_world
 from trainer.config_file import to_yaml
 from trainer.decode import make_decoder
-from trainer.engines import Engine, build_engine
+from trainer.engines import build_engine
 from trainer.generate import generate, grid, to_uint8
 from trainer.monitor import Monitor
 from trainer.ranks import from_rank_0, process_group
+from trainer.restore import restore
 from trainer.run_folder import check_folder, sole_user, write_config
 
 
@@ -36,13 +36,15 @@ def train(config: Config, should_stop: Callable[[], bool] = lambda: False) -> Li
         # what to train on
         images = open_data(config)
         if config.train.sample_every:
-            from_rank_0(lambda: bool(make_decoder(images.vae, ranks.device)))  # before hours have passed
+            from_rank_0(
+                lambda: bool(make_decoder(images.vae, images.shape[0], ranks.device))
+            )  # before hours have passed
 
         # what to train, from where
         engine = build_engine(config, config.optim, build_network(config, images), ranks)
         path = PATHS[config.path]()
         from_rank_0(lambda: closing.enter_context(sole_user(folder)))
-        position, notes = _restore(folder / "checkpoints", engine, config.data.streaming)
+        position, notes = restore(folder / "checkpoints", engine, images)
         first, last = position // batch, config.train.images // batch
         if ranks.rank == 0:
             write_config(config)
@@ -78,10 +80,10 @@ def train(config: Config, should_stop: Callable[[], bool] = lambda: False) -> Li
                 with engine.ema_weights():
                     samples = generate(engine, config, images, ranks)
                 if ranks.rank == 0:
-                    pixels = to_uint8(make_decoder(images.vae, ranks.device)(samples))
+                    pixels = to_uint8(make_decoder(images.vae, images.shape[0], ranks.device)(samples))
                     monitor.picture("samples", grid(pixels, config.sample.group_size, enlarge=4), position)
             if saving:
-                checkpoint.save(folder / "checkpoints", position, engine.state(), to_yaml(config))
+                checkpoint.save(folder / "checkpoints", position, engine.state(), to_yaml(config), images.identity)
                 if ranks.rank == 0:
                     checkpoint.prune(folder / "checkpoints", config.checkpoint)
             if stopping:
@@ -93,30 +95,3 @@ def train(config: Config, should_stop: Callable[[], bool] = lambda: False) -> Li
 def _passed(every: int, before: int, position: int) -> bool:
     """Whether a multiple of `every` images lies in (before, position]."""
     return position // every > before // every
-
-
-def _restore(folder: Path, engine: Engine, streaming: bool) -> tuple[int, list[str]]:
-    """Load the newest complete checkpoint into the engine. Returns its position (0: none) and what there is to say."""
-
-    def choose() -> tuple[Path | None, list[str]]:
-        complete, incomplete = checkpoint.find(folder)
-        for path in incomplete:
-            checkpoint.remove(path)
-        if complete:
-            checkpoint.verify(complete[-1])
-        notes = [f"{path}: incomplete, left by a killed run; removed" for path in incomplete]
-        return (complete[-1] if complete else None), notes
-
-    newest, notes = from_rank_0(choose)
-    if newest is None:
-        return 0, notes
-    state = engine.state()
-    position = checkpoint.load(newest, state)
-    engine.load_state(state)
-    before, now = checkpoint.world_size(newest), dist.get_world_size()
-    if streaming and before != now:
-        notes.append(
-            f"{now} ranks instead of {before}: data.streaming deals the shards anew, so images of this epoch may"
-            " come twice or not at all"
-        )
-    return position, [*notes, f"continuing from {newest}"]

@@ -37,7 +37,7 @@ def make_samples(
     weights = "model" if raw else "ema"
     images = open_data(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    decode = make_decoder(images.vae, device)
+    decode = make_decoder(images.vae, images.shape[0], device)
     network = build_network(config, images)
     checkpoint.verify(folder)
     position = checkpoint.load(folder, {weights: network.state_dict()})  # fills the network's own tensors

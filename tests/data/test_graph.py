@@ -104,7 +104,7 @@ def test_groups_of_a_stored_graph_keep_the_threshold_in_float64(folder, threshol
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("part", "block"), [(16_384, 1024), (64, 64), (77, 10), (1, 1), (499, 1024), (500, 7)])
+@pytest.mark.parametrize(("part", "block"), [(16_384, 1024), (64, 64), (77, 10), (7, 3), (499, 1024), (500, 7)])
 def test_a_stored_graph_is_that_of_brute_force_however_it_is_cut(folder, precision, part, block, monkeypatch, tmp_path):
     monkeypatch.setattr(data.graph, "PART", part)
     monkeypatch.setattr(data.graph, "BLOCK", block)

@@ -145,6 +145,26 @@ def test_a_latent_of_the_stream_is_the_same_for_any_ranks_micro_batches_and_work
     assert by_position(folder, settings, 1, None, 0, flip=False) != expected
 
 
+@pytest.mark.parametrize("threshold", [0.8, 0.95])
+def test_fallbacks_over_all_ranks_and_micro_batches_of_a_step_are_those_of_the_plan(folder, threshold):
+    images = opened(folder / "latents", neighbors=folder / "graph")
+    config = GroupsConfig(variant="full", size=4, neighbors=12, threshold=threshold)
+    plans = [plan_epoch(config, images.label, images.neighbors(12), 32, 7, epoch) for epoch in range(3)]
+    graph, total = images.neighbors(12), 0
+    for world_size, micro in ((1, None), (2, None), (2, 8), (1, 4), (4, 4)):
+        samplers = [GroupSampler(plans.__getitem__, 3, 0, 9, rank, world_size, micro) for rank in range(world_size)]
+        for step, dealt in enumerate(zip(*samplers, strict=True)):
+            plan, row = plans[step // 3], step % 3
+            first, last = plan.grouped[:row].sum() // 4, plan.grouped[: row + 1].sum() // 4
+            assert sum(m.fallbacks for rank in dealt for m in rank) == plan.fallback[first:last].sum()
+            for m in (m for rank in dealt for m in rank):
+                groups = m.images.reshape(-1, 4) if m.grouped else np.empty((0, 4), int)
+                near = [np.isin(g[1:], graph.ids[g[0]][graph.similarities[g[0]] >= threshold]).all() for g in groups]
+                assert m.fallbacks >= len(groups) - sum(near)
+                total += m.fallbacks
+    assert total
+
+
 def test_other_seeds_and_other_positions_draw_other_latents_of_an_image(folder):
     images = opened(folder / "latents")
     micro = [MicroBatch(position, np.arange(96), False) for position in (0, 96)]

@@ -189,13 +189,13 @@ def make_vae(tmp_path_factory):
 def test_samples_are_decoded_in_parts_as_the_vae_does(make_vae):
     folder, cpu = make_vae(2), torch.device("cpu")
     samples = torch.randn(3, 11, 2, 4, 6)
-    pixels = make_decoder(str(folder), cpu)(samples)
+    pixels = make_decoder(str(folder), 2, cpu)(samples)
     assert pixels.shape == (3, 11, 3, 8, 12) and pixels.dtype == torch.float32
     network = AutoencoderKL.from_pretrained(folder).eval()
     for row in range(3):
         expected = network.decode(samples[row] / 0.5 + 0.25).sample
         assert torch.allclose(pixels[row], expected, atol=1e-5)
-    assert make_decoder(None, cpu)(samples) is samples
+    assert make_decoder(None, 2, cpu)(samples) is samples
 
 
 def test_a_vae_that_cannot_decode_the_samples_ends_the_run_before_it_begins(folder, make_vae, tiny, tmp_path):
