@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 COLUMNS = 2**17  # images that a block of rows is compared with at once
-EXACT_ELEMENTS = 2**18  # float64 numbers at once when candidates are ranked: these stay in a core's cache
+EXACT_ELEMENTS = 2**21  # float64 numbers at once when candidates are ranked
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,19 @@ class ExactSearch:
 
     def _ranked(self, images: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(similarities (b, k) float64, ids (b, k)) of the nearest of `candidates` (b, m), in order of id; -1: none."""
-        rows = max(1, EXACT_ELEMENTS // (candidates.shape[1] * self._rows.shape[1]))
-        cosine = torch.cat(
-            [
-                (self._rows[some][:, None].double() * self._rows[others].double()).sum(dim=2)
-                for some, others in zip(images.split(rows), candidates.split(rows), strict=True)
-            ]
-        )
+        (m, d), device = (candidates.shape[1], self._rows.shape[1]), self._rows.device
+        rows = max(1, EXACT_ELEMENTS // (m * d))
+        stored = torch.empty(rows * m, d, dtype=self._rows.dtype, device=device)  # used again: fresh memory is slow
+        doubles = torch.empty(rows, m, d, dtype=torch.float64, device=device)
+        cosine = torch.empty(candidates.shape, dtype=torch.float64, device=device)
+        wanted = candidates.clamp(min=0)
+        for start in range(0, len(images), rows):
+            some = slice(start, start + rows)
+            number = len(images[some])
+            torch.index_select(self._rows, 0, wanted[some].flatten(), out=stored[: number * m])
+            doubles[:number].copy_(stored[: number * m].view(number, m, d))
+            mine = self._rows[images[some]].double()
+            torch.bmm(doubles[:number], mine[:, :, None], out=cosine[some, :, None])
         cosine /= self._norms[images, None] * self._norms[candidates]
         cosine[candidates < 0] = -torch.inf
         cosine, order = cosine.sort(dim=1, descending=True, stable=True)
