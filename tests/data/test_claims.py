@@ -78,7 +78,7 @@ def test_killed_at_random_and_started_again_all_parts_are_made_and_only_those_of
     def kill(process):
         (tmp_path / f"killed-{process.pid}").touch()
         killed.add(str(process.pid))
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
 
     victim = start(work_on, tmp_path, 80, seed, 2)
     while not (tmp_path / "made").exists() or (tmp_path / "made").read_text().count("\n") < 3:

@@ -48,10 +48,10 @@ def moments_of(folder):
 
 
 def drawn_at(images, number, positions, seed=0):
-    """One image as it is read at many positions of the stream, and the batch's own noise there, (n, C, h, w)."""
+    """One image as it is read at many positions of the stream; the batch's own noise and its timesteps there."""
     micro = MicroBatch(positions, np.full(4000, number), False)
     batch = make_batch(images, PLAIN, 4, seed, micro)
-    return batch.x.double().numpy(), batch.noise.double().numpy()
+    return tuple(array.double().numpy() for array in (batch.x, batch.noise, batch.t))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -62,13 +62,14 @@ def test_samples_of_a_posterior_have_its_mean_and_deviation_scaled_and_shifted(d
     images = opened(write_latents(tmp_path / "latents", moments), flip=False)
     mean, logvar = np.split(moments[:, 0].astype(np.float64), 2, axis=1)
     for number in (0, 5):
-        x, noise = drawn_at(images, number, start)
+        x, noise, t = drawn_at(images, number, start)
         expected, deviation = (mean[number] + 1.5) * 0.7, np.exp(logvar[number] / 2) * 0.7
         score = (x - expected) / deviation
         assert abs(score.mean(axis=0)).max() < 5 / 4000**0.5
         assert abs(score.std(axis=0) - 1).max() < 5 / 8000**0.5
         assert abs((score**4).mean(axis=0) - 3).max() < 5 * (96 / 4000) ** 0.5, "it is normal"
         assert abs((score * noise).mean(axis=0)).max() < 5 / 4000**0.5, "and not the noise that is added to it"
+        assert abs((score.T * (t - 0.5)).mean(axis=-1)).max() < 5 * (1 / 12 / 4000) ** 0.5
         flat = score.reshape(4000, -1)
         between = np.corrcoef(flat.T) - np.eye(flat.shape[1])
         assert abs(between).max() < 5.5 / 4000**0.5, "each number is drawn for itself"
@@ -82,13 +83,14 @@ def test_half_of_the_images_come_from_the_moments_of_the_mirror_image_and_none_w
     folder = write_latents(tmp_path / "latents", moments.astype(np.float16), scaling=1.0, shift=0.0)
     mean = moments.astype(np.float16).astype(np.float64)[:, :, :2]
     for number in range(4):
-        x, noise = drawn_at(opened(folder), number, 7, seed)
+        x, noise, t = drawn_at(opened(folder), number, 7, seed)
         mirrored = abs(x - mean[number, 1]).max(axis=(1, 2, 3)) < 1e-4
         assert (mirrored ^ (abs(x - mean[number, 0]).max(axis=(1, 2, 3)) < 1e-4)).all()
         assert abs(mirrored.sum() - 2000) < 5 * 1000**0.5
         assert abs((mirrored[1:] == mirrored[:-1]).sum() - 2000) < 5 * 1000**0.5
         assert abs(noise[mirrored].mean(axis=0)).max() < 5 / 1900**0.5
-        x, _ = drawn_at(opened(folder, flip=False), number, 7, seed)
+        assert abs(t[mirrored].mean() - 0.5) < 5 * (1 / 12 / 1900) ** 0.5
+        x, _, _ = drawn_at(opened(folder, flip=False), number, 7, seed)
         assert abs(x - mean[number, 0]).max() < 1e-4
 
 

@@ -290,6 +290,21 @@ def test_other_seeds_and_world_sizes_make_other_streams_and_windows_of_one_shard
 
 
 @pytest.mark.parametrize("query", ["class", "random", "similarity"])
+def test_the_same_shards_make_other_groups_in_another_order_in_each_pass(tmp_path, query):
+    shards = Shards(tmp_path / "latents", [64], seed=4)
+    config = GroupsConfig(
+        variant="light", size=4, share=0.5, query=query, threshold=0.6, mixing="within_step", splits=1
+    )
+    made = batches(shards, shards.stream(config, 64), 4)
+    groups, single = (
+        [np.concatenate([numbers(b) for b in step if b.grouped == kind]) for step in made] for kind in (True, False)
+    )
+    members = [{frozenset(group) for group in step.reshape(-1, 4)} for step in groups]
+    assert all(len(a & b) < 4 for i, a in enumerate(members) for b in members[:i])
+    assert len({tuple(step) for step in single}) == len({frozenset(step) for step in single}) == 4
+
+
+@pytest.mark.parametrize("query", ["class", "random", "similarity"])
 @pytest.mark.parametrize(
     "settings",
     [

@@ -1,4 +1,4 @@
-"""What --verify must find when someone has been at a store; each thing alone, and also if all checksums agree with it."""
+"""What --verify must find when someone has been at a store; each alone, and although all checksums agree with it."""
 
 import json
 import runpy

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import tarfile
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -451,7 +450,7 @@ def test_samples_without_image_or_label_are_rejected_and_the_others_are_there(ta
     assert manifest["images"] == 12
     rows = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
     assert {row["key"] for row in rows} == {f"bad/{one['__key__']}" for one in bad}
-    assert list(stored(tmp_path / "out"))[0] == "bad/good"
+    assert next(iter(stored(tmp_path / "out"))) == "bad/good"
     assert list(verify_store(tmp_path / "out", list_source(images, 1))) == []
 
 
@@ -677,6 +676,11 @@ def start_extract(images, out, log, rng, processes):
     return started
 
 
+def wait_for_work(log):
+    while not log.exists() or log.read_text().count("\n") < 10:
+        time.sleep(0.001)
+
+
 def encoded_by(log):
     """Number of an image -> the processes that encoded it, in this order."""
     found = {}
@@ -720,10 +724,11 @@ def test_killed_at_random_and_started_again_on_other_numbers_of_processes_only_t
         rounds += 1
         assert rounds < 60
         processes = start_extract(numbered, out, log, rng, rng.randrange(1, 6))
+        wait_for_work(log)
         for process in processes:
-            time.sleep(rng.uniform(0, 0.06))
-            if rng.random() < 0.8:
-                os.kill(process.pid, signal.SIGKILL)
+            time.sleep(rng.uniform(0, 0.06 if rounds > 1 else 0.01))
+            if rounds == 1 or rng.random() < 0.8:
+                process.kill()
                 killed.add(process.pid)
         for process in processes:
             process.join()
@@ -744,21 +749,22 @@ def test_killed_at_random_and_started_again_on_other_numbers_of_processes_only_t
 def test_a_process_that_is_stopped_keeps_its_part_and_one_that_is_killed_gives_it_up(numbered, undisturbed, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     (slow,) = start_extract(numbered, out, log, random.Random(0), 1)
-    while not log.exists() or log.read_text().count("\n") < 10:
-        time.sleep(0.001)
-    os.kill(slow.pid, signal.SIGSTOP)
-    assert extract(work_of(numbered, out)) is None, "its part is not there"
-    assert len(shards(out)) == NUMBERS // 4 - 1
-    os.kill(slow.pid, signal.SIGKILL)
-    slow.join()
+    try:
+        wait_for_work(log)
+        os.kill(slow.pid, signal.SIGSTOP)
+        assert extract(work_of(numbered, out)) is None, "its part is not there"
+        assert NUMBERS // 4 - 2 <= len(shards(out)) < NUMBERS // 4, "but for the one it encodes and the one it writes"
+    finally:
+        slow.kill()
+        slow.join()
     assert extract(work_of(numbered, out))["images"] == NUMBERS
     assert [content for content, _ in shards(out).values()] == undisturbed
 
 
-def test_a_folder_that_went_with_its_processes_is_only_as_large_as_what_is_in_it(plain, vae, tmp_path):
+def test_of_complete_work_nothing_is_left_but_the_store(plain, vae, tmp_path):
     out = tmp_path / "out"
     latents(plain, out, vae)
     latents(plain, out, vae)
     expected = {f"latents-{i:06d}.{kind}" for i in range(6) for kind in ("tar", "json")}
     expected |= {"settings.json", "inputs.json", "index.npy", "manifest.json", "rejected.jsonl"}
-    assert {str(path.relative_to(out)) for path in Path(out).rglob("*")} == expected
+    assert {str(path.relative_to(out)) for path in out.rglob("*")} == expected
