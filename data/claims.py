@@ -7,7 +7,7 @@ without locks there is a warning: let one process at a time work there.
 import fcntl
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -53,9 +53,10 @@ class Claims:
         except OSError as error:
             _warn(self.folder, error)
         else:
-            for left in (self.folder / WORK).glob(f"{name}.*"):
-                if left.suffix != ".lock":
-                    left.unlink()  # by a process that was killed
+            with suppress(FileNotFoundError):  # it was tidied away
+                for left in (self.folder / WORK).glob(f"{name}.*"):
+                    if left.suffix != ".lock":
+                        left.unlink()  # by a process that was killed
         if self._done(part):  # between the look and the lock
             lock.close()
             return False
@@ -76,11 +77,10 @@ def wait_for_lock(folder: Path, name: str) -> Iterator[None]:
 
 def _open_lock(folder: Path, name: str) -> TextIO:
     while True:
-        (folder / WORK).mkdir(parents=True, exist_ok=True)
-        try:
+        with suppress(FileExistsError):  # here, and gone a moment later: another process that is done tidied it away
+            (folder / WORK).mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # just so
             return (folder / WORK / f"{name}.lock").open("w")
-        except FileNotFoundError:  # the folder was tidied away just then
-            continue
 
 
 def _warn(folder: Path, error: OSError) -> None:

@@ -105,5 +105,14 @@ class StreamDataset(IterableDataset[list[Batch]]):
 
 
 def stream_batches(dataset: StreamDataset, workers: int) -> DataLoader:
-    """The batches of each step, in order. One worker reads the shards in turn; more would not help it."""
-    return DataLoader(dataset, batch_size=None, num_workers=min(workers, 1), pin_memory=torch.cuda.is_available())
+    """The batches of each step, in order. One worker reads the shards in turn; more would not help it.
+
+    It is no fork: matrix products of MKL, which finds the neighbours, may hang in one of a process that had made some.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=min(workers, 1),
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context="spawn" if workers else None,
+    )

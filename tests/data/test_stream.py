@@ -58,14 +58,18 @@ class Shards:
         finish(folder, "latents", len(counts), CLASSES, 0)
 
     def open(self, flip=False):
-        """As training does, but that each window is read only once."""
+        """As training does."""
+        return StreamedLatents(str(self.folder), None, flip, {})
+
+    def open_cached(self, flip=False):
+        """So that each window is read only once."""
         if flip not in self.opened:
-            source = self.opened[flip] = StreamedLatents(str(self.folder), None, flip, {})
+            source = self.opened[flip] = self.open(flip)
             source.read_shards = cache(source.read_shards)
         return self.opened[flip]
 
     def stream(self, config, batch, rank=0, world_size=1, window=2, seed=0):
-        return Stream(self.open().counts, config, batch, seed, rank, world_size, window)
+        return Stream(self.open_cached().counts, config, batch, seed, rank, world_size, window)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,8 @@ def uneven(tmp_path_factory):
 
 def batches(shards, stream, last, first=0, micro=None, workers=0, flip=False):
     """[step] lists of batches of one rank."""
-    dataset = StreamDataset(shards.open(flip), stream, 8, micro, first, last)
+    source = shards.open(flip) if workers else shards.open_cached(flip)
+    dataset = StreamDataset(source, stream, 8, micro, first, last)
     return list(stream_batches(dataset, workers))
 
 
@@ -370,7 +375,7 @@ def test_memory_holds_the_images_of_a_few_windows_whatever_the_length_of_the_str
         config = GroupsConfig(**settings)
         stream = uneven.stream(config, 32)
         with ThreadPoolExecutor(1) as background:
-            reader = StreamReader(uneven.open(), stream, 0, background)
+            reader = StreamReader(uneven.open_cached(), stream, 0, background)
             largest = 0
             for step in range(300):
                 grouped = stream.grouped_at(step)
