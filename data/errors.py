@@ -3,3 +3,7 @@
 
 class DataError(Exception):
     """Data cannot be read, written or used. Tools print the message as it is and exit with code 1."""
+
+    def __init__(self, message: str) -> None:
+        # the worker of a DataLoader passes it on inside a traceback, whose last line it is
+        super().__init__(message.strip().rpartition("\n")[2].removeprefix(f"{__name__}.DataError: "))

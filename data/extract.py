@@ -50,9 +50,8 @@ def extract(work: Work, process: int = 0, processes: int = 1) -> dict | None:
 
 
 def _extract(work: Work, process: int, processes: int) -> dict | None:
-    settings = {"images": str(work.images.absolute()), "shard_size": work.part_size, **work.settings}
-    agree_on_settings(work.out, settings)
-    source = shared_source(work.images, work.part_size, work.out)
+    source = shared_source(work.images, work.part_size, work.out)  # first: nothing is begun if it cannot be used
+    agree_on_settings(work.out, {"shard_size": work.part_size, **work.settings})
     shards = [work.out / name for name in shard_names(work.kind, source.parts)]
     begin(work.out, shards)
     claims = Claims(work.out, [shard.name for shard in shards], start=process * source.parts // processes)

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.claims import Claims
 from data.crop import decode_rgb
+from data.errors import DataError
 from data.sources import Item, Source
 
 
@@ -76,12 +77,12 @@ class _Prepared(Dataset[PreparedBatch]):
 
     def _prepare(self, item: Item) -> np.ndarray:
         if item.label is None:
-            raise _Rejected("no label: its .cls is missing or not a whole number")
+            raise _Rejected("no label: its .cls is missing or no number of a class")
         try:
             content = item.read()  # other errors than these are the machine's fault, not the image's
         except (FileNotFoundError, PermissionError) as error:
             if not item.file.parent.is_dir():
-                raise  # a whole folder that is gone is no damaged image
+                raise DataError(f"{item.file.parent}: is gone since the work began; put it back") from None
             raise _Rejected(error.strerror) from None
         if not content:
             raise _Rejected("no image in it")

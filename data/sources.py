@@ -85,10 +85,12 @@ class TarShards:
                     if "cls" in members:
                         file.seek(members["cls"][0])
                         text = file.read(members["cls"][1]).strip()
-                        label = int(text) if text.isdigit() else None
+                        label = int(text) if text.isdigit() and len(text) < 10 else None  # of int32
                     image = min(EXTENSIONS & members.keys(), default=None)
                     place = members[image] if image else (0, 0)
                     items.append(Item(f"{path.stem}/{key}", label, path, *place))
+        except FileNotFoundError:
+            raise DataError(f"{path}: is gone since the work began; put it back") from None
         except tarfile.TarError as error:
             raise DataError(f"{path}: not a whole tar file ({error}); get it again") from None
         return items
@@ -133,13 +135,23 @@ def open_source(root: Path, listing: dict, part_size: int) -> Source:
 
 
 def shared_source(root: Path, part_size: int, folder: Path) -> Source:
-    """The source as it was when the work in `folder` began: the first process lists it, the others wait and read."""
-    path = folder / "inputs.json"
+    """The source as it was when the work in `folder` began: the first process lists it, the others wait and read.
+
+    DataError if that was another one, or if `folder` would be one of its classes.
+    """
+    path, images = folder / "inputs.json", str(root.absolute())
+    if folder.absolute().is_relative_to(images):
+        raise DataError(f"--out {folder}: lies in --images {root} and would be taken for a class; move it out")
     if not path.exists():
         with wait_for_lock(folder, path.name):
             if not path.exists():
-                write_json(path, list_source(root, part_size).listing())
-    return open_source(root, json.loads(path.read_text()), part_size)
+                write_json(path, {"images": images, **list_source(root, part_size).listing()})
+    listing = json.loads(path.read_text())
+    if listing["images"] != images:
+        raise DataError(
+            f"images={images}: {folder} was begun with images={listing['images']}; set it back, or give another --out"
+        )
+    return open_source(root, listing, part_size)
 
 
 def _image_files(root: Path, class_name: str) -> list[str]:

@@ -9,12 +9,19 @@ from transformers import AutoImageProcessor, AutoModel
 
 
 class Encoder:
-    """An image tower from a local folder or by its name on the hub, with the image processor that belongs to it."""
+    """An image tower from a local folder or by its name on the hub, with the image processor that belongs to it.
+
+    ValueError where weights are missing, which transformers would make up.
+    """
 
     def __init__(self, name: str, device: torch.device, precision: str = "fp32") -> None:
         self.device, self.precision = device, precision
-        self.network = AutoModel.from_pretrained(name).to(device).eval().requires_grad_(False)
+        network, loaded = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        if loaded["missing_keys"]:
+            raise ValueError(f"no weights for {', '.join(sorted(loaded['missing_keys']))}")
+        self.network = network.to(device).eval().requires_grad_(False)
         self._processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+        self.transform: dict = self._processor.to_dict()
 
     def prepare(self, image: Image.Image) -> np.ndarray:
         """An RGB image -> the network's input (3, H, W) float32: its own resizing, cropping and normalisation."""
@@ -27,4 +34,4 @@ class Encoder:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             embed = getattr(self.network, "get_image_features", self.network)
             output = embed(pixel_values=inputs)
-        return normalize(output.pooler_output.float(), dim=1)
+        return normalize(output.pooler_output.float().flatten(1), dim=1)

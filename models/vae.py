@@ -6,11 +6,16 @@ from torch import Tensor
 
 
 class VAE:
-    """Images (B, 3, H, W) in [-1, 1] <-> moments (B, 2C, h, w) and latents (B, C, h, w)."""
+    """Images (B, 3, H, W) in [-1, 1] <-> moments (B, 2C, h, w) and latents (B, C, h, w).
+
+    ValueError where weights are missing, which diffusers would make up.
+    """
 
     def __init__(self, name: str, device: torch.device, precision: str = "fp32") -> None:
         self.name, self.device, self.precision = name, device, precision
-        network = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
+        network, loaded = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False, output_loading_info=True)
+        if loaded["missing_keys"]:
+            raise ValueError(f"no weights for {', '.join(sorted(loaded['missing_keys']))}")
         self.network = network.to(device).eval().requires_grad_(False)
         config = self.network.config
         self.channels: int = config.latent_channels

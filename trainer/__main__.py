@@ -2,6 +2,7 @@
 
 import sys
 
+from data.errors import DataError
 from trainer.config import load_config
 from trainer.errors import RunError
 from trainer.loop import train
@@ -13,7 +14,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(__doc__)
     try:
         train(load_config(arguments[0], arguments[1:]))
-    except RunError as error:
+    except (DataError, RunError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from trainer.errors import RunError, first_line
+from trainer.errors import NOT_LOADED, RunError, first_line
 
 BATCH = 16  # images that the VAE decodes at once
 
@@ -23,7 +23,7 @@ def make_decoder(vae: str | None, channels: int, device: torch.device) -> Callab
 
     try:
         network = VAE(vae, device)
-    except (OSError, ValueError) as error:
+    except NOT_LOADED as error:
         raise RunError(
             f"data.vae={vae}: cannot be loaded to decode samples: {first_line(error)}; set it to a folder of the"
             " VAE, or (in training) train.sample_every=0"

@@ -18,7 +18,7 @@ from data.graph import build_graph
 from models.encoders import Encoder
 from models.fingerprint import fingerprint
 from models.vae import VAE
-from trainer.errors import RunError, first_line
+from trainer.errors import NOT_LOADED, RunError, first_line
 
 T = TypeVar("T")
 Precision = Literal["bf16", "fp32"]
@@ -97,7 +97,12 @@ def precompute_features(
 ) -> dict | None:
     """A float16 vector of length 1 per image. Returns the manifest, or None if other processes still make shards."""
     network = _load("--encoder", encoder, lambda: Encoder(encoder, _device(), precision))
-    settings = {"name": encoder, "encoder_weights": fingerprint(network.network), "precision": precision}
+    settings = {
+        "name": encoder,
+        "encoder_weights": fingerprint(network.network),
+        "transform": network.transform,
+        "precision": precision,
+    }
 
     def encode(inputs: Tensor) -> dict[str, np.ndarray]:
         features = network.features(inputs.to(network.device, non_blocking=True))
@@ -130,7 +135,7 @@ def _device() -> torch.device:
 def _load(option: str, name: str, load: Callable[[], T]) -> T:
     try:
         return load()
-    except (OSError, ValueError) as error:
+    except NOT_LOADED as error:
         raise RunError(
             f"{option} {name}: cannot be loaded: {first_line(error)}; give a local folder or a hub name"
         ) from None

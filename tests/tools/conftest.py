@@ -1,4 +1,4 @@
-"""Small networks and images for the preprocessing tools."""
+"""Images for the preprocessing tools, and how these are started."""
 
 import os
 import subprocess
@@ -6,12 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-import torch
-import transformers
-from diffusers import AutoencoderKL
 from PIL import Image
-
-DOWN, UP = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
 
 
 def start(name, *arguments, **options):
@@ -41,40 +36,13 @@ def start_tool():
 
 
 @pytest.fixture(scope="session")
-def make_vae(tmp_path_factory):
-    """A small random VAE of 8 pixels to a latent; its folder."""
-
-    def make(seed=0, **config):
-        torch.manual_seed(seed)
-        folder = tmp_path_factory.mktemp("vae")
-        config = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 8, "latent_channels": 4, **config}
-        vae = AutoencoderKL(down_block_types=DOWN, up_block_types=UP, **config)
-        for parameter in vae.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)  # so that images differ in their moments
-        vae.save_pretrained(folder)
-        return folder
-
-    return make
+def vae(save_vae):
+    return save_vae()
 
 
 @pytest.fixture(scope="session")
-def vae(make_vae):
-    return make_vae()
-
-
-@pytest.fixture(scope="session")
-def encoder(tmp_path_factory):
-    """A small random DINOv2 with its image processor; its folder."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("encoder")
-    config = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    network = transformers.Dinov2Model(transformers.Dinov2Config(**config))
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    network.save_pretrained(folder)
-    crop = {"height": 28, "width": 28}
-    transformers.BitImageProcessor(size={"shortest_edge": 32}, crop_size=crop).save_pretrained(folder)
-    return folder
+def encoder(save_encoder):
+    return save_encoder("dinov2")
 
 
 @pytest.fixture(scope="session")

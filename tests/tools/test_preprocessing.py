@@ -184,13 +184,13 @@ def test_a_full_disk_is_said_and_complete_shards_stay(tool, photographs, vae, tm
         ("images", {}),
     ],
 )
-def test_one_folder_holds_latents_of_one_kind(make_vae, undisturbed, photographs, vae, tmp_path, field, changes):
+def test_one_folder_holds_latents_of_one_kind(save_vae, undisturbed, photographs, vae, tmp_path, field, changes):
     out = shutil.copytree(undisturbed, tmp_path / "out")
     if field in ("vae_weights", "scaling_factor"):
-        vae = make_vae(seed=1) if field == "vae_weights" else make_vae(scaling_factor=0.5)
+        vae = save_vae(seed=1) if field == "vae_weights" else save_vae(scaling_factor=0.5)
     images = shutil.copytree(photographs, tmp_path / "images") if field == "images" else photographs
-    before = json.loads((undisturbed / "settings.json").read_text())[field]
-    with pytest.raises(RunError, match=f"^{field}=.*: .* was begun with {field}={before}; ") as error:
+    before = {"images": str(photographs)} | json.loads((undisturbed / "settings.json").read_text())
+    with pytest.raises(RunError, match=f"^{field}=.*: .* was begun with {field}={before[field]}; ") as error:
         make(images, out, vae, **changes)
     assert "\n" not in str(error.value)
     assert {p.name for p in out.iterdir()} == {p.name for p in undisturbed.iterdir()}
@@ -241,5 +241,5 @@ def test_features_are_unit_vectors_of_the_encoder_in_the_latents_order(
         image = Image.open(photographs / f"{store.index['key'][i].decode()}.jpg").convert("RGB")
         with torch.no_grad():
             output = network(**processor(image, return_tensors="pt")).last_hidden_state[0, 0]
-        np.testing.assert_allclose(features[i], (output / output.norm()).numpy(), atol=1e-3)
-    assert np.std(features.astype(float) @ features[0].astype(float)) > 0.01, "images differ"
+        np.testing.assert_allclose(features[i], (output / output.norm()).numpy(), atol=3e-4)
+    assert np.std(features.astype(float) @ features[0].astype(float)) > 0.001, "images differ"

@@ -13,6 +13,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from tests.stores import encoded, noise, sample, write, write_tar
+
 HERE = Path(__file__).parent
 TINY = HERE / "tiny.yaml"
 
@@ -88,3 +90,33 @@ def tensors():
 @pytest.fixture(scope="session")
 def tiny():
     return TINY
+
+
+@pytest.fixture(scope="module")
+def vae(save_vae):
+    return save_vae()
+
+
+@pytest.fixture(scope="module")
+def encoder(save_encoder):
+    return save_encoder("clip")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """24 images in three class folders."""
+    root = tmp_path_factory.mktemp("plain")
+    for i in range(24):
+        write(root / f"c{i % 3}/{i:02d}.png", encoded(noise(100 + i)))
+    return root
+
+
+@pytest.fixture
+def tars(tmp_path):
+    """Uneven tar shards with keys that start anew in each; the samples by their keys."""
+    contents = {}
+    for number, images in enumerate((3, 1, 7)):
+        samples = [sample(f"n/{i:03d}", 10 * number + i, 5 * number + i) for i in range(images)]
+        write_tar(tmp_path / f"tars/train-{number}.tar", samples)
+        contents |= {f"train-{number}/{one['__key__']}": one for one in samples}
+    return tmp_path / "tars", contents
