@@ -1,5 +1,6 @@
 """The config tree: defaults <- YAML (with `base:`) <- dotted overrides. Each part stands beside what it configures."""
 
+import itertools
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
     micro_batch: int | None = Field(None, ge=1)  # most images a rank passes through the network at once
     log_every: int = Field(12_800, ge=1)  # images between two log entries (every step is in metrics.jsonl)
     sample_every: int = Field(0, ge=0)  # images between two sample grids in TensorBoard; 0: none
+    timeout: float = Field(1800, gt=0)  # seconds after which a rank gives up waiting for others
 
 
 class Config(EngineConfig, extra="forbid", frozen=True):
@@ -72,6 +74,23 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         set_dotted(tree, override)
     tree.setdefault("run", f"runs/{Path(path).stem}")
     return parse_config(tree)
+
+
+def load_sweep(path: str | Path, overrides: list[str], sweeps: list[str]) -> list[Config]:
+    """A config for each combination of the values of `sweeps`, like `seed=0,1,2`: runs in folders below the config's,
+    with absolute paths. Without sweeps, the config itself."""
+    choices = []
+    for sweep in sweeps:
+        name, equals, values = sweep.partition("=")
+        if not (name and equals and values):
+            raise RunError(f"--sweep {sweep}: write field=value,value, as groups.size=1,2,4")
+        choices.append([f"{name}={value}" for value in values.split(",")])
+    configs = []
+    for chosen in itertools.product(*choices):
+        config = load_config(path, [*overrides, *chosen])
+        run = Path(config.run).absolute() / ",".join(chosen).replace("/", "_")  # the folder itself if none is chosen
+        configs.append(config.model_copy(update={"run": str(run)}))
+    return configs
 
 
 def parse_config(tree: dict) -> Config:

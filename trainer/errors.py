@@ -8,6 +8,8 @@ NOT_LOADED = (OSError, ValueError, RuntimeError, SafetensorError)  # what transf
 class RunError(Exception):
     """A run cannot start or go on. Tools print the message as it is and exit with code 1."""
 
+    final = True  # starting again would not help
+
 
 def first_line(error: Exception) -> str:
     """What an exception of a library says, in short."""

@@ -21,14 +21,15 @@ from trainer.monitor import Monitor
 from trainer.ranks import from_rank_0, process_group
 from trainer.restore import restore
 from trainer.run_folder import check_folder, sole_user, write_config
+from trainer.stopping import StopVote
 
 
-def train(config: Config, should_stop: Callable[[], bool] = lambda: False) -> Literal["finished", "stopped"]:
+def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) -> Literal["finished", "stopped"]:
     """Train on all ranks of the environment, from the newest checkpoint of the run folder if there is one.
 
-    `should_stop` is asked after every step and must answer the same on all ranks; the run then saves and ends.
+    `stop_requested` is asked in every step; where it holds on any rank, the run saves after the step and ends.
     """
-    with process_group() as ranks, ExitStack() as closing:
+    with process_group(config.train.timeout) as ranks, ExitStack() as closing:
         check_world(config, ranks.world_size)
         from_rank_0(lambda: check_folder(config))
         folder, batch = Path(config.run), config.train.global_batch
@@ -48,13 +49,16 @@ def train(config: Config, should_stop: Callable[[], bool] = lambda: False) -> Li
         first, last = position // batch, config.train.images // batch
         if ranks.rank == 0:
             write_config(config)
-        monitor = closing.enter_context(Monitor(folder, ranks, position, last * batch))
+        monitor = closing.enter_context(Monitor(folder, ranks, first, position, last * batch))
         for note in notes:
             monitor.say(note)
         batches = make_batches(config, images, ranks, first, last, monitor)
         images_per_rank = batch // ranks.world_size
 
+        vote = StopVote(stop_requested, config.train.timeout)
         for step, micro_batches in enumerate(batches, start=first):
+            vote.begin()
+
             # forward and backward, micro-batch by micro-batch: the gradient of the mean over the global batch
             step_loss = torch.zeros((), device=ranks.device)
             for i, micro in enumerate(micro_batches):
@@ -72,7 +76,7 @@ def train(config: Config, should_stop: Callable[[], bool] = lambda: False) -> Li
             monitor.note(step, position, step_loss, grad_norm, lr, grouped, fallbacks)
 
             # now and then: log, show samples, save
-            stopping = should_stop()
+            stopping = vote.decided()
             saving = stopping or step + 1 == last or _passed(config.checkpoint.every, before, position)
             if saving or _passed(config.train.log_every, before, position):
                 monitor.flush()  # raises if a loss is not finite, so that no such state is saved

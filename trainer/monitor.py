@@ -22,13 +22,14 @@ from trainer.ranks import Ranks
 class Monitor:
     """Notes steps without waiting for the device; `flush` sums and writes them. All ranks have one; rank 0 writes."""
 
-    def __init__(self, folder: Path, ranks: Ranks, position: int, images: int) -> None:
+    def __init__(self, folder: Path, ranks: Ranks, first_step: int, position: int, images: int) -> None:
         self._world_size, self._writes = ranks.world_size, ranks.rank == 0
         self._steps: list[dict[str, float]] = []
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._fallbacks: list[int] = []
         self._flushed = (time.perf_counter(), position)
+        self._next_step = first_step
         if self._writes:
             self._metrics = _continue_metrics(folder / "metrics.jsonl", position)
             self._board = SummaryWriter(str(folder), purge_step=position + 1)
@@ -39,6 +40,7 @@ class Monitor:
     ) -> None:
         """One step: its number, the images seen after it, this rank's mean loss, the share of grouped images, and how
         many of this rank's groups the query could not fill."""
+        self._next_step = step + 1
         self._losses.append(loss)
         self._norms.append(grad_norm)
         self._fallbacks.append(fallbacks)
@@ -103,7 +105,9 @@ class Monitor:
     def __enter__(self) -> "Monitor":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: type | None, error: BaseException | None, __: object) -> None:
+        if error is not None:
+            error.add_note(f"in step {self._next_step}")
         if self._writes:
             self._bar.close()
             self._board.close()

@@ -1,9 +1,12 @@
 """Who this process is among the ranks of the run: torch.distributed from torchrun's standard environment."""
 
 import os
+import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -11,6 +14,7 @@ import torch.distributed as dist
 
 from trainer.errors import RunError
 
+GRACE = 3.0  # seconds that ranks have to notice a failure before they count as absent
 T = TypeVar("T")
 
 
@@ -24,11 +28,12 @@ class Ranks:
 
 
 @contextmanager
-def process_group() -> Iterator[Ranks]:
+def process_group(timeout: float = 1800) -> Iterator[Ranks]:
     """Join the ranks named by torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
     MASTER_PORT); without them, a world of one.
 
     On GPUs where there is one for each rank of the machine, else on its CPUs; NCCL for tensors on GPUs, else gloo.
+    A rank that waits for another for more than `timeout` seconds raises.
     """
     rank, world_size, local_rank, local_world_size = (
         int(os.environ.get(name, default))
@@ -38,13 +43,35 @@ def process_group() -> Iterator[Ranks]:
     if torch.cuda.device_count() >= local_world_size:
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    store = dist.HashStore() if world_size == 1 else None
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    limit = timedelta(seconds=timeout)
+    store = dist.HashStore()
+    if world_size > 1:
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=limit))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     try:
+        ones = torch.ones((), device=device)
+        dist.all_reduce(ones)
+        if ones != world_size:
+            raise RuntimeError(f"{world_size} ranks add up to {ones}: this machine or its network computes wrong")
         yield Ranks(rank, world_size, device)
         dist.barrier()  # a rank that leaves early closes connections that others still use
+    except RuntimeError as error:
+        broken = re.search("gloo|NCCL|Connection|[Tt]imed out", str(error))  # a rank is gone, or did not answer in time
+        if broken and (absent := _absent(store, rank, world_size)):
+            error.add_note(f"no answer from ranks {', '.join(map(str, absent))}")
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _absent(store: dist.Store, rank: int, world_size: int) -> list[int]:
+    """Which ranks do not notice, a moment after this one, that something is wrong."""
+    try:
+        store.set(f"failed/{rank}", "")
+        time.sleep(GRACE)
+        return [other for other in range(world_size) if not store.check([f"failed/{other}"])]
+    except RuntimeError:
+        return [0]  # it keeps the store
 
 
 def from_rank_0(function: Callable[[], T]) -> T:

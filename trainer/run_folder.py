@@ -12,7 +12,7 @@ from trainer.config import Config, parse_config
 from trainer.config_file import dotted, to_yaml
 from trainer.errors import RunError
 
-CONFIG = "config.yaml"
+CONFIG, LOCK = "config.yaml", "lock"
 # What a run may change when it continues; all else would make another run of it.
 _FREE = (
     "run",
@@ -22,6 +22,7 @@ _FREE = (
     "train.micro_batch",
     "train.log_every",
     "train.sample_every",
+    "train.timeout",
     "data.workers",
 )
 _FREE_PARTS = ("checkpoint.", "sample.")
@@ -56,7 +57,7 @@ def read_config(folder: str | Path) -> Config:
 def sole_user(folder: Path) -> Iterator[None]:
     """RunError if another process writes this run; else it is ours until we leave or die."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a") as lock:
+    with (folder / LOCK).open("a") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process, so loader workers do not inherit it
         except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: somebody has it

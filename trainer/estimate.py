@@ -1,0 +1,75 @@
+"""What a run will take, before it is submitted: network, memory, communication, time.
+
+- FLOPs: multiply-adds of a forward pass counted by fvcore (attention of the groups included), times 2 for FLOPs, times
+  3 for forward and backward (Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1).
+- Model states: AdamW in fp32 keeps 4 bytes each of parameter, gradient and two moments (Rajbhandari et al. 2020,
+  "ZeRO", section 3.1), the EMA 4 more; FSDP divides them by the world size. The gathered blocks come on top.
+- Activations: 34 bytes per token, channel and block in bf16, without the attention matrix, which fused attention does
+  not keep (Korthikanti et al. 2022, "Reducing Activation Recomputation", equation 2); twice that in fp32. It counts
+  dropout masks, which we lack, and not the adaptive norm's copies, which we have: the least exact line.
+- Communication: a ring all-reduce moves 2 (P - 1) / P of the gradients per rank and step; FSDP gathers the weights for
+  forward and backward and reduces the gradients: 3 (P - 1) / P ("ZeRO", section 7).
+- Time: world size x peak x utilisation over FLOPs, with the peaks of NVIDIA's data sheet, dense.
+"""
+
+import torch
+
+from data.images import Images
+from models.flops import forward_multiply_adds
+from trainer.build import build_network
+from trainer.config import Config
+
+PEAK_FLOPS = {"bf16": 989e12, "fp32": 67e12}  # of an H100 SXM
+
+
+def estimate(config: Config, images: Images, world_size: int, utilisation: float) -> dict[str, float]:
+    """parameters, flops_per_step, and per rank: bytes of states, gathered weights, activations and communication;
+    images_per_second, days. A rank's memory is of its largest micro-batch."""
+    with torch.device("meta"):
+        network = build_network(config, images)
+    parameters = sum(p.numel() for p in network.parameters())
+    channels, side, _ = images.shape
+    size, share = config.groups.size, config.groups.share
+    single, grouped = (2 * forward_multiply_adds(network, n, channels, side, n) / n for n in (1, size))
+    flops_per_image = 3 * ((1 - share) * single + share * grouped)
+
+    batch, ranks = config.train.global_batch, world_size
+    sharded = config.engine == "fsdp"
+    per_rank = config.train.micro_batch or batch // ranks
+    tokens = (side // config.model.patch) ** 2
+    bytes_of_number = 2 if config.precision == "bf16" else 4
+    block = max(sum(p.numel() for p in block.parameters()) for block in network.blocks)
+    rounds = {"fsdp": 3, "ddp": 2, "single": 0}[config.engine]
+    rate = world_size * PEAK_FLOPS[config.precision] * utilisation / flops_per_image
+    return {
+        "parameters": parameters,
+        "flops_per_step": flops_per_image * batch,
+        "states": 20 * parameters / (ranks if sharded else 1),
+        "gathered": 2 * block * bytes_of_number if sharded else 0,
+        "activations": 17 * bytes_of_number * tokens * config.model.width * config.model.depth * per_rank,
+        "communication": rounds * (ranks - 1) / ranks * parameters * 4,
+        "images_per_second": rate,
+        "days": config.train.images / rate / 86400,
+    }
+
+
+def estimate_table(config: Config, images: Images, world_size: int, utilisation: float) -> str:
+    """The estimate for people."""
+    e = estimate(config, images, world_size, utilisation)
+    memory = e["states"] + e["gathered"] + e["activations"]
+    rows = [
+        ("parameters", f"{e['parameters'] / 1e6:,.1f} M"),
+        ("FLOPs of a step", f"{e['flops_per_step'] / 1e12:,.1f} T"),
+        (f"memory of a rank, engine={config.engine}", f"{memory / 2**30:,.2f} GiB"),
+        ("  parameters, gradients, optimizer, EMA", f"{e['states'] / 2**30:,.2f} GiB"),
+        ("  blocks gathered at once", f"{e['gathered'] / 2**30:,.2f} GiB"),
+        ("  activations", f"{e['activations'] / 2**30:,.2f} GiB"),
+        ("sent by a rank in a step", f"{e['communication'] / 2**30:,.2f} GiB"),
+        (
+            f"images/s on {world_size} ranks at {utilisation:.0%} of {PEAK_FLOPS[config.precision] / 1e12:.0f} TFLOP/s",
+            f"{e['images_per_second']:,.0f}",
+        ),
+        (f"days to {config.train.images:,} images", f"{e['days']:,.2f}"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {value:>14}" for name, value in rows)
