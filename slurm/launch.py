@@ -3,8 +3,6 @@
 import math
 import os
 import re
-import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +13,12 @@ from typing import Any, Literal, TextIO
 import submitit
 from submitit.core.utils import FailedJobError, pickle_load
 
+from slurm.errors import LaunchError
+from slurm.options import ClusterOptions
+from slurm.sbatch import check_cluster, sbatch_parameters, slurm_prefixed
+from slurm.tasks import free_port
+
 PATIENCE = 10.0  # seconds that the other tasks of a local job have to end when one has failed
-
-
-class LaunchError(Exception):
-    """A job cannot be submitted, or failed; the message is one line."""
 
 
 def make_executor(
@@ -29,47 +28,39 @@ def make_executor(
     nodes: int,
     tasks_per_node: int,
     gpus_per_node: int,
-    options: dict[str, str],
+    options: ClusterOptions,
 ) -> submitit.AutoExecutor:
     """A submitit executor for `nodes` x `tasks_per_node` processes whose logs go to `folder` (new for each submission,
-    because job numbers may come again). `options` are sbatch's, by submitit's names, as partition or time (minutes,
-    by default a day)."""
-    if cluster == "slurm" and not shutil.which("sbatch"):
-        raise LaunchError("sbatch: not found on this machine; submit from a Slurm login node, or use --cluster local")
+    because job numbers may come again)."""
     if cluster == "local" and nodes > 1:
         raise LaunchError(f"--nodes {nodes}: --cluster local is this one machine; use --procs for more processes")
+    if cluster == "slurm":
+        check_cluster(options, nodes, gpus_per_node)
     executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-    executor.update_parameters(nodes=nodes, tasks_per_node=tasks_per_node, gpus_per_node=gpus_per_node, name=name)
     if cluster == "local":
+        executor.update_parameters(tasks_per_node=tasks_per_node, gpus_per_node=gpus_per_node)
         executor.update_parameters(timeout_min=60 * 24 * 365)
         return executor
-    slurm = {
-        "time": 24 * 60,
-        "setup": ["export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}"],
-        "srun_args": ["--kill-on-bad-exit=1"],  # a rank that dies takes the others with it, which would wait for it
-        **{name: int(value) if value.isdigit() else value for name, value in options.items()},
-    }
-    try:
-        executor.update_parameters(**{f"slurm_{name}": value for name, value in slurm.items()})
-    except NameError as error:
-        raise LaunchError(f"--slurm: {str(error).splitlines()[0]}") from None
+    parameters = sbatch_parameters(options, name, nodes, tasks_per_node, gpus_per_node)
+    # a task that fails takes the others with it, which would wait for it
+    executor.update_parameters(slurm_srun_args=["--kill-on-bad-exit=1"], **slurm_prefixed(parameters))
     return executor
 
 
 def submit(executor: submitit.AutoExecutor, function: Callable[..., Any], *arguments: Any) -> submitit.Job:
     """Start `function(*arguments)` in every process of the executor, with torchrun's environment variables set."""
     if executor.cluster == "slurm":
-        with _sbatch_errors():
+        with sbatch_errors():
             return executor.submit(_run_task, None, None, function, *arguments)
     tasks = executor.parameters["tasks_per_node"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // tasks)))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # submitit would replace it by the first ones of the machine
-    return executor.submit(_run_task, _free_port(), visible, function, *arguments)
+    return executor.submit(_run_task, free_port(), visible, function, *arguments)
 
 
 def submit_array(executor: submitit.AutoExecutor, functions: list[Callable[[], Any]]) -> list[submitit.Job]:
     """Start each function as a job of its own, in every process of the executor: a job array of Slurm."""
-    with _sbatch_errors(), executor.batch():
+    with sbatch_errors(), executor.batch():
         return [executor.submit(_run_task, None, None, function) for function in functions]
 
 
@@ -79,19 +70,12 @@ def call_share(function: Callable[..., None], arguments: dict[str, Any], first: 
 
 
 @contextmanager
-def _sbatch_errors() -> Iterator[None]:
+def sbatch_errors() -> Iterator[None]:
+    """What sbatch says, as a LaunchError."""
     try:
         yield
-    except FailedJobError as error:  # what sbatch said
+    except FailedJobError as error:
         raise LaunchError(str(error).strip().splitlines()[-1]) from None
-
-
-def parse_option(text: str) -> tuple[str, str]:
-    """An option of sbatch from the command line, as `partition=gpu`."""
-    key, equals, value = text.partition("=")
-    if not (key and equals and value) or (key == "time" and not value.isdigit()):
-        raise LaunchError(f"--slurm {text}: write KEY=VALUE, as partition=gpu or time=1440 (minutes)")
-    return key, value
 
 
 def _run_task(port: int | None, visible_gpus: str | None, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -109,12 +93,6 @@ def _run_task(port: int | None, visible_gpus: str | None, function: Callable[...
         MASTER_PORT=str(port or 10_000 + int(job.raw_job_id) % 20_000),
     )
     return function(*arguments)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def follow(job: submitit.Job, out: TextIO = sys.stderr) -> Any:

@@ -16,7 +16,9 @@ from data.errors import DataError
 from data.shards import MANIFEST
 from data.sources import Source, list_source
 from data.verify import verify_store
-from slurm.launch import LaunchError, call_share, follow, make_executor, parse_option, submit, submit_array
+from slurm.errors import LaunchError
+from slurm.launch import call_share, follow, make_executor, submit, submit_array
+from slurm.options import load_options
 from trainer.errors import RunError
 
 
@@ -25,6 +27,7 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, help="Slurm nodes: a job array of as many jobs, which share the work")
     parser.add_argument("--procs", type=int, help="processes per node; default: one per GPU (on Slurm: 8)")
     parser.add_argument("--cpu", action="store_true", help="ask Slurm for no GPUs")
+    parser.add_argument("--site", help="a file of options of the cluster, or its name in configs/cluster/")
     parser.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="as --slurm partition=gpu")
 
 
@@ -53,8 +56,8 @@ def run_in_processes(args: argparse.Namespace, function: Callable[..., Any], **a
     Slurm are only submitted."""
     here = torch.cuda.device_count()
     nodes, procs = args.nodes or 1, args.procs or (8 if args.nodes else max(here, 1))
-    options = dict(parse_option(option) for option in args.slurm)
-    options.setdefault("cpus_per_task", str(1 + arguments.get("workers", 0)))
+    cpus = [f"cpus_per_task={1 + arguments.get('workers', 0)}"]  # unless the user says otherwise
+    options = load_options(args.site, [*cpus, *args.slurm])
     if not args.nodes and procs == 1:
         function(**arguments)
         return

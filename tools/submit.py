@@ -1,68 +1,133 @@
-"""Train: `python tools/submit.py [--nodes N | --cluster local] CONFIG [field=value ...]`.
+"""Train: `python tools/submit.py [--nodes N | --cluster local] [CONFIG] [field=value ...]`.
 
-The same command on the same run folder continues the run.
+The same command on the same run folder continues the run. `--status`, `--follow` and `--cancel` take the run folder, or
+that of a sweep.
 """
 
 import argparse
 import sys
-from datetime import datetime
+import textwrap
 from pathlib import Path
 
 import torch
 
-from slurm.launch import LaunchError, follow, make_executor, parse_option, submit
+from data.errors import DataError
+from slurm.control import cancel, follow, runs_in, status
+from slurm.errors import LaunchError
+from slurm.options import ClusterOptions, load_options
+from slurm.state import read_state
+from slurm.submission import Run, script, submit_runs
 from trainer.build import open_data
-from trainer.config import check_world, load_config
+from trainer.config import check_world, load_sweep
 from trainer.config_file import to_yaml
 from trainer.errors import RunError
+from trainer.estimate import estimate_table
 from trainer.loop import train
-from trainer.run_folder import check_folder
+from trainer.run_folder import LOCK, check_folder
+
+DEFAULT_CONFIG = "configs/imagenet256/sit-xl-2-light4.yaml"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="a YAML file, as configs/digits.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="field=value", help="as optim.lr=2e-4 groups.size=8")
-    parser.add_argument("--cluster", choices=["local", "slurm"], help="default: slurm with --nodes, else local")
+    parser.add_argument("words", nargs="*", metavar="CONFIG field=value", help=f"default config: {DEFAULT_CONFIG}")
+    parser.add_argument(
+        "--cluster", choices=["local", "debug", "slurm"], help="default: slurm with --nodes, else local"
+    )
     parser.add_argument("--nodes", type=int, help="Slurm nodes")
     parser.add_argument("--procs", type=int, help="processes per node; default: one per GPU (on Slurm: 8)")
     parser.add_argument("--cpu", action="store_true", help="ask Slurm for no GPUs")
+    parser.add_argument("--site", help="a file of options of the cluster, or its name in configs/cluster/")
     parser.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="as --slurm partition=gpu")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
-    return parser.parse_intermixed_args(arguments)
+    parser.add_argument("--sweep", action="append", default=[], metavar="field=a,b,c", help="a run for each value")
+    parser.add_argument("--parallel", type=int, default=256, help="runs of a sweep at once")
+    parser.add_argument("--dry-run", action="store_true", help="print config, script and estimate, and stop")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="of the peak, for the estimate")
+    for action in ("status", "follow", "cancel"):
+        parser.add_argument(f"--{action}", type=Path, metavar="RUN", help=f"{action} a run that was submitted")
+    args = parser.parse_intermixed_args(arguments)
+    args.overrides = [word for word in args.words if "=" in word and not Path(word).is_file()]
+    configs = [word for word in args.words if word not in args.overrides]
+    if len(configs) > 1:
+        parser.error(f"more than one config: {' '.join(configs)}; overrides are written field=value")
+    args.config = configs[0] if configs else DEFAULT_CONFIG
+    return args
 
 
 def main(arguments: list[str]) -> None:
-    """Check, submit, and for a local run show its progress until it ends."""
+    """Look at runs, or check, submit, and show the progress of local ones until they end."""
     args = parse(arguments)
+    if args.status:
+        print(status(args.status))
+    elif args.cancel:
+        cancel(args.cancel)
+    elif args.follow:
+        for run in runs_in(args.follow):
+            follow(run, lambda run=run: read_state(run).ended)
+            print(report(run))
+    else:
+        start(args)
+
+
+def start(args: argparse.Namespace) -> None:
+    """Check and submit."""
     cluster = args.cluster or ("slurm" if args.nodes else "local")
-    here = torch.cuda.device_count()
-    procs = args.procs or (8 if cluster == "slurm" else max(here, 1))
-    gpus = (0 if args.cpu else procs) if cluster == "slurm" else min(here, procs)
-    options = dict(parse_option(option) for option in args.slurm)
-
-    config = load_config(args.config, args.overrides)
-    check_world(config, (args.nodes or 1) * procs)
-    open_data(config)
-    check_folder(config)
+    nodes, options = args.nodes or 1, load_options(args.site, args.slurm)
+    if cluster != "slurm" and nodes > 1:
+        raise LaunchError(f"--nodes {nodes}: --cluster {cluster} is this one machine; use --procs for more processes")
+    tasks, gpus = places(args, cluster, options)
+    configs = load_sweep(args.config, args.overrides, args.sweep)
+    for config in configs:
+        check_world(config, nodes * tasks)
+        images = open_data(config)
+        check_folder(config)
+    root = Path(configs[0].run).parent if args.sweep else Path(configs[0].run)
     if args.dry_run:
-        print(to_yaml(config), end="")
-        return
+        for config in configs:
+            table = estimate_table(config, images, nodes * tasks, args.utilisation)
+            print(to_yaml(config) + textwrap.indent(table, "# "))
+        if cluster == "slurm":
+            print(script(root, nodes, tasks, gpus, options, len(configs), args.parallel))
+    elif cluster == "debug":
+        for config in configs:
+            print(f"{train(config)}: {config.run}")
+    else:
+        runs = [Run(Path(config.run), train, (config,), Path(config.run) / LOCK) for config in configs]
+        waves = [runs] if cluster == "slurm" else [[run] for run in runs]
+        for wave in waves:
+            jobs = submit_runs(wave, root, cluster, nodes, tasks, gpus, options, args.parallel)
+            for run, job in zip(wave, jobs, strict=True):
+                if cluster == "slurm":
+                    print(f"job {job.job_id}: run folder {run.folder}, logs in {read_state(run.folder).logs}")
+                else:
+                    follow(run.folder, job.done)
+                    print(report(run.folder))
 
-    run = Path(config.run).absolute()
-    logs = run / "logs" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    executor = make_executor(cluster, logs, run.name, args.nodes or 1, procs, gpus, options)
-    job = submit(executor, train, config.model_copy(update={"run": str(run)}))
-    if cluster == "slurm":
-        print(f"job {job.job_id}: run folder {run}, logs in {logs}")
-        return
-    outcome = follow(job)
-    print(f"{outcome}: {run}")
+
+def places(args: argparse.Namespace, cluster: str, options: ClusterOptions) -> tuple[int, int]:
+    """(processes, GPUs) of a node."""
+    here = torch.cuda.device_count()
+    if cluster != "slurm":
+        tasks = args.procs or max(here, 1)
+        return tasks, min(here, tasks)
+    tasks = args.procs or options.tasks_per_node or options.gpus_per_node or 8
+    gpus = tasks if options.gpus_per_node is None else options.gpus_per_node
+    return tasks, 0 if args.cpu else gpus
+
+
+def report(run: Path) -> str:
+    """How a run ended. LaunchError if it failed."""
+    state = read_state(run)
+    if state.state in ("queued", "running"):
+        raise LaunchError(f"{run}: its supervisor has ended without a word; see {state.logs}")
+    if state.state == "failed":
+        raise LaunchError(state.why)
+    return f"{state.state}: {run}"
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (RunError, LaunchError) as error:
-        sys.exit(f"error: {str(error).removeprefix('trainer.errors.RunError: ')}")
+    except (DataError, RunError, LaunchError) as error:
+        sys.exit(f"error: {error}")

@@ -40,7 +40,7 @@ def measure() -> tuple[Figures, Targets]:
 
 
 def _trainer_seconds(config: Config) -> float:
-    """Mean seconds of a step of the real `train`, all included but the final checkpoint; `should_stop` is the clock."""
+    """Mean seconds of a step of the real `train`, all but the final checkpoint; `stop_requested` is the clock."""
     ticks = []
 
     def tick() -> bool:
@@ -49,7 +49,7 @@ def _trainer_seconds(config: Config) -> float:
         ticks.append(time.perf_counter())
         return False
 
-    train(config, should_stop=tick)
+    train(config, stop_requested=tick)
     return (ticks[-1] - ticks[WARM_UP - 1]) / (STEPS - WARM_UP)
 
 

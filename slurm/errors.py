@@ -1,0 +1,5 @@
+"""The exception of this package that means "the user can mend this": one line with option, value and fix."""
+
+
+class LaunchError(Exception):
+    """A job cannot be submitted, or failed. Tools print the message as it is and exit with code 1."""

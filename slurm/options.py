@@ -1,0 +1,69 @@
+"""What a job asks of its cluster, from a site file and the command line: so one config runs on several clusters."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+from pydantic import BaseModel, Field
+
+from slurm.errors import LaunchError
+
+SITES = Path("configs/cluster")
+
+
+class ClusterOptions(BaseModel, extra="forbid", frozen=True):
+    """Fields of a site file, and of `--slurm FIELD=VALUE`. Left out, sbatch's own default holds."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: int = Field(24 * 60, ge=1)  # minutes; the job is requeued until the run is finished
+    signal_delay: int = Field(120, ge=10)  # seconds before the time limit when the run saves
+    gpus_per_node: int | None = Field(None, ge=0)  # default: one per task
+    tasks_per_node: int | None = Field(None, ge=1)  # default: one per GPU, of 8
+    cpus_per_task: int | None = Field(None, ge=1)
+    mem: str | None = None  # of a node, as 200GB
+    constraint: str | None = None
+    exclude: str | None = None
+    reservation: str | None = None
+    sbatch: list[str] = []  # more options, as --licenses=scratch:1
+    setup: list[str] = []  # commands of the shell before the tasks start, as `module load cuda`
+    retries: int = Field(3, ge=0)  # starts after failures that are not the program's own
+
+
+def load_options(site: str | None, settings: list[str]) -> ClusterOptions:
+    """A site file (a path, or the name of one in configs/cluster/), then settings as `partition=gpu`."""
+    tree: dict[str, Any] = {}
+    if site:
+        path = Path(site) if site.endswith((".yaml", ".yml")) else SITES / f"{site}.yaml"
+        if not path.is_file():
+            raise LaunchError(f"--site {site}: {path} is no file; sites are files as in {SITES}/")
+        tree = yaml.safe_load(path.read_text()) or {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not (name and equals and value):
+            raise LaunchError(f"--slurm {setting}: write FIELD=VALUE, as partition=gpu or time=1440 (minutes)")
+        if name in ("sbatch", "setup"):
+            tree[name] = [*tree.get(name, []), value]
+        else:
+            tree[name] = value
+    try:
+        options = ClusterOptions.model_validate(tree)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        name = first["loc"][0]
+        known = f"; known are {', '.join(ClusterOptions.model_fields)}" * (first["type"] == "extra_forbidden")
+        raise LaunchError(f"--slurm {name}={tree[name]}: {first['msg']}{known}") from None
+    for text in options.sbatch:
+        sbatch_option(text)
+    return options
+
+
+def sbatch_option(text: str) -> tuple[str, str | bool]:
+    """'--licenses=scratch:1' -> ("licenses", "scratch:1"), '--exclusive' -> ("exclusive", True)."""
+    found = re.fullmatch(r"(?:#SBATCH )?--([a-z][\w-]*)(?:=(.+))?", text)
+    if not found:
+        raise LaunchError(f"--slurm sbatch={text}: write it as --name=value")
+    return found[1], found[2] or True

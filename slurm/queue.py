@@ -1,0 +1,67 @@
+"""What Slurm's queue says and does about this job."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from datetime import datetime
+from typing import Literal
+
+PATIENCE = 120.0  # seconds that slurmctld may be away
+
+
+class SlurmError(Exception):
+    """A command of Slurm failed; the message is what it said."""
+
+
+def requeue(excluded: str) -> None:
+    """Have this job start again, without the hosts `excluded`."""
+    job = os.environ["SLURM_JOB_ID"]
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # also in scontrol: a job that is requeued is terminated meanwhile
+    if leaving() is None:
+        scontrol("requeue", job)
+    if excluded:
+        scontrol("update", f"JobId={job}", f"ExcNodeList={excluded}")
+
+
+def seconds_left() -> float:
+    """Until the time limit."""
+    end = _field("EndTime")
+    return float("inf") if end == "Unknown" else (datetime.fromisoformat(end) - datetime.now()).total_seconds()
+
+
+def queue_state(job: str) -> str:
+    """A job's state in the queue, as PENDING or RUNNING; "" if it is not there."""
+    done = subprocess.run(["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True)
+    return done.stdout.strip().partition("\n")[0]
+
+
+def host_names() -> list[str]:
+    """Of this job's nodes, in Slurm's order."""
+    return scontrol("show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+
+
+def scontrol(*arguments: str) -> str:
+    """What scontrol prints. It is asked again while slurmctld does not answer."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        done = subprocess.run(["scontrol", *arguments], capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout
+        if "Unable to contact" not in done.stderr or time.monotonic() > end:
+            raise SlurmError(done.stderr.strip() or f"scontrol {' '.join(arguments)}: exit code {done.returncode}")
+        time.sleep(2)
+
+
+def leaving() -> Literal["requeued", "cancelled"] | None:
+    """Whether this job, of which we are a part, is at its end by Slurm's will or a user's."""
+    if _field("JobState") == "RUNNING":
+        return None
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return "requeued" if int(_field("Restarts")) > restarts else "cancelled"
+
+
+def _field(name: str) -> str:
+    shown = scontrol("show", "job", "--oneliner", os.environ["SLURM_JOB_ID"])
+    return re.search(rf"(?:^| ){name}=(\S*)", shown)[1]

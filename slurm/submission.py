@@ -1,0 +1,148 @@
+"""Submitting runs. Each has a supervisor (slurm/supervise.py), which starts its tasks: in a job of Slurm, in a member
+of a job array, or here."""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+import cloudpickle
+import submitit
+from submitit.slurm.slurm import _make_sbatch_string
+
+from slurm.control import job_of, note_job
+from slurm.errors import LaunchError
+from slurm.files import write_whole
+from slurm.launch import sbatch_errors
+from slurm.options import ClusterOptions
+from slurm.queue import queue_state
+from slurm.sbatch import check_cluster, sbatch_parameters, slurm_prefixed
+from slurm.snapshot import python_path, take_snapshot
+from slurm.state import RunState, read_state, write_state
+from slurm.supervise import STOP, Job, supervise
+
+SLACK = 60.0  # seconds by which Slurm may send its signal early
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, and the function that does the run in every process (see slurm/task.py). `lock`: see Job."""
+
+    folder: Path
+    function: Callable[..., str]
+    arguments: tuple
+    lock: Path
+
+
+def submit_runs(
+    runs: list[Run],
+    root: Path,
+    cluster: Literal["local", "slurm"],
+    nodes: int,
+    tasks_per_node: int,
+    gpus_per_node: int,
+    options: ClusterOptions,
+    parallel: int,
+) -> list[submitit.Job]:
+    """Submit them: more than one as a job array, of which `parallel` run at once. `root` is the run's folder, or the
+    one with those of all runs; the code's snapshot and submitit's files go there."""
+    if cluster == "slurm":
+        check_cluster(options, nodes, gpus_per_node)
+    for folder in {root, *(run.folder for run in runs)}:
+        check_folder(folder, cluster)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    code = take_snapshot(root / "code" / stamp)
+    jobs = [_prepare(run, stamp, code, tasks_per_node, options, cluster) for run in runs]
+    executor = _executor(cluster, root / "logs" / stamp, code)
+    if cluster == "local":
+        submitted = [executor.submit(supervise, job) for job in jobs]
+    else:
+        parameters = sbatch_parameters(options, root.name, nodes, tasks_per_node, gpus_per_node)
+        executor.update_parameters(slurm_array_parallelism=parallel, **slurm_prefixed(parameters))
+        with sbatch_errors():
+            submitted = executor.map_array(supervise, jobs) if len(jobs) > 1 else [executor.submit(supervise, jobs[0])]
+    for run, job in zip(runs, submitted, strict=True):
+        note_job(run.folder, job.job_id, cluster)
+    return submitted
+
+
+def script(
+    root: Path, nodes: int, tasks_per_node: int, gpus_per_node: int, options: ClusterOptions, runs: int, parallel: int
+) -> str:
+    """The text that sbatch would get."""
+    logs, code = root / "logs" / "STAMP", root / "code" / "STAMP"
+    parameters = sbatch_parameters(options, root.name, nodes, tasks_per_node, gpus_per_node)
+    return _make_sbatch_string(
+        command=f"{_python(code)} -u -m submitit.core._submit {shlex.quote(str(logs))}",
+        folder=logs,
+        use_srun=False,
+        map_count=runs if runs > 1 else None,
+        array_parallelism=parallel,
+        **{name: value for name, value in parameters.items() if value is not None},
+    )
+
+
+def check_folder(folder: Path, cluster: Literal["local", "slurm"]) -> None:
+    """LaunchError if nothing can be written there, if nodes cannot see it, or if a job of the same run is alive."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / ".writable", "")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise LaunchError(f"run={folder}: cannot be written: {error.strerror}; set run= to another folder") from None
+    if cluster == "slurm" and "%" in str(folder):
+        raise LaunchError(f"run={folder}: Slurm would read the % in it as a pattern; set run= to another folder")
+    if cluster == "slurm" and _file_system(folder) in ("tmpfs", "ramfs", "devtmpfs"):
+        raise LaunchError(f"run={folder}: is in this machine's memory, where no node sees it; use a shared file system")
+    state, job = read_state(folder), job_of(folder)
+    if cluster == "slurm" and state and not state.ended and job and (queued := queue_state(job)):
+        raise LaunchError(f"run={folder}: its job {job} is {queued.lower()}; wait for its end, or --cancel {folder}")
+
+
+def _prepare(
+    run: Run, stamp: str, code: Path, tasks: int, options: ClusterOptions, cluster: Literal["local", "slurm"]
+) -> Job:
+    logs = run.folder / "logs" / stamp
+    logs.mkdir(parents=True, exist_ok=True)
+    (logs / "task.pkl").write_bytes(cloudpickle.dumps((run.function, run.arguments)))
+    (run.folder / STOP).unlink(missing_ok=True)
+    write_state(run.folder, RunState(logs=str(logs)))
+    return Job(
+        run=run.folder,
+        logs=logs,
+        code=code,
+        lock=run.lock,
+        retries=options.retries if cluster == "slurm" else 0,
+        on_slurm=cluster == "slurm",
+        exclude=options.exclude or "",
+        tasks=tasks,
+        visible_gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        cpus_per_task=options.cpus_per_task,
+        seconds_to_stop=options.signal_delay + SLACK,
+    )
+
+
+def _executor(cluster: Literal["local", "slurm"], folder: Path, code: Path) -> submitit.AutoExecutor:
+    if cluster == "local":
+        executor = submitit.AutoExecutor(folder=folder, cluster="local")
+        executor.update_parameters(timeout_min=60 * 24 * 365)
+        return executor
+    executor = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_python=_python(code))
+    executor.update_parameters(slurm_use_srun=False)
+    return executor
+
+
+def _python(code: Path) -> str:
+    """A command that runs the snapshot's code; -P: not that of the working folder, which may be edited meanwhile."""
+    return f"env PYTHONPATH={shlex.quote(python_path(code))} {shlex.quote(sys.executable)} -P"
+
+
+def _file_system(folder: Path) -> str:
+    """The type of the file system that a folder is on."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    above = [mount for mount in mounts if folder.resolve().is_relative_to(mount[1].encode().decode("unicode_escape"))]
+    return max(above, key=lambda mount: len(mount[1]))[2]

@@ -1,0 +1,91 @@
+"""What runs in a job's batch script: it starts the tasks, and starts them again when the program is not to blame.
+
+The program is to blame, and the run ends, if the exception says so (`final = True`) or comes twice in the same step.
+Otherwise the tasks start again in the same allocation, up to `retries` times; a host that failed twice is left out, for
+which the job is requeued. Near the time limit and on preemption the tasks save and stop, and the job is requeued.
+"""
+
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from slurm.queue import host_names, leaving, requeue, seconds_left
+from slurm.records import clear_records, read_records
+from slurm.signals import note_signals
+from slurm.state import Attempt, RunState, read_state, write_state
+from slurm.tasks import run_by_srun, run_here
+from slurm.verdict import decide, judge
+
+STOP = "stop-requested"  # a file in the run folder: its user wants it to end
+LOST = "a node was lost, or the job was requeued"
+LAST_MOMENT = 20.0  # seconds before the time limit when tasks that have not saved are given up
+
+
+class RunFailed(Exception):
+    """The run cannot go on; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a supervisor needs to know. `lock`: a file that tasks of a lost start of this job may still hold."""
+
+    run: Path
+    logs: Path
+    code: Path
+    lock: Path
+    retries: int
+    on_slurm: bool
+    exclude: str = ""  # hosts that the user does without
+    tasks: int = 1  # of a local job
+    visible_gpus: str | None = None  # of a local job
+    cpus_per_task: int | None = None
+    seconds_to_stop: float = 0.0  # before the time limit, too late to start again
+
+
+def supervise(job: Job) -> str:
+    """Until the run is "finished", "stopped" or "requeued". RunFailed if it cannot go on."""
+    signals = note_signals()
+    state = read_state(job.run) or RunState()
+    if state.ended:
+        return state.state  # requeued from outside when all was done
+    if state.attempts and state.attempts[-1].outcome == "running":
+        state.attempts[-1].outcome, state.attempts[-1].why = "lost", LOST
+        job.lock.unlink(missing_ok=True)  # Slurm vouches for it that nothing of that start is at work
+    if (job.run / STOP).exists():
+        write_state(job.run, state.model_copy(update={"state": "stopped", "why": "as asked"}))
+        return "stopped"
+    while True:
+        attempt = Attempt(hosts=host_names() if job.on_slurm else [socket.gethostname()], began=time.time())
+        state.state, state.why, state.attempts = "running", "", [*state.attempts, attempt]
+        write_state(job.run, state)
+        _attempt(job, attempt, signals)
+        end = leaving() if job.on_slurm and attempt.outcome != "finished" else None
+        if end == "requeued" and attempt.outcome == "failed":
+            attempt.outcome, attempt.why, attempt.host = "lost", LOST, ""
+        if attempt.host:
+            state.host_failures[attempt.host] = state.host_failures.get(attempt.host, 0) + 1
+        asked = (job.run / STOP).exists() or (end == "cancelled" if job.on_slurm else bool(signals))
+        late = job.on_slurm and seconds_left() < job.seconds_to_stop
+        verdict, state.why = decide(state, job.retries, late, asked, job.on_slurm)
+        state.state = {"again": "running", "requeue": "queued"}.get(verdict, verdict)
+        write_state(job.run, state)
+        if verdict == "requeue":
+            requeue(",".join([*filter(None, [job.exclude]), *state.excluded]))
+            return "requeued"
+        if verdict == "failed":
+            raise RunFailed(state.why)
+        if verdict != "again":
+            return verdict
+
+
+def _attempt(job: Job, attempt: Attempt, signals: list[int]) -> None:
+    """Run the tasks once and note what became of them."""
+    clear_records(job.logs)
+    if job.on_slurm:
+        deadline = time.time() + seconds_left() - LAST_MOMENT
+        ends = run_by_srun(job.logs, job.code, job.cpus_per_task, deadline)
+    else:
+        ends = run_here(job.logs, job.code, job.tasks, job.visible_gpus, lambda: bool(signals))
+    judge(attempt, read_records(job.logs), ends, job.logs)
+    attempt.ended = time.time()

@@ -1,0 +1,113 @@
+"""Running the tasks of a job until all have ended: by srun on its nodes, or as processes of this machine."""
+
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from slurm.snapshot import python_path
+
+PATIENCE = 15.0  # seconds that the others have to end when a task has failed
+POLL = 0.1
+
+
+def run_by_srun(logs: Path, code: Path, cpus_per_task: int | None, deadline: float) -> dict[int, str]:
+    """Run all tasks of this job's allocation; one that fails takes the others with it, at `deadline` (seconds since
+    1970) all are given up. Returns how tasks ended that ended badly, the first to do so first, by rank."""
+    command = ["srun", "--kill-on-bad-exit=1", "--unbuffered", "--open-mode=append", f"--output={logs}/%t.log"]
+    if cpus_per_task:
+        command.append(f"--cpus-per-task={cpus_per_task}")  # which srun does not take over from sbatch
+    env = os.environ | _meeting_point(socket.gethostname(), code)
+    env.pop("RANK", None)  # of a task that submitted this job
+    with (logs / "srun.log").open("w") as said:
+        srun = subprocess.Popen([*command, *_task_command(logs)], env=env, stderr=said)
+    while srun.poll() is None:
+        if time.time() > deadline:
+            srun.kill()
+        time.sleep(POLL)
+    text = (logs / "srun.log").read_text()
+    ends: dict[int, str] = {}
+    for host, ranks, how in re.findall(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)", text):
+        ends |= {rank: f"{how} on {host}" for rank in _expand(ranks) if rank not in ends}
+    if time.time() > deadline:
+        return {0: "the time limit came before the tasks had saved"}
+    if srun.returncode and not ends:
+        ends[0] = (text.strip().splitlines() or [f"srun: exit code {srun.returncode}"])[-1]
+    return ends
+
+
+def run_here(
+    logs: Path, code: Path, tasks: int, visible_gpus: str | None, stop_requested: Callable[[], bool]
+) -> dict[int, str]:
+    """The same with so many processes of this machine. A stop is passed on to them."""
+    env = os.environ | _meeting_point("127.0.0.1", code)
+    env |= {"WORLD_SIZE": str(tasks), "LOCAL_WORLD_SIZE": str(tasks)}
+    env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // tasks)))
+    env.pop("CUDA_VISIBLE_DEVICES", None)  # submitit's: the first ones of the machine
+    env |= {"CUDA_VISIBLE_DEVICES": visible_gpus} if visible_gpus is not None else {}
+    processes = []
+    for rank in range(tasks):
+        with (logs / f"{rank}.log").open("a") as log:
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen(_task_command(logs), env=env | place, stdout=log, stderr=log))
+    ends: dict[int, str] = {}
+    passed_on, deadline = False, float("inf")
+    while True:
+        running = [process for process in processes if process.poll() is None]
+        bad = {rank: process.returncode for rank, process in enumerate(processes) if process.returncode}
+        ends |= {rank: _how(code) for rank, code in bad.items() if rank not in ends}
+        if not running:
+            return ends
+        if ends and deadline == float("inf"):
+            deadline = time.monotonic() + PATIENCE
+        if stop_requested() and not passed_on:
+            passed_on = True
+            _signal(running, signal.SIGTERM)
+        if time.monotonic() > deadline:
+            _signal(running, signal.SIGKILL)
+        time.sleep(POLL)
+
+
+def _meeting_point(host: str, code: Path) -> dict[str, str]:
+    """Rank 0 runs on this machine, so that it is known which port is free."""
+    return {"PYTHONPATH": python_path(code), "MASTER_ADDR": host, "MASTER_PORT": str(free_port())}
+
+
+def _task_command(logs: Path) -> list[str]:
+    """-P: not the code of the working folder, where the user may edit it meanwhile."""
+    return [sys.executable, "-P", "-u", "-m", "slurm.task", str(logs)]
+
+
+def free_port() -> int:
+    """A TCP port that nobody uses on any address of this machine, below those that the kernel gives to clients."""
+    dual = socket.has_dualstack_ipv6()
+    for _ in range(100):
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with suppress(OSError), socket.socket(socket.AF_INET6 if dual else socket.AF_INET) as probe:
+            if dual:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            probe.bind(("", port))
+            return port
+    raise OSError("no TCP port from 10000 to 29999 is free")
+
+
+def _signal(processes: list[subprocess.Popen], number: signal.Signals) -> None:
+    for process in processes:
+        process.send_signal(number)  # none if it has ended meanwhile
+
+
+def _how(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _expand(ranks: str) -> list[int]:
+    """'0,3-5' -> [0, 3, 4, 5]."""
+    ends = [[int(end) for end in part.split("-")] for part in ranks.split(",")]
+    return [rank for first, *last in ends for rank in range(first, (last or [first])[0] + 1)]
