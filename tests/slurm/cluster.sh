@@ -2,7 +2,10 @@
 # A real Slurm of N virtual nodes on this one machine: node1 ... nodeN, without systemd, containers, accounting or GPUs.
 #
 #   cluster.sh install    install Slurm and munge (Debian, Ubuntu; as root)
-#   cluster.sh up N       start a cluster of N nodes
+#   cluster.sh up N       start a cluster of N nodes, partitions main and urgent (whose jobs preempt those of main)
+#   cluster.sh lose NODE  as when it loses power: nothing of it answers, and no peer sees a connection close
+#   cluster.sh mend NODE  switch a lost node on again
+#   cluster.sh restart    stop slurmctld, and start it again some seconds later
 #   cluster.sh env        print the variables that point Slurm's commands at it: export $(cluster.sh env)
 #   cluster.sh down       stop it and all that runs on it, and remove its folder
 #
@@ -67,7 +70,8 @@ SlurmUser=$user
 SlurmdUser=$user
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket=$SOCKET
+# cred_expire is also how long a requeued job waits before it may start again
+AuthInfo=socket=$SOCKET,cred_expire=5
 StateSaveLocation=$FOLDER/state
 SlurmdSpoolDir=$FOLDER/spool/%n
 SlurmctldPidFile=$FOLDER/slurmctld.pid
@@ -81,11 +85,19 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 # nodes have what they claim to have
 SlurmdParameters=config_overrides
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+SlurmdTimeout=10
+SlurmctldTimeout=10
+ReturnToService=2
+KillWait=10
+SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=60 State=UP
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF State=UP
 END
   for ((k = 1; k <= nodes; k++)); do
     if own_hostnames; then hostname=node$k; fi
-    echo "NodeName=node$k NodeHostname=$hostname NodeAddr=127.0.0.1 Port=$((PORT + k)) CPUs=$CPUS_PER_NODE"
+    echo "NodeName=node$k NodeHostname=$hostname NodeAddr=127.0.0.1 Port=$((PORT + k)) CPUs=$CPUS_PER_NODE RealMemory=2000"
   done >> "$SLURM_CONF"
 }
 
@@ -113,7 +125,33 @@ start_node() {
   fi
 }
 
-all_idle() { [ "$(sinfo --noheader --Node --states=idle | wc -l)" = "$1" ]; }
+lose() { # all that was ever started on a node is in its UTS namespace
+  local daemon uts process
+  daemon=$(cat "$FOLDER/slurmd-$1.pid")
+  uts=$(readlink "/proc/$daemon/ns/uts")
+  [ "$uts" != "$(readlink /proc/self/ns/uts)" ] || fail "lose: only as root, where nodes have hostnames of their own"
+  for process in /proc/[0-9]*; do
+    if [ "$(readlink "$process/ns/uts")" = "$uts" ]; then kill -STOP "${process#/proc/}" || true; fi
+  done 2> /dev/null
+  kill -KILL "$daemon"
+}
+
+mend() {
+  local process
+  for process in $(own_processes); do # what was stopped when it was lost
+    if tr '\0' '\n' < "/proc/$process/environ" | grep -qx "SLURMD_NODENAME=$1"; then kill -KILL "$process"; fi
+  done
+  start_node "$1"
+}
+
+restart() {
+  kill -TERM "$(cat "$FOLDER/slurmctld.pid")"
+  sleep 5
+  slurmctld
+  wait_for scontrol ping
+}
+
+all_idle() { [ "$(sinfo --noheader --partition=main --Node --states=idle | wc -l)" = "$1" ]; }
 
 own_processes() { # the daemons and the tasks of jobs, but no program of a user who has exported SLURM_CONF
   local file
@@ -138,6 +176,9 @@ wait_for() { # wait_for COMMAND...: until it succeeds
 case ${1:-} in
   install) install ;;
   up) up "${2:?the number of nodes}" ;;
+  lose) lose "${2:?the node}" ;;
+  mend) mend "${2:?the node}" ;;
+  restart) restart ;;
   env) echo "SLURM_CONF=$SLURM_CONF" ;;
   down) down ;;
   *) sed -n '2,/^set/{/^#/p}' "$0" >&2; exit 2 ;;

@@ -6,10 +6,12 @@ import time
 import pytest
 
 from slurm import launch
+from slurm.errors import LaunchError
+from slurm.options import ClusterOptions
 
 
 def run(tmp_path, function, tasks):
-    executor = launch.make_executor("local", tmp_path, "test", 1, tasks, 0, {})
+    executor = launch.make_executor("local", tmp_path, "test", 1, tasks, 0, ClusterOptions())
     return launch.follow(launch.submit(executor, function), out=io.StringIO())
 
 
@@ -34,7 +36,7 @@ def test_a_process_that_fails_ends_those_that_would_wait_for_it(tmp_path, monkey
 
     monkeypatch.setattr(launch, "PATIENCE", 1.0)
     start = time.monotonic()
-    with pytest.raises(launch.LaunchError, match=r"^ValueError: of rank 1 \(task 1; logs in "):
+    with pytest.raises(LaunchError, match=r"^ValueError: of rank 1 \(task 1; logs in "):
         run(tmp_path, one_fails, 2)
     assert time.monotonic() - start < 60
 

@@ -43,7 +43,7 @@ def images_and_vae(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path
 
 
 def test_a_job_array_makes_the_shards_that_one_process_makes(
-    two_nodes: dict[str, str],
+    cluster: dict[str, str],
     assert_completes: Callable[[str, Path], None],
     images_and_vae: tuple[Path, Path],
     tmp_path: Path,
@@ -52,7 +52,7 @@ def test_a_job_array_makes_the_shards_that_one_process_makes(
     options = ["--images", images, "--vae", vae, "--size", 32, "--shard-size", 4, "--batch", 2, "--workers", 0]
     options += ["--precision", "fp32", "--dtype", "float32"]
     submitted = tool(
-        "precompute_latents", *options, "--out", tmp_path / "there", "--nodes", 2, "--procs", 2, "--cpu", env=two_nodes
+        "precompute_latents", *options, "--out", tmp_path / "there", "--nodes", 2, "--procs", 2, "--cpu", env=cluster
     )
     assert submitted.returncode == 0, submitted.stderr
     jobs, logs = re.fullmatch(r"jobs (\d+_0 \d+_1): logs in (.+)\n", submitted.stdout).groups()

@@ -2,63 +2,125 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 
-from trainer import checkpoint
+from slurm.state import read_state
 
 ROOT = Path(__file__).parents[2]
-SMALL = [
-    "configs/digits.yaml",
-    "model.depth=2",
-    "model.width=32",
-    "train.images=1280",
-    "train.global_batch=128",
-    "train.log_every=128",
-    "train.sample_every=0",
-]
-LAST = "checkpoints/000000001280"
+SMALL = ["configs/digits.yaml", "model.depth=2", "model.width=32", "train.log_every=128", "train.sample_every=0"]
+SHORT = [*SMALL, "train.images=1280"]
+ONE = ["--nodes", "1", "--procs", "1", "--cpu"]
 
 
-def submit(run: Path, *options: str, env: dict[str, str]) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/submit.py", *options, *SMALL, f"run={run}"]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+def local(run: Path, *options: str, config: list[str] = SHORT) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/submit.py", "--cluster", "local", *options, *config, f"run={run}"]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
 
 
-def averaged_weights(run: Path) -> dict[str, torch.Tensor]:
-    stored = FileSystemReader(run / LAST).read_metadata().state_dict_metadata
-    ema = {key.removeprefix("ema."): torch.empty(stored[key].size) for key in stored if key.startswith("ema.")}
-    checkpoint.load(run / LAST, {"ema": ema})
-    return ema
+def steps(run: Path) -> int:
+    metrics = run / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
 
 
-def test_two_nodes_train_as_two_local_processes(
-    two_nodes: dict[str, str], assert_completes: Callable[[str, Path], None], tmp_path: Path
-):
-    here, there = tmp_path / "local", tmp_path / "slurm"
+def until(condition) -> None:
+    end = time.monotonic() + 200
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
-    submitted = submit(there, "--nodes", "2", "--procs", "1", "--cpu", env=two_nodes)
+
+def test_eight_nodes_train_as_eight_local_processes(submit, wait_for_end, tensors_at, tmp_path):
+    submitted = submit("--nodes", "8", "--procs", "1", "--cpu", *SHORT, f"run={tmp_path}/there")
     assert submitted.returncode == 0, submitted.stderr
     job, run, logs = re.fullmatch(r"job (\d+): run folder (.+), logs in (.+)\n", submitted.stdout).groups()
-    assert run == str(there)
-    assert_completes(job, Path(logs))
-    for rank in (0, 1):
-        assert f"node={rank}(2), global_rank={rank}(2)" in (Path(logs) / f"{job}_{rank}_log.out").read_text()
+    here = local(tmp_path / "here", "--procs", "8")
+    assert here.returncode == 0, here.stderr
+    assert wait_for_end(Path(run)).state == "finished"
+    assert sorted(read_state(Path(run)).attempts[0].hosts) == [f"node{k}" for k in range(1, 9)]
+    assert {path.name for path in Path(logs).glob("?.log")} == {f"{rank}.log" for rank in range(8)}
+    left = {path.name for path in Path(run).iterdir()}
+    assert {"config.yaml", "state.json", "code", "logs", "checkpoints"} <= left
+    assert "#SBATCH --nodes=8" in (Path(logs) / f"{job}_submission.sh").read_text()
+    metrics = (tmp_path / "there/metrics.jsonl").read_text()
+    assert len(metrics.splitlines()) == 10 and metrics == (tmp_path / "here/metrics.jsonl").read_text()
+    found, expected = (tensors_at(tmp_path / at, 1280) for at in ("there", "here"))
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
 
-    local = submit(here, "--cluster", "local", "--procs", "2", env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert local.returncode == 0, local.stderr
-    metrics = (there / "metrics.jsonl").read_text()
-    assert len(metrics.splitlines()) == 10
-    assert metrics == (here / "metrics.jsonl").read_text()
-    ema, expected = averaged_weights(there), averaged_weights(here)
-    assert ema.keys() == expected.keys() and ema
-    assert all(torch.equal(ema[name], expected[name]) for name in ema)
+
+def test_the_members_of_a_sweep_run_two_at_a_time_and_those_that_fail_leave_the_others_alone(
+    submit, wait_for_end, tmp_path
+):
+    sweep = ["--sweep", "seed=0,1,2", "--sweep", "optim.lr=1e-3,1e30", "--parallel", "2"]
+    submitted = submit(*ONE, *sweep, *SHORT, "optim.warmup=0", f"run={tmp_path}")
+    assert submitted.returncode == 0, submitted.stderr
+    assert re.findall(r"job \d+_(\d): ", submitted.stdout) == list("012345")
+    states = {}
+    for seed in range(3):
+        for lr in ("1e-3", "1e30"):
+            states[seed, lr] = wait_for_end(tmp_path / f"seed={seed},optim.lr={lr}")
+            assert states[seed, lr].state == ("finished" if lr == "1e-3" else "failed")
+    assert "not finite" in states[1, "1e30"].why and len(states[1, "1e30"].attempts) == 1, "the program's own"
+    times = [(attempt.began, 1) for state in states.values() for attempt in state.attempts]
+    times += [(attempt.ended, -1) for state in states.values() for attempt in state.attempts]
+    running = [sum(change for _, change in sorted(times)[: i + 1]) for i in range(len(times))]
+    assert max(running) == 2
+    shown = submit("--status", tmp_path).stdout
+    assert shown.count(": finished\n") == shown.count(": failed: ") == 3
+    assert len({(tmp_path / f"seed={seed},optim.lr=1e-3/metrics.jsonl").read_text() for seed in range(3)}) == 3
+
+
+def test_the_script_of_a_dry_run_is_accepted_and_nothing_is_left_of_it(submit, cluster, tmp_path):
+    site = tmp_path / "site.yaml"
+    site.write_text("partition: urgent\nmem: 100MB\nsetup: ['export A=\"b c\"']\nsbatch: ['--comment=x y']\n")
+    for sweep in ([], ["--sweep", "seed=0,1"]):
+        options = ["--nodes", "2", "--procs", "3", "--cpu", "--site", site, "--slurm", "time=7", "--slurm", "mem=200MB"]
+        config = [*SMALL, "train.images=1536", "train.global_batch=384", "groups.splits=6"]
+        done = submit(*options, *sweep, "--dry-run", *config, f"run={tmp_path}/it's a run")
+        assert done.returncode == 0, done.stderr
+        config, _, text = done.stdout.partition("#!/bin/bash\n")
+        assert "width: 32" in config and "parameters" in config and "days to 1,536 images" in config
+        for line in ("--partition=urgent", "--time=7", "--mem=200MB", "--nodes=2", "--ntasks-per-node=3", "--requeue"):
+            assert f"#SBATCH {line}\n" in text
+        assert ("#SBATCH --array=0-1%2" in text) == bool(sweep) and 'export A="b c"\n' in text
+        (tmp_path / "script.sh").write_text("#!/bin/bash\n" + text)
+        tested = subprocess.run(["sbatch", "--test-only", tmp_path / "script.sh"], env=cluster, capture_output=True)
+        assert tested.returncode == 0, tested.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"site.yaml", "script.sh"}
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--slurm", "partition=gpu"], r"partition=gpu: not on this cluster; it has main, urgent"),
+        (["--slurm", "gpus_per_node=4"], r"gpus_per_node=4: a node of partition main has 0; ask for .*--cpu"),
+        (["--slurm", "partitions=main"], r"--slurm partitions=main: Extra inputs are not permitted; known are part.*"),
+        (["--slurm", "time=1:00"], r"--slurm time=1:00: .*integer.*"),
+        (["--slurm", "sbatch=-N3", "--cpu"], r"--slurm sbatch=-N3: write it as --name=value"),
+        (["--site", "mars", "--cpu"], r"--site mars: configs/cluster/mars.yaml is no file.*"),
+        (["--slurm", "exclude=node99", "--cpu"], r".*[Ii]nvalid node name.*"),
+        (
+            ["--nodes", "64", "--cpu", "train.global_batch=256"],
+            r"--nodes 64: partition main has 8; ask for fewer",
+        ),
+        (["--cpu", "train.global_batch=129"], r"train.global_batch=129: .*"),
+        (["--cpu", "data={name: latents, latents: /nowhere, channels: 1, side: 8}"], r".*/nowhere.*"),
+        (["--cpu", "--sweep", "seed="], r"--sweep seed=: write field=value,value.*"),
+        (["--cpu", "--sweep", "seed=1,x"], r"seed=x: .*"),
+    ],
+)
+def test_what_cannot_run_is_said_before_anything_is_queued(submit, cluster, tmp_path, options, error):
+    done = submit("--nodes", "2", "--procs", "1", *options, *SHORT, f"run={tmp_path}/run")
+    assert done.returncode == 1
+    assert re.search(f"(?m)^error: (?:{error})$", done.stderr), done.stderr
+    queue = subprocess.run(["squeue", "--noheader", "--name=run"], env=cluster, capture_output=True, text=True)
+    assert queue.stdout == ""
 
 
 @pytest.mark.parametrize(
@@ -69,8 +131,49 @@ def test_two_nodes_train_as_two_local_processes(
     ],
 )
 def test_nodes_without_slurm(options: list[str], error: str, tmp_path: Path):
-    run = tmp_path / "run"
-    result = submit(run, *options, "--procs", "1", env=os.environ | {"PATH": str(tmp_path)})
+    command = [sys.executable, "tools/submit.py", *options, *SHORT, "--procs", "1", f"run={tmp_path}/run"]
+    env = os.environ | {"PATH": str(tmp_path)}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 1
     assert re.fullmatch(error, result.stderr)
-    assert not run.exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_that_nodes_cannot_see_or_nobody_can_write(submit, tmp_path):
+    (tmp_path / "file").touch()
+    for run, error in ((tmp_path / "file/run", "cannot be written"), (tmp_path / "50%", "a pattern")):
+        done = submit(*ONE, *SHORT, f"run={run}")
+        assert done.returncode == 1 and re.fullmatch(f"error: run=.*{error}.*\n", done.stderr), done.stderr
+    memory = Path("/dev/shm") / tmp_path.name
+    try:
+        done = submit(*ONE, *SHORT, f"run={memory}")
+        assert done.returncode == 1 and "where no node sees it" in done.stderr
+    finally:
+        shutil.rmtree(memory, ignore_errors=True)
+
+
+def test_a_cancelled_run_saves_and_goes_on_when_submitted_again(submit, wait_for_end, tensors_at, tmp_path):
+    run, config = tmp_path / "my $(run) 'x'", [*SMALL, "train.images=25600"]
+    assert submit(*ONE, *config, f"run={run}").returncode == 0
+    again = submit(*ONE, *config, f"run={run}")
+    assert again.returncode == 1 and re.search(r"its job \d+ is \w+; wait for its end, or --cancel", again.stderr)
+    until(lambda: steps(run) >= 5)
+    assert submit("--cancel", run).returncode == 0
+    state = wait_for_end(run)
+    assert state.state == "stopped" and state.why == "as asked"
+    (saved,) = (path.name for path in (run / "checkpoints").iterdir())
+    assert int(saved) == 128 * steps(run) < 25600
+    until(lambda: submit(*ONE, *config, f"run={run}").returncode == 0)
+    followed = submit("--follow", run)
+    assert followed.stdout == f"finished: {run}\n" and "25.6k/25.6k" in followed.stderr
+    assert local(tmp_path / "here", config=config).returncode == 0
+    found, expected = (tensors_at(folder, 25600) for folder in (run, tmp_path / "here"))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_run_that_waits_in_the_queue_is_cancelled_at_once(submit, wait_for_end, tmp_path):
+    assert submit(*ONE, *SHORT, "--slurm", "sbatch=--hold", f"run={tmp_path}").returncode == 0
+    assert "PENDING" in submit("--status", tmp_path).stdout
+    assert submit("--cancel", tmp_path).returncode == 0
+    assert wait_for_end(tmp_path).state == "stopped"
+    until(lambda: "not in the queue" in submit("--status", tmp_path).stdout)

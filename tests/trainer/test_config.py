@@ -14,7 +14,7 @@ from trainer.errors import RunError
 from trainer.loop import train
 from trainer.samples import find_checkpoint, make_samples
 
-CONFIGS = sorted(Path("configs").rglob("*.yaml"))
+CONFIGS = sorted([p for p in Path("configs").rglob("*.yaml") if p.parent.name != "cluster"])
 
 
 def error_of(*overrides, config="configs/digits.yaml"):

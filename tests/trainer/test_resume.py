@@ -141,7 +141,7 @@ def test_a_second_job_on_a_live_run_is_refused_and_does_no_harm(launcher, metric
 def test_told_to_stop_a_run_saves_and_continues_where_it_was(tmp_path, tiny, metrics):
     config = load_config(tiny, ["engine=single", f"run={tmp_path / 'run'}"])
     answers = iter([False, False, True])
-    assert train(config, should_stop=lambda: next(answers)) == "stopped"
+    assert train(config, stop_requested=lambda: next(answers)) == "stopped"
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["000000000096"]
     assert train(config) == "finished"
     whole = load_config(tiny, ["engine=single", f"run={tmp_path / 'whole'}"])

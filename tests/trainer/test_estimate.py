@@ -1,0 +1,58 @@
+"""The estimate against published figures and closed forms."""
+
+import pytest
+
+from trainer.config import parse_config
+from trainer.estimate import estimate, estimate_table
+
+
+class Latents:
+    """What the estimate asks of images."""
+
+    shape, num_classes = (4, 32, 32), 1000
+
+
+def config(**changes):
+    tree = {"run": "r", "model": {"size": "XL", "patch": 2}, "groups": {"variant": "none", "size": 1}, **changes}
+    return parse_config(tree)
+
+
+def test_dit_xl_2_has_the_published_size_and_flops():
+    """Peebles & Xie 2023, table 4: 675 M parameters, 118.6 G multiply-adds forward. Ours predicts no sigma."""
+    e = estimate(config(), Latents(), 8, 0.5)
+    assert e["parameters"] == pytest.approx(675e6, rel=0.005)
+    assert e["flops_per_step"] == pytest.approx(256 * 3 * 2 * 118.6e9, rel=0.01)
+
+
+def test_attention_of_groups_costs_what_it_adds():
+    """Of N images each token sees N times as many others: 2 (N - 1) depth tokens^2 width more multiply-adds."""
+    plain = estimate(config(), Latents(), 1, 0.5)
+    grouped = config(groups={"variant": "light", "size": 4, "share": 0.5, "query": "class"})
+    more = estimate(grouped, Latents(), 1, 0.5)["flops_per_step"] - plain["flops_per_step"]
+    assert more == pytest.approx(256 * 3 * 2 * 0.5 * (4 - 1) * 2 * 28 * 256**2 * 1152, rel=1e-3)
+
+
+@pytest.mark.parametrize("world_size", [2, 8])
+def test_memory_and_communication_by_engine(world_size):
+    ddp, fsdp = (estimate(config(engine=engine), Latents(), world_size, 0.5) for engine in ("ddp", "fsdp"))
+    assert ddp["states"] == 20 * ddp["parameters"] == world_size * fsdp["states"]
+    assert fsdp["communication"] == pytest.approx(1.5 * ddp["communication"])
+    assert ddp["communication"] == pytest.approx(2 * (world_size - 1) / world_size * 4 * ddp["parameters"])
+    assert ddp["gathered"] == 0 < fsdp["gathered"] < fsdp["parameters"]
+
+
+def test_time_follows_from_rate_and_micro_batches_bound_activations():
+    a = estimate(config(precision="bf16"), Latents(), 8, 0.4)
+    b = estimate(config(precision="bf16", train={"micro_batch": 4, "images": 1000}), Latents(), 8, 0.4)
+    assert (
+        a["images_per_second"]
+        == b["images_per_second"]
+        == pytest.approx(8 * 989e12 * 0.4 / (a["flops_per_step"] / 256))
+    )
+    assert a["days"] == pytest.approx(102_400_000 / a["images_per_second"] / 86400)
+    assert a["activations"] == 8 * b["activations"]
+
+
+def test_the_table_names_what_it_assumes():
+    table = estimate_table(config(), Latents(), 4, 0.25)
+    assert "on 4 ranks at 25%" in table and "days to 102,400,000 images" in table and "674.8 M" in table
