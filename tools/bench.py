@@ -8,11 +8,11 @@ import json
 import operator
 import sys
 
-from benchmarks import digits, group, latents, neighbors, plan, read, step
+from benchmarks import digits, group, latents, neighbors, plan, read, step, vote
 
 BENCHMARKS = {
     module.__name__.rpartition(".")[2]: module.measure
-    for module in (step, group, plan, digits, latents, read, neighbors)
+    for module in (step, group, plan, digits, latents, read, neighbors, vote)
 }
 COMPARE = {">=": operator.ge, "<=": operator.le, "<": operator.lt, "==": operator.eq}
 

@@ -115,7 +115,7 @@ def strike_and_watch(soak: Soak, number: int) -> tuple[str, int, float] | None:
     fault, when = soak.rng.choice(FAULTS), soak.steps() + soak.rng.randrange(3, 40)
     if not wait(lambda: soak.steps() >= when and len(soak.tasks()) == 4):
         return None
-    attempts, struck = soak.attempts(), time.monotonic()
+    attempts, struck = soak.attempts(), time.time()
     soak.strike(fault)
     if fault == "slurmctld":
         reached, steps = 0, 0  # the run does not notice
@@ -125,8 +125,10 @@ def strike_and_watch(soak: Soak, number: int) -> tuple[str, int, float] | None:
         steps, reached = soak.steps(), newest_checkpoint(soak.run)  # from which the new start goes on
         if not wait(lambda: soak.steps() != steps):
             return None
-    seconds, lost = time.monotonic() - struck, steps - reached
-    print(f"{number:3} {fault:11} after step {steps:5}: {lost:3} lost, trains again after {seconds:.1f} s", flush=True)
+    seconds, lost = time.time() - struck, steps - reached
+    ended = (read_state(soak.run).attempts[attempts - 1].ended or struck) - struck
+    said = f"ended after {ended:.1f} s, " * (ended > 0)
+    print(f"{number:3} {fault:11} after step {steps:5}: {said}{lost} lost, again after {seconds:.1f} s", flush=True)
     soak.mend()
     return fault, lost, seconds
 

@@ -154,6 +154,7 @@ def test_folders_that_nodes_cannot_see_or_nobody_can_write(submit, tmp_path):
 
 def test_a_cancelled_run_saves_and_goes_on_when_submitted_again(submit, wait_for_end, tensors_at, tmp_path):
     run, config = tmp_path / "my $(run) 'x'", [*SMALL, "train.images=25600"]
+    config[0] = shutil.copy(config[0], tmp_path / 'it\'s $(touch hacked) `a` "config".yaml')
     assert submit(*ONE, *config, f"run={run}").returncode == 0
     again = submit(*ONE, *config, f"run={run}")
     assert again.returncode == 1 and re.search(r"its job \d+ is \w+; wait for its end, or --cancel", again.stderr)

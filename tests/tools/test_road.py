@@ -53,6 +53,15 @@ def test_training_shows_progress_and_leaves_config_metrics_events_and_checkpoint
     assert [event.step for event in events.Images("samples")] == [640, 1280]
 
 
+def test_debug_is_the_same_in_the_users_own_process(tmp_path):
+    config = [CONFIG, *SMALL, "train.sample_every=0"]
+    for cluster in ("debug", "local"):
+        done = tool("submit", "--cluster", cluster, *config, f"run={tmp_path}/{cluster}")
+        assert done.stdout == f"finished: {tmp_path}/{cluster}\n"
+    assert (tmp_path / "debug/metrics.jsonl").read_text() == (tmp_path / "local/metrics.jsonl").read_text()
+    assert not (tmp_path / "debug/logs").exists() and "finished" in tool("submit", "--status", tmp_path).stdout
+
+
 def test_sample_and_evaluate_leave_grid_arrays_and_report(road):
     run, _ = road
     tool("sample", run, "sample.per_class=5", "sample.guidance=2")
