@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from slurm.errors import LaunchError
-from slurm.files import write_whole
+from slurm.files import show_new, write_whole
 from slurm.queue import queue_state
 from slurm.state import STATE, RunState, describe, read_state, write_state
 from slurm.supervise import STOP
@@ -72,14 +72,7 @@ def follow(run: Path, ended: Callable[[], bool], out: TextIO = sys.stderr) -> Ru
         done = ended()  # asked before the last look at the log
         state = read_state(run)
         log = Path(state.logs) / "0.log"
-        shown, path = (shown if log == path else 0), log
-        if log.exists():
-            with log.open("rb") as file:
-                file.seek(shown)
-                text = file.read()
-            shown += len(text)
-            out.write(text.decode(errors="replace"))
-            out.flush()
+        shown, path = show_new(log, shown if log == path else 0, out), log
         if done:
             return state
         time.sleep(0.2)

@@ -14,6 +14,7 @@ import submitit
 from submitit.core.utils import FailedJobError, pickle_load
 
 from slurm.errors import LaunchError
+from slurm.files import show_new
 from slurm.options import ClusterOptions
 from slurm.sbatch import check_cluster, sbatch_parameters, slurm_prefixed
 from slurm.tasks import free_port
@@ -103,13 +104,7 @@ def follow(job: submitit.Job, out: TextIO = sys.stderr) -> Any:
     try:
         while True:
             done = job.done()  # asked before the last look at the log
-            if log.exists():
-                with log.open("rb") as file:
-                    file.seek(shown)
-                    text = file.read()
-                shown += len(text)
-                out.write(text.decode(errors="replace"))
-                out.flush()
+            shown = show_new(log, shown, out)
             if done:
                 break
             if failed_at is None and any(_has_failed(task) for task in tasks):

@@ -101,7 +101,10 @@ def start(args: argparse.Namespace) -> None:
                 if cluster == "slurm":
                     print(f"job {job.job_id}: run folder {run.folder}, logs in {read_state(run.folder).logs}")
                 else:
-                    follow(run.folder, job.done)
+                    try:
+                        follow(run.folder, job.done)
+                    except KeyboardInterrupt:  # the run has had it too: it saves and ends
+                        job.wait()
                     print(report(run.folder))
 
 
