@@ -125,23 +125,27 @@ start_node() {
   fi
 }
 
-lose() { # all that was ever started on a node is in its UTS namespace
-  local daemon uts process
+lose() {
+  local daemon uts
   daemon=$(cat "$FOLDER/slurmd-$1.pid")
   uts=$(readlink "/proc/$daemon/ns/uts")
   [ "$uts" != "$(readlink /proc/self/ns/uts)" ] || fail "lose: only as root, where nodes have hostnames of their own"
-  for process in /proc/[0-9]*; do
-    if [ "$(readlink "$process/ns/uts")" = "$uts" ]; then kill -STOP "${process#/proc/}" || true; fi
-  done 2> /dev/null
+  echo "$uts" > "$FOLDER/lost-$1"
+  signal_node STOP "$uts"
   kill -KILL "$daemon"
 }
 
 mend() {
-  local process
-  for process in $(own_processes); do # what was stopped when it was lost
-    if tr '\0' '\n' < "/proc/$process/environ" | grep -qx "SLURMD_NODENAME=$1"; then kill -KILL "$process"; fi
-  done
+  signal_node KILL "$(cat "$FOLDER/lost-$1")" # a new slurmd would wait for an answer of the steps
+  rm "$FOLDER/lost-$1"
   start_node "$1"
+}
+
+signal_node() { # signal_node SIGNAL NAMESPACE: all that was ever started on a node is in its UTS namespace
+  local process
+  for process in /proc/[0-9]*; do
+    if [ "$(readlink "$process/ns/uts")" = "$2" ]; then kill "-$1" "${process#/proc/}" || true; fi
+  done 2> /dev/null
 }
 
 restart() {

@@ -60,7 +60,7 @@ def submit(cluster: dict[str, str]) -> Callable[..., subprocess.CompletedProcess
 
     def run(*arguments: object, env: dict[str, str] = cluster, root: Path = ROOT) -> subprocess.CompletedProcess:
         command = [sys.executable, "tools/submit.py", *map(str, arguments)]
-        return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+        return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=TIME_LIMIT)
 
     return run
 

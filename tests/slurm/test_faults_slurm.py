@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 CLUSTER = str(ROOT / "tests/slurm/cluster.sh")
 CONFIG = ["configs/digits.yaml", "model.depth=1", "model.width=24", "model.heads=2", "train.sample_every=0"]
 CONFIG += ["train.log_every=128", "checkpoint.every=2560", "checkpoint.keep=99"]
-STEPS, LONG = 100, 300
+STEPS, LONG = 120, 300
 NODES = ["--nodes", "2", "--procs", "2", "--cpu"]
 AWAY = ["--slurm", "exclude=node[1-2]"]  # where only the preempted run is
 RUNS = {
@@ -76,7 +76,7 @@ class Faults:
         return found
 
     def slurm(self, *command: str) -> None:
-        subprocess.run(command, env=self.env, check=True, capture_output=True)
+        subprocess.run(command, env=self.env, check=True, capture_output=True, timeout=100)
 
 
 @pytest.fixture(scope="module")
