@@ -10,7 +10,8 @@ from trainer.config import parse_config
 from trainer.config_file import set_dotted
 from trainer.errors import RunError
 from trainer.run_folder import read_config
-from trainer.samples import find_checkpoint, make_samples, write_samples
+from trainer.samples import make_samples, write_samples
+from trainer.weights import find_checkpoint
 
 
 def main(arguments: list[str]) -> None:

@@ -17,7 +17,7 @@ from slurm.errors import LaunchError
 from slurm.options import ClusterOptions, load_options
 from slurm.state import read_state
 from slurm.submission import Run, script, submit_runs
-from trainer.build import open_data
+from trainer.build import check_start, open_data
 from trainer.config import check_world, load_sweep
 from trainer.config_file import to_yaml
 from trainer.errors import RunError
@@ -82,6 +82,7 @@ def start(args: argparse.Namespace) -> None:
         check_world(config, nodes * tasks)
         images = open_data(config)
         check_folder(config)
+        check_start(config, images)
     root = Path(configs[0].run).parent if args.sweep else Path(configs[0].run)
     if args.dry_run:
         for config in configs:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -10,8 +11,11 @@ from data.errors import DataError
 from data.images import Images, open_images
 from data.plan import Plan, plan_epoch
 from models.dit import DiT
+from trainer import checkpoint
 from trainer.config import Config
 from trainer.errors import RunError
+from trainer.ranks import from_rank_0
+from trainer.weights import find_weights, read_weights, start_from
 
 
 def open_data(config: Config, split: Literal["train", "heldout"] = "train") -> Images:
@@ -44,6 +48,25 @@ def build_network(config: Config, images: Images) -> DiT:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return DiT(config.model, images.shape[0], images.shape[1], images.num_classes)
+
+
+def initial_network(config: Config, images: Images) -> DiT:
+    """The network of a run that starts: from the weights `init_from`, if the config has some. All ranks call it."""
+    network = build_network(config, images)
+    if config.init_from:
+        # one answer for all: that run may still be going on, and have a newer checkpoint every while
+        source = from_rank_0(lambda: find_weights(config.init_from))
+        start_from(network, read_weights(source), str(source))
+    return network
+
+
+def check_start(config: Config, images: Images) -> None:
+    """RunError if the run is to start from weights that are not there or of another model. Reads their shapes alone."""
+    started, _ = checkpoint.find(Path(config.run) / "checkpoints")
+    if config.init_from and not started:
+        with torch.device("meta"):
+            network = build_network(config, images)
+        start_from(network, read_weights(config.init_from, values=False), config.init_from)
 
 
 def _needs_graph(config: Config) -> bool:

@@ -12,9 +12,10 @@ from data.plan import GroupsConfig, group_quantum
 from models.dit import ModelConfig
 from models.generation import SampleConfig
 from models.paths import PATHS
-from trainer.checkpoint import CheckpointConfig
+from trainer.checkpoint import CheckpointConfig, ResumeConfig
 from trainer.config_file import explain, field_names, read_yaml, set_dotted
-from trainer.engines import EngineConfig, OptimConfig
+from trainer.deepspeed_config import deepspeed_config
+from trainer.engine_config import EngineConfig, OptimConfig
 from trainer.errors import RunError
 
 
@@ -33,6 +34,7 @@ class Config(EngineConfig, extra="forbid", frozen=True):
     """A run. `load_config` reads it; `check_world` tells whether a world size fits it."""
 
     run: str  # the run folder; the same command on the same folder continues
+    init_from: str | None = None  # weights to start from: a run, checkpoint, .safetensors or .pt; null: random
     seed: int = Field(0, ge=0, lt=2**32)
     path: Literal[tuple(PATHS)] = "linear"  # between noise and data
     data: DataConfig = DataConfig()
@@ -41,6 +43,7 @@ class Config(EngineConfig, extra="forbid", frozen=True):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    resume: ResumeConfig = ResumeConfig()
     sample: SampleConfig = SampleConfig()
 
     @model_validator(mode="after")
@@ -105,6 +108,10 @@ def check_world(config: Config, world_size: int) -> None:
     """RunError if the batches cannot be dealt to `world_size` ranks in whole groups."""
     if config.engine == "single" and world_size > 1:
         raise RunError(f"engine=single: cannot use {world_size} ranks; set engine=fsdp or engine=ddp")
+    if config.engine == "deepspeed":
+        deepspeed_config(config, config.optim)
+    if config.shard_size and world_size % config.shard_size:
+        raise RunError(f"shard_size={config.shard_size}: must divide the world size {world_size}")
     batch, unit = config.train.global_batch, world_size * config.groups.size
     if batch % unit:
         raise RunError(

@@ -65,7 +65,8 @@ def dotted(tree: dict, prefix: str = "") -> dict[str, object]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, object] = {}
     for key, value in tree.items():
-        flat.update(dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+        inner = isinstance(value, dict) and value
+        flat.update(dotted(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value})
     return flat
 
 

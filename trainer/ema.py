@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-def _shards(tensors: dict[str, Tensor]) -> list[Tensor]:
+def local_shards(tensors: dict[str, Tensor]) -> list[Tensor]:
+    """What this rank holds of each tensor: its own memory, so writing into it writes into the tensors."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
 
 
@@ -22,13 +23,13 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         """Once after each step; in place, without communication."""
-        torch._foreach_lerp_(_shards(self.average), _shards(self.weights), 1 - self.decay)
+        torch._foreach_lerp_(local_shards(self.average), local_shards(self.weights), 1 - self.decay)
 
     @contextmanager
     def in_network(self) -> Iterator[None]:
         """While this is open, the network has the averaged weights."""
         with torch.no_grad():
-            weights, average = _shards(self.weights), _shards(self.average)
+            weights, average = local_shards(self.weights), local_shards(self.average)
             kept = [weight.clone() for weight in weights]
             torch._foreach_copy_(weights, average)
         try:

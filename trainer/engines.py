@@ -1,51 +1,28 @@
-"""Engines: one network and its optimizer on one process (single), replicated (ddp) or sharded (fsdp).
+"""Engines: one network and its optimizer on one process (single), replicated (ddp), sharded (fsdp), sharded inside
+machines and replicated across them (hsdp), or laid out by DeepSpeed.
 
 The loop does not ask which engine it has: forward, backward, `step -> grad norm` and `state` are the same with all.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Annotated, Literal
+from functools import partial
 
 import torch
-from pydantic import BaseModel, Field
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from trainer.ema import EMA
+from trainer.engine_config import EngineConfig, OptimConfig
+from trainer.errors import RunError
 from trainer.ranks import Ranks
 
 UNIT_PARAMETERS = 1_000_000  # FSDP gathers at least so many at once: less costs more to start than to send
-
-
-class EngineConfig(BaseModel, extra="forbid", frozen=True):
-    """How the network is laid over the ranks. None of it changes what is computed, but for rounding."""
-
-    engine: Literal["single", "ddp", "fsdp"] = "fsdp"
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: of matrix products and activations; weights stay fp32
-    compile: bool = False  # torch.compile, block by block
-
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimConfig(BaseModel, extra="forbid", frozen=True):
-    """AdamW with a constant learning rate after a linear warm-up."""
-
-    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
-    warmup: int = Field(0, ge=0)  # images
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    weight_decay: float = Field(0.01, ge=0)
-    clip: float | None = Field(3.0, gt=0)  # largest gradient norm; null: no clipping
-    ema: float = Field(0.9999, ge=0, lt=1)  # decay per step
-
-    def lr_at(self, position: int) -> float:
-        """Learning rate of the step that brings the images seen to `position`."""
-        return self.lr * min(1.0, position / self.warmup) if self.warmup else self.lr
 
 
 class Engine:
@@ -53,11 +30,10 @@ class Engine:
 
     def __init__(self, network: nn.Module, optim: OptimConfig, autocast: Callable[[], AbstractContextManager]) -> None:
         self.network, self._autocast, self._clip = network, autocast, optim.clip
-        self._parameters = list(network.parameters())
-        self.optimizer = torch.optim.AdamW(
-            self._parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
-        )
-        self.ema = EMA(get_model_state_dict(network), optim.ema)
+        bare = network.module if isinstance(network, DistributedDataParallel) else network
+        self.weights = dict(bare.named_parameters())
+        self.optimizer = adamw(list(self.weights.values()), optim)
+        self.ema = EMA(self.weights, optim.ema)
 
     def __call__(self, *inputs: Tensor | int) -> Tensor:
         """The network's forward pass, in the configured precision."""
@@ -80,7 +56,7 @@ class Engine:
         """Clip, update weights and EMA, clear gradients. Returns the gradient norm before clipping, on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm = nn.utils.clip_grad_norm_(self._parameters, self._clip or torch.inf)
+        norm = nn.utils.clip_grad_norm_(self.weights.values(), self._clip or torch.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update()
@@ -95,15 +71,30 @@ class Engine:
             self.network.reshard()  # the root keeps what a forward gathered until a backward: drop it with the EMA
 
     def state(self) -> dict[str, dict]:
-        """Model, EMA and optimizer by parameter name, the same names with every engine."""
-        model, optimizer = get_state_dict(self.network, self.optimizer)
-        return {"model": model, "ema": self.ema.average, "optimizer": optimizer}
+        """model, ema and optimizer by parameter name, the same names and shapes with every engine. The tensors are the
+        engine's own: what is loaded into them is loaded."""
+        moments = {name: self.optimizer.state[weight] for name, weight in self.weights.items()}
+        return {"model": self.weights, "ema": self.ema.average, "optimizer": {"state": moments}}
 
     def load_state(self, state: dict[str, dict]) -> None:
-        """Take over a `state()` whose tensors a checkpoint has filled in place (the EMA is then already this one)."""
-        set_state_dict(
-            self.network, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        """Take over a `state()` whose tensors a checkpoint has filled: here they are ours already."""
+
+
+def adamw(parameters: list[Tensor], optim: OptimConfig) -> torch.optim.AdamW:
+    """The optimizer, with its state: memory is taken before the first step, and a checkpoint has where to go."""
+    optimizer = torch.optim.AdamW(
+        parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
+    )
+    for parameter in parameters:
+        init_moments(optimizer, parameter)
+    return optimizer
+
+
+def init_moments(optimizer: torch.optim.AdamW, parameter: Tensor) -> None:
+    """What AdamW would make of a parameter's state at its first step."""
+    with torch.no_grad():
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
 
 
 def _units(blocks: list[nn.Module]) -> list[list[nn.Module]]:
@@ -119,25 +110,43 @@ def _units(blocks: list[nn.Module]) -> list[list[nn.Module]]:
     return units
 
 
+def _recompute(block: nn.Module) -> None:
+    """Keep only the block's inputs for the backward pass (Chen et al. 2016, "Training Deep Nets with Sublinear Memory
+    Cost"). By its `forward`, so that names of parameters and the hooks of engines are as without."""
+    block.forward = partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)  # nothing random
+
+
 def build_engine(config: EngineConfig, optim: OptimConfig, network: nn.Module, ranks: Ranks) -> Engine:
-    """Lay a network, equal on all ranks, over them. The order is: compile, then shard or replicate, then the optimizer.
+    """Lay a network, equal on all ranks, over them. The order is: activation checkpointing, compile, then shard or
+    replicate, then the optimizer.
 
     The network is built whole on each rank and then cut, so weights do not depend on the number of ranks.
     """
     network.to(ranks.device)
+    if config.activation_checkpointing:
+        for block in network.blocks[:: config.activation_checkpointing]:
+            _recompute(block)
     if config.compile:
         for block in network.blocks:
             block.compile()
     bf16 = config.precision == "bf16"
-    if config.engine == "fsdp":
-        mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    if config.engine == "deepspeed":
+        os.environ["DS_ACCELERATOR"] = ranks.device.type  # it would take a GPU where there is one, used or not
+        os.environ.setdefault("LOCAL_RANK", "0")
+        from trainer.deepspeed_engine import DeepSpeedEngine  # importing DeepSpeed takes seconds
+
+        return DeepSpeedEngine(network, config, optim)
+    if config.engine in ("fsdp", "hsdp"):
         # inputs stay fp32: in bf16, neighbouring timesteps would be one; the network casts behind its embeddings
-        policy = MixedPrecisionPolicy(
+        precision = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+        pinned = ranks.device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=pinned) if config.offload else OffloadPolicy()
+        shard = partial(fully_shard, mesh=_mesh(config, ranks), mp_policy=precision, offload_policy=offload)
         for unit in _units(list(network.blocks)):
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
-        fully_shard(network, mesh=mesh, mp_policy=policy)
+            shard(unit)
+        shard(network)
         return Engine(network, optim, nullcontext)
     if config.engine == "ddp":
         devices = [ranks.device] if ranks.device.type == "cuda" else None
@@ -145,3 +154,13 @@ def build_engine(config: EngineConfig, optim: OptimConfig, network: nn.Module, r
             network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
         )
     return Engine(network, optim, lambda: torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16))
+
+
+def _mesh(config: EngineConfig, ranks: Ranks) -> DeviceMesh:
+    """Of fsdp: all ranks. Of hsdp: (copies, ranks that share one), the latter neighbours, on one machine."""
+    if config.engine == "fsdp":
+        return init_device_mesh(ranks.device.type, (ranks.world_size,))
+    size = config.shard_size or ranks.local_world_size
+    if ranks.world_size % size:
+        raise RunError(f"shard_size={size}: must divide the world size {ranks.world_size}; set one that does")
+    return init_device_mesh(ranks.device.type, (ranks.world_size // size, size), mesh_dim_names=("replicate", "shard"))

@@ -9,9 +9,8 @@ import torch
 
 from models.objective import denoising_loss
 from models.paths import PATHS
-from trainer import checkpoint
 from trainer.batches import make_batches
-from trainer.build import build_network, open_data
+from trainer.build import build_network, initial_network, open_data
 from trainer.config import Config, check_world
 from trainer.config_file import to_yaml
 from trainer.decode import make_decoder
@@ -19,8 +18,9 @@ from trainer.engines import build_engine
 from trainer.generate import generate, grid, to_uint8
 from trainer.monitor import Monitor
 from trainer.ranks import from_rank_0, process_group
-from trainer.restore import restore
+from trainer.restore import choose, restore
 from trainer.run_folder import check_folder, sole_user, write_config
+from trainer.saving import Saver
 from trainer.stopping import StopVote
 
 
@@ -42,10 +42,12 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
             )  # before hours have passed
 
         # what to train, from where
-        engine = build_engine(config, config.optim, build_network(config, images), ranks)
-        path = PATHS[config.path]()
         from_rank_0(lambda: closing.enter_context(sole_user(folder)))
-        position, notes = restore(folder / "checkpoints", engine, images)
+        newest, notes = choose(folder / "checkpoints", images, config.resume)
+        network = build_network(config, images) if newest else initial_network(config, images)
+        engine = build_engine(config, config.optim, network, ranks)
+        path = PATHS[config.path]()
+        position = restore(newest, engine) if newest else 0
         first, last = position // batch, config.train.images // batch
         if ranks.rank == 0:
             write_config(config)
@@ -55,7 +57,8 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
         batches = make_batches(config, images, ranks, first, last, monitor)
         images_per_rank = batch // ranks.world_size
 
-        vote = StopVote(stop_requested, config.train.timeout)
+        saver = closing.enter_context(Saver(folder / "checkpoints", config.checkpoint, config.train.timeout))
+        vote = StopVote(lambda: stop_requested() or saver.failed(), config.train.timeout)
         for step, micro_batches in enumerate(batches, start=first):
             vote.begin()
 
@@ -87,12 +90,12 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
                     pixels = to_uint8(make_decoder(images.vae, images.shape[0], ranks.device)(samples))
                     monitor.picture("samples", grid(pixels, config.sample.group_size, enlarge=4), position)
             if saving:
-                checkpoint.save(folder / "checkpoints", position, engine.state(), to_yaml(config), images.identity)
-                if ranks.rank == 0:
-                    checkpoint.prune(folder / "checkpoints", config.checkpoint)
+                metrics = {"loss": monitor.loss_since_last_save()}
+                saver.save(position, engine.state(), to_yaml(config), images.identity, metrics)
             if stopping:
                 break
 
+        saver.wait()
         return "finished" if position >= last * batch else "stopped"
 
 

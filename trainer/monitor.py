@@ -30,6 +30,7 @@ class Monitor:
         self._fallbacks: list[int] = []
         self._flushed = (time.perf_counter(), position)
         self._next_step = first_step
+        self._unsaved: list[float] = []
         if self._writes:
             self._metrics = _continue_metrics(folder / "metrics.jsonl", position)
             self._board = SummaryWriter(str(folder), purge_step=position + 1)
@@ -55,6 +56,7 @@ class Monitor:
         dist.all_reduce(sums)
         losses, fallbacks = (sums[0] / self._world_size).tolist(), sums[1].int().tolist()
         norms = torch.stack(self._norms).tolist()
+        self._unsaved += losses
         rows = [
             {**step, "loss": loss, "grad_norm": norm, "fallbacks": fallback}
             for step, loss, norm, fallback in zip(self._steps, losses, norms, fallbacks, strict=True)
@@ -68,6 +70,12 @@ class Monitor:
                 f"step {bad['step']}: loss={bad['loss']}, grad_norm={bad['grad_norm']}: not finite; training stops, the"
                 " checkpoints before it stay; lower optim.lr"
             )
+
+    def loss_since_last_save(self) -> float:
+        """The mean over the steps flushed since this was asked before."""
+        mean = sum(self._unsaved) / len(self._unsaved)
+        self._unsaved = []
+        return mean
 
     def _write(self, rows: list[dict[str, float]]) -> None:
         if not rows:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,11 +21,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's rank of `world_size`, and its device."""
+    """This process's rank of `world_size`, its device, and how many ranks its machine has."""
 
     rank: int
     world_size: int
     device: torch.device
+    local_world_size: int = 1
 
 
 @contextmanager
@@ -53,7 +55,7 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
         dist.all_reduce(ones)
         if ones != world_size:
             raise RuntimeError(f"{world_size} ranks add up to {ones}: this machine or its network computes wrong")
-        yield Ranks(rank, world_size, device)
+        yield Ranks(rank, world_size, device, local_world_size)
         dist.barrier()  # a rank that leaves early closes connections that others still use
     except RuntimeError as error:
         broken = re.search("gloo|NCCL|Connection|[Tt]imed out", str(error))  # a rank is gone, or did not answer in time
@@ -61,7 +63,11 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
             error.add_note(f"no answer from ranks {', '.join(map(str, absent))}")
         raise
     finally:
-        dist.destroy_process_group()
+        deepspeed = sys.modules.get("deepspeed")
+        if deepspeed and deepspeed.comm.is_initialized():
+            deepspeed.comm.destroy_process_group()  # and forget the groups that it remembers
+        else:
+            dist.destroy_process_group()
 
 
 def _absent(store: dist.Store, rank: int, world_size: int) -> list[int]:

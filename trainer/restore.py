@@ -7,46 +7,67 @@ import torch.distributed as dist
 from data.images import Images
 from data.streamed_latents import StreamedLatents
 from trainer import checkpoint
+from trainer.checkpoint import DAMAGED, ResumeConfig
 from trainer.engines import Engine
 from trainer.errors import RunError
 from trainer.ranks import from_rank_0
 
 
-def restore(folder: Path, engine: Engine, images: Images) -> tuple[int, list[str]]:
-    """Load the newest complete checkpoint into the engine. Returns its position (0: none) and what there is to say.
+def choose(folder: Path, images: Images, config: ResumeConfig) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint (None: there is none) of a run's folder, and what there is to say.
 
-    RunError if it is damaged, or of other images or another model. All ranks call it.
+    RunError if it is damaged, unless `config` allows the one before it, or of other images. All ranks call it: each
+    reads a part of the files.
     """
+    notes = from_rank_0(lambda: _remove_incomplete(folder))
+    while newest := from_rank_0(lambda: next(reversed(checkpoint.find(folder)[0]), None)):
+        damage = _damage(newest)
+        if damage is None:
+            notes += from_rank_0(lambda: _differences(newest, images))
+            return newest, [*notes, f"continuing from {newest}"]
+        if not config.fallback:
+            raise RunError(damage)
+        notes.append(f"{damage.partition(';')[0]}; it is {newest.name}{DAMAGED} now")
+        from_rank_0(lambda: newest.rename(newest.with_suffix(DAMAGED)))
+    return None, notes
 
-    def choose() -> tuple[Path | None, list[str]]:
-        complete, incomplete = checkpoint.find(folder)
-        for path in incomplete:
-            checkpoint.remove(path)
-        notes = [f"{path}: incomplete, left by a killed run; removed" for path in incomplete]
-        if not complete:
-            return None, notes
-        checkpoint.verify(complete[-1])
-        notes += _differences(complete[-1], images)
-        return complete[-1], [*notes, f"continuing from {complete[-1]}"]
 
-    newest, notes = from_rank_0(choose)
-    if newest is None:
-        return 0, notes
+def restore(newest: Path, engine: Engine) -> int:
+    """Load a checkpoint into the engine; its position. RunError if it is of another model. All ranks call it."""
     state = engine.state()
     position = checkpoint.load(newest, state)
     engine.load_state(state)
-    return position, notes
+    return position
+
+
+def _remove_incomplete(folder: Path) -> list[str]:
+    _, incomplete = checkpoint.find(folder)
+    for path in incomplete:
+        checkpoint.remove(path)
+    return [f"{path}: incomplete, left by a killed run; removed" for path in incomplete]
+
+
+def _damage(newest: Path) -> str | None:
+    """What is wrong with its files; the same on all ranks."""
+    try:
+        checkpoint.verify(newest, dist.get_rank(), dist.get_world_size())
+        mine = None
+    except RunError as error:
+        mine = str(error)
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return next((damage for damage in found if damage), None)
 
 
 def _differences(newest: Path, images: Images) -> list[str]:
     manifest, ranks = checkpoint.read_manifest(newest), dist.get_world_size()
-    before = manifest.get("data", images.identity)
+    before = manifest["data"]
     if before != images.identity:
         raise RunError(
             f"{newest}: was trained on other images ({before}) than data has now ({images.identity}); give the run"
             " those, or set run= to a new folder"
         )
-    if isinstance(images, StreamedLatents) and manifest.get("world_size", ranks) != ranks:
+    if isinstance(images, StreamedLatents) and manifest["world_size"] != ranks:
         return [
             f"{ranks} ranks instead of {manifest['world_size']}: data.streaming deals the shards anew, so images of"
             " this epoch may come twice or not at all"

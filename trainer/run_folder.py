@@ -17,6 +17,10 @@ CONFIG, LOCK = "config.yaml", "lock"
 _FREE = (
     "run",
     "engine",
+    "zero",
+    "shard_size",
+    "offload",
+    "activation_checkpointing",
     "compile",
     "train.images",
     "train.micro_batch",
@@ -25,7 +29,7 @@ _FREE = (
     "train.timeout",
     "data.workers",
 )
-_FREE_PARTS = ("checkpoint.", "sample.")
+_FREE_PARTS = ("deepspeed", "checkpoint.", "resume.", "sample.")
 
 
 def check_folder(config: Config) -> None:
@@ -35,9 +39,9 @@ def check_folder(config: Config) -> None:
         return
     before, now = dotted(read_config(config.run).model_dump()), dotted(config.model_dump())
     for name, value in now.items():
-        if value != before[name] and name not in _FREE and not name.startswith(_FREE_PARTS):
+        if value != before.get(name) and name not in _FREE and not name.startswith(_FREE_PARTS):
             raise RunError(
-                f"{name}={value}: the run in {config.run} has {name}={before[name]};"
+                f"{name}={value}: the run in {config.run} has {name}={before.get(name)};"
                 " set it back, or set run= to a new folder"
             )
 

@@ -12,21 +12,10 @@ from trainer import checkpoint
 from trainer.build import build_network, open_data
 from trainer.config import Config
 from trainer.decode import make_decoder
-from trainer.errors import RunError
 from trainer.generate import generate, grid, to_uint8
 from trainer.ranks import Ranks
 
 GRID_COLUMNS = 16
-
-
-def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder as it is, or the newest complete one of a run folder."""
-    if (path / checkpoint.MANIFEST).is_file():
-        return path
-    complete, _ = checkpoint.find(path / "checkpoints")
-    if not complete:
-        raise RunError(f"{path}: no complete checkpoint in it; give a run folder or one of its checkpoints/*")
-    return complete[-1]
 
 
 def make_samples(

@@ -18,7 +18,8 @@ from trainer.build import build_network
 from trainer.config import load_config
 from trainer.generate import generate, grid, to_uint8
 from trainer.ranks import Ranks
-from trainer.samples import find_checkpoint, make_samples
+from trainer.samples import make_samples
+from trainer.weights import find_checkpoint
 
 CONFIG = "configs/digits.yaml"
 SMALL = ["model.depth=1", "model.width=32", "train.images=1280", "train.log_every=128", "train.sample_every=640"]

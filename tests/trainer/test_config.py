@@ -12,7 +12,8 @@ from trainer.config import Config, check_world, load_config, parse_config
 from trainer.config_file import dotted, field_names, to_yaml
 from trainer.errors import RunError
 from trainer.loop import train
-from trainer.samples import find_checkpoint, make_samples
+from trainer.samples import make_samples
+from trainer.weights import find_checkpoint
 
 CONFIGS = sorted([p for p in Path("configs").rglob("*.yaml") if p.parent.name != "cluster"])
 
@@ -139,7 +140,7 @@ def test_dry_run_prints_the_resolved_tree_and_makes_nothing(tmp_path):
 
 
 TRAIN = {"images": 64, "global_batch": 32}
-RANDOM = {"query": "random"}
+DEEPSPEED = {"groups": {"query": "random"}, "engine": "deepspeed"}
 
 
 def test_every_field_is_read_by_something(tmp_path, tiny, monkeypatch, make_latents):
@@ -148,7 +149,8 @@ def test_every_field_is_read_by_something(tmp_path, tiny, monkeypatch, make_late
     config = load_config(
         tiny,
         [
-            "engine=single",
+            "engine=hsdp",
+            "activation_checkpointing=2",
             f"run={tmp_path}/run",
             "train.sample_every=320",
             "train.images=320",
@@ -163,7 +165,7 @@ def test_every_field_is_read_by_something(tmp_path, tiny, monkeypatch, make_late
         {**config.model_dump(), "run": f"{tmp_path}/three", "data": latents, "train": TRAIN, "groups": {"neighbors": 9}}
     )
     streamed = parse_config(
-        {**by_number.model_dump(), "run": f"{tmp_path}/four", "data": {**latents, "streaming": True}, "groups": RANDOM}
+        {**by_number.model_dump(), "run": f"{tmp_path}/four", "data": {**latents, "streaming": True}, **DEEPSPEED}
     )
     original = BaseModel.__getattribute__
 

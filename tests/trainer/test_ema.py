@@ -8,7 +8,8 @@ from trainer.config import load_config
 from trainer.ema import EMA
 from trainer.generate import generate, to_uint8
 from trainer.ranks import Ranks
-from trainer.samples import find_checkpoint, make_samples
+from trainer.samples import make_samples
+from trainer.weights import find_checkpoint
 
 
 @pytest.mark.parametrize("seed", range(3))

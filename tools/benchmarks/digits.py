@@ -12,7 +12,8 @@ from benchmarks import Figures, Targets
 from data.images import DataConfig, open_images
 from trainer.config import load_config
 from trainer.evaluate import evaluate
-from trainer.samples import find_checkpoint, make_samples
+from trainer.samples import make_samples
+from trainer.weights import find_checkpoint
 
 CONFIG = "configs/digits.yaml"
 RUNS = {"uc1": ["groups.variant=none", "groups.size=1"], "uc4": ["groups.variant=light", "groups.size=4"]}

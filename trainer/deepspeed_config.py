@@ -1,0 +1,56 @@
+"""DeepSpeed's configuration, derived from ours: one source of truth."""
+
+from typing import Any
+
+from trainer.engine_config import EngineConfig, OptimConfig
+from trainer.errors import RunError
+
+# Keys of DeepSpeed's that say what fields of ours say, and these fields.
+_OURS = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.micro_batch",
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim",
+    "scheduler": "optim.warmup",
+    "fp16": "precision",
+    "bf16": "precision",
+    "amp": "precision",
+    "torch_autocast": "precision",
+    "activation_checkpointing": "activation_checkpointing",
+    "compile": "compile",
+    "zero_optimization.stage": "zero",
+    "zero_optimization.stage3_param_persistence_threshold": "zero",
+}
+
+
+def deepspeed_config(config: EngineConfig, optim: OptimConfig) -> dict[str, Any]:
+    """The configuration for `deepspeed.initialize`: ours, and the further keys of `config.deepspeed`. RunError if one
+    of those belongs to a field of ours."""
+    derived = {
+        "train_micro_batch_size_per_gpu": 1,  # a formality: our loader makes the batches, our loop says when to step
+        "gradient_clipping": (optim.clip or 0.0) if config.zero else 0.0,
+        "zero_optimization": {"stage": config.zero},
+        "zero_allow_untested_optimizer": True,
+    }
+    if config.zero == 3:
+        derived["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # the EMA is swapped in shard by shard
+    if config.precision == "bf16":
+        exact = {"lower_precision_safe_modules": []}  # of which gradients would be reduced in bf16
+        derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", **exact}
+    return _merged(derived, config.deepspeed)
+
+
+def _merged(derived: dict[str, Any], extra: dict[str, Any], above: str = "") -> dict[str, Any]:
+    merged = dict(derived)
+    for key, value in extra.items():
+        name = above + key
+        if name in _OURS:
+            raise RunError(f"deepspeed.{name}={value}: is derived from {_OURS[name]}; set that, and leave this out")
+        inner = derived.get(key, {})
+        if isinstance(value, dict) and isinstance(inner, dict):
+            value = _merged(inner, value, name + ".")
+        elif key in derived and value != inner:
+            raise RunError(f"deepspeed.{name}={value}: must be {inner}; leave it out")
+        merged[key] = value
+    return merged

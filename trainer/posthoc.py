@@ -1,0 +1,127 @@
+"""Post-hoc EMA: averages of any length, made after training from snapshots of two tracked ones.
+
+Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv 2312.02696, section 3 and
+appendix C. A *profile* (std, step) is how much the network after each step tau = 1..step counts in the average taken at
+`step`: as tau^gamma, where gamma follows from `std`, the standard deviation of the profile in units of `step`. Averages
+are linear in their profiles, so those that add up to a profile add up to its average.
+"""
+
+from collections.abc import Iterable
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.ema import local_shards
+from trainer.errors import RunError
+
+WIDEST = 12**-0.5  # the std of the plain mean of all networks, gamma = 0; a wider profile prefers the older ones
+MISFIT = 0.5  # of a profile's length: what is farther from it than this, is no approximation of it
+CHUNK = 1 << 16  # steps held at once, times the number of different stds
+
+
+def exponent(std: float) -> float:
+    """Gamma of the relative standard deviation std = (gamma+1)^(1/2) (gamma+2)^-1 (gamma+3)^-1/2 (eq. 123).
+
+    RunError unless 0 < std < 1/sqrt(12), the stds of gamma > 0; 0.05 and 0.10 have gamma 16.97 and 6.94.
+    """
+    if not 0 < std < WIDEST:
+        raise RunError(f"std={std}: must be over 0 and under 1/sqrt(12) = 0.28867")
+    # squared, it is a cubic; of w = std (gamma + 2), its roots stay near 1, -1 and std however small std is
+    return float(np.roots([1, std, -1, std]).real.max() / std - 2)
+
+
+class PowerEMA:
+    """`weights` (name -> live parameter) and their average of the profile (std, last step).
+
+    It is kept as the weights are: each rank averages its own shards, without communication.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], std: float) -> None:
+        self.weights, self.power = weights, exponent(std) + 1
+        self.average = {name: weight.detach().clone() for name, weight in weights.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Once after each step, counted from 1 (which forgets the initial weights); in place (eq. 127):
+        average = beta * average + (1 - beta) * weight, beta = (1 - 1/step)^(gamma+1)."""
+        beta = (1 - 1 / step) ** self.power
+        torch._foreach_lerp_(local_shards(self.average), local_shards(self.weights), 1 - beta)
+
+
+def coordinates(profiles: list[tuple[float, int]]) -> np.ndarray:
+    """Profiles (std, step >= 1) as columns (float64, (rows, len(profiles))) that have the profiles' inner products.
+
+    The betas telescope: the networks up to tau have (tau/step)^(gamma+1) of the whole weight, so tau itself has
+    (tau/step)^(gamma+1) - ((tau-1)/step)^(gamma+1). Hence, between neighbours among the steps of all profiles, profiles
+    of one std are multiples of each other, and a QR decomposition with a column for each std keeps all that matters of
+    these tau. Time grows with steps * stds^2; no matrix of profiles * steps is made, and unlike from the matrix of
+    inner products (eq. 151), least squares from these columns loses no digits to squaring.
+    """
+    stds, column = np.unique([std for std, _ in profiles], return_inverse=True)
+    powers = np.array([exponent(std) + 1 for std in stds])
+    steps = np.array([step for _, step in profiles])
+    rows = []
+    for first, last in pairwise([0, *np.unique(steps)]):
+        basis = np.empty((0, len(powers)))
+        for start in range(first, last, CHUNK):
+            tau = np.arange(start, min(start + CHUNK, last) + 1)
+            piece = np.diff((tau[:, None] / last) ** powers, axis=0)  # of the profiles that end at `last`
+            basis = np.linalg.qr(np.vstack([basis, piece]), mode="r")
+        shrunk = np.minimum(last / steps, 1) ** powers[column]  # what later steps leave of them
+        rows.append(basis[:, column] * np.where(last <= steps, shrunk, 0))
+    return np.concatenate(rows)
+
+
+def coefficients(snapshots: list[tuple[float, int]], std: float, step: int) -> np.ndarray:
+    """Factors of the snapshots (std, step of each) whose sum is nearest, in least squares, to the profile (std, step).
+
+    Float64, (len(snapshots),). This is Algorithm 3 with the profiles that `PowerEMA` really has, sums over steps; the
+    paper's integrals are their limit for many steps. So a tracked profile is returned as it is, to rounding.
+    Most exact at the step of a snapshot. Elsewhere the next snapshot is used too: nothing before it knows the networks
+    since the last one (without them, the factors would not even add up to 1). Those after it have factor 0.
+    RunError if std is out of range, if step is before the first or after the last snapshot, or if the nearest sum is
+    farther from the profile than MISFIT.
+    """
+    ends = np.array([end for _, end in snapshots if end > 0])  # one of step 0 has averaged nothing
+    if not (ends.size and ends.min() <= step <= ends.max()):
+        held = f"choose one from {ends.min()} to {ends.max()}" if ends.size else "there are none"
+        raise RunError(f"step={step}: not among the steps of the snapshots; {held}")
+    following = ends[ends >= step].min()
+    used = [i for i, (_, end) in enumerate(snapshots) if 0 < end <= following]
+    system = coordinates([*(snapshots[i] for i in used), (std, step)])
+    lengths = np.linalg.norm(system, axis=0)  # late, narrow profiles are much longer than early ones
+    system /= lengths
+    columns, target = system[:, :-1], system[:, -1]
+    solution = np.linalg.lstsq(columns, target, rcond=None)[0]
+    misfit = np.linalg.norm(columns @ solution - target)
+    if misfit > MISFIT:
+        raise RunError(
+            f"std={std}: at step {step} the snapshots miss it by {misfit:.0%}; "
+            "choose the step of a snapshot, a std nearer to theirs, or save them more often"
+        )
+    result = np.zeros(len(snapshots))
+    result[used] = solution * lengths[-1] / lengths[:-1]
+    return result
+
+
+@torch.no_grad()
+def combine(parts: Iterable[dict[str, Tensor]], coefficients: Iterable[float]) -> dict[str, Tensor]:
+    """The sum of the parts (name -> tensor, equal names), each times its coefficient: float32, summed in float64.
+
+    An iterator of parts has one of them in memory at a time. A part with coefficient 0 is not looked at, were it NaN.
+    ValueError unless there are as many parts as coefficients.
+    """
+    left, total = [float(factor) for factor in coefficients], {}
+    for part in parts:
+        if not left:
+            raise ValueError("more parts than coefficients")
+        factor = left.pop(0)
+        total = total or {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in part.items()}
+        for name in total if factor else ():
+            total[name].add_(part[name], alpha=factor)
+        del part  # before the next is made
+    if left:
+        raise ValueError(f"{len(left)} coefficients have no part")
+    return {name: weight.float() for name, weight in total.items()}

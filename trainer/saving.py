@@ -1,0 +1,77 @@
+"""Saving beside the training: the state is copied, then written while the steps go on."""
+
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from trainer import checkpoint
+from trainer.checkpoint import CheckpointConfig
+
+
+class Saver:
+    """Writes the checkpoints of a run into a folder. All ranks make one and call it alike.
+
+    One checkpoint is written at a time, from one copy in host memory (pinned, where there are GPUs), by a thread with a
+    process group of its own. What goes wrong there is raised by the next `save` or `wait`; `failed` tells of it.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, timeout: float) -> None:
+        self._folder, self._config = folder, config
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        cuda = torch.cuda.is_available()
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
+            )
+        )
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, position: int, state: dict[str, dict], config: str, data: str, metrics: dict[str, float]) -> None:
+        """Begin the checkpoint of `position`, when the one before is written; the state may change from then on."""
+        self.wait()
+        if self._config.asynchronous:
+            state = self._stager.stage(state)
+        # a daemon: a process that fails does not wait for it
+        self._thread = threading.Thread(target=self._write, args=(position, state, config, data, metrics), daemon=True)
+        self._thread.start()
+        if not self._config.asynchronous:
+            self.wait()
+
+    def _write(self, *arguments: object) -> None:
+        try:
+            checkpoint.save(self._folder, *arguments, group=self._group)
+            if dist.get_rank() == 0:
+                checkpoint.prune(self._folder, self._config)
+        except BaseException as error:
+            self._error = error
+
+    def failed(self) -> bool:
+        """Whether a checkpoint could not be written; `wait` raises why."""
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Until what was begun is on disk. RunError if it could not be written."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, _: type | None, error: BaseException | None, __: object) -> None:
+        try:
+            self.wait()
+        except Exception as ours:
+            if error is None:
+                raise
+            error.add_note(f"and a checkpoint failed: {ours}")
+        finally:
+            self._stager.close()

@@ -1,0 +1,108 @@
+"""Weights by name: read from a run, a checkpoint or a file, put into a network to start from, exported."""
+
+import pickle
+import re
+import shutil
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trainer import checkpoint
+from trainer.errors import RunError, first_line
+
+SAMPLE_TABLE = "sample_embedder.embedding_table.weight"  # a row per slot: the one tensor that may be longer or shorter
+_GIVE = "give a run folder, one of its checkpoints/*, a .safetensors or a .pt file"
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint folder as it is, or the newest complete one of a run folder."""
+    if (path / checkpoint.MANIFEST).is_file():
+        return path
+    complete, _ = checkpoint.find(path / "checkpoints")
+    if not complete:
+        raise RunError(f"{path}: no complete checkpoint in it; give a run folder or one of its checkpoints/*")
+    return complete[-1]
+
+
+def find_weights(path: str | Path) -> Path:
+    """The file, or the undamaged checkpoint, that a path means."""
+    path = Path(path)
+    if path.is_dir():
+        path = find_checkpoint(path)
+        checkpoint.verify(path)
+    elif not path.is_file():
+        raise RunError(f"{path}: no such file or folder; {_GIVE}")
+    elif path.suffix not in (".safetensors", ".pt", ".pth"):
+        raise RunError(f"{path}: no kind of file that is known here; {_GIVE}")
+    return path
+
+
+def read_weights(path: str | Path, raw: bool = False, values: bool = True) -> dict[str, Tensor]:
+    """float32 tensors by parameter name: the EMA of a run, or its `raw` weights; of a file likewise, if it has both.
+    Without `values` a checkpoint is not read, so that names and shapes alone are right."""
+    path, part = find_weights(path), "model" if raw else "ema"
+    if path.is_file():
+        return {name: tensor.float() for name, tensor in _read_file(path, raw).items()}
+    sizes = checkpoint.stored_sizes(path)
+    names = (key.removeprefix(f"{part}.") for key in sizes if key.startswith(f"{part}."))
+    tensors = {name: torch.empty(sizes[f"{part}.{name}"]) for name in names}
+    if values:
+        checkpoint.load(path, {part: tensors})
+    return tensors
+
+
+def start_from(network: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Copy weights into a whole network; one on the meta device is only compared. Of the sample embedding the rows that
+    both have: others stay as they are. RunError names the first parameter that differs."""
+    own = network.state_dict()
+    for name in own | weights:
+        wanted, found = (tuple(part[name].shape) if name in part else "missing" for part in (own, weights))
+        if wanted != found and not (name == SAMPLE_TABLE and wanted[1:] == found[1:]):
+            differs = f"{name} is {found}, the network's is {wanted}"
+            raise RunError(f"{source}: {differs}: weights of another model; set model.* to what they are of")
+    for name, tensor in own.items():
+        rows = min(len(tensor), len(weights[name]))
+        tensor[:rows].copy_(weights[name][:rows])
+
+
+def export_weights(source: Path, out: Path, raw: bool = False) -> Path:
+    """Write the weights of a run or checkpoint as one .safetensors file; the checkpoint that they are of."""
+    if out.suffix != ".safetensors" or out.exists():
+        raise RunError(f"{out}: must be a new file that ends in .safetensors; give another name")
+    folder = find_checkpoint(source)
+    weights, position = read_weights(folder, raw), checkpoint.read_manifest(folder)["position"]
+    config, partial = folder / "config.yaml", out.with_suffix(".partial")
+    metadata = {"position": str(position), "config": config.read_text(), "weights": "model" if raw else "ema"}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file(weights, partial, metadata)
+        shutil.copymode(config, partial)  # for all who may read the checkpoint, not the owner alone
+        partial.replace(out)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{out}: cannot be written ({first_line(error)}); give another place") from None
+    return folder
+
+
+def _read_file(path: Path, raw: bool) -> dict[str, Tensor]:
+    """The tensors of a file, mapped into memory: read when they are used."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with warnings.catch_warnings(action="ignore"):  # about pickles that it then refuses
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # at damaged bytes an unpickler raises whatever it likes
+        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        cause = first_line(error).partition(". ")[0]
+        wrong = f"refused, for {code[1]} in it would execute code" if code else f"damaged, or of another kind ({cause})"
+        raise RunError(f"{path}: {wrong}; give a file of tensors alone") from None
+    parts = ["ema", "model", "state_dict"][raw:]
+    if isinstance(found, dict):
+        found = next((found[part] for part in parts if isinstance(found.get(part), dict)), found)
+    if not (isinstance(found, dict) and all(isinstance(tensor, Tensor) for tensor in found.values())):
+        raise RunError(f"{path}: no dict of tensors, nor one with such a dict as {', '.join(parts)}; save one")
+    return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
