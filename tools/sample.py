@@ -21,6 +21,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="sample.field=value", help="as sample.guidance=2")
     parser.add_argument("--out", type=Path, help="where to write; default: the run folder")
     parser.add_argument("--raw", action="store_true", help="the weights themselves instead of their EMA")
+    parser.add_argument("--weights", type=Path, help="those of this file, as tools/reconstruct_ema.py writes")
     args = parser.parse_intermixed_args(arguments)
 
     folder = find_checkpoint(args.run)
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> None:
     out = args.out or folder.parent.parent
     groups = -(-config.sample.per_class // config.sample.group_size)
     with tqdm(unit="img", desc="sample") as bar:
-        pixels, label, record = make_samples(folder, config, args.raw, bar.update)
+        pixels, label, record = make_samples(folder, config, args.raw, args.weights, bar.update)
     write_samples(out, pixels, label, record, config.sample.group_size)
     print(f"{out / 'samples.png'} {out / 'samples.npz'}: {label.size} images, {groups} groups a class")
 

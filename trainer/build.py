@@ -62,7 +62,7 @@ def initial_network(config: Config, images: Images) -> DiT:
 
 def check_start(config: Config, images: Images) -> None:
     """RunError if the run is to start from weights that are not there or of another model. Reads their shapes alone."""
-    started, _ = checkpoint.find(Path(config.run) / "checkpoints")
+    started, _ = checkpoint.find(Path(config.run) / checkpoint.CHECKPOINTS)
     if config.init_from and not started:
         with torch.device("meta"):
             network = build_network(config, images)

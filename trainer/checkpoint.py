@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from trainer.errors import RunError, first_line
 
+CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"  # in the run folder
 INCOMPLETE, DAMAGED = ".incomplete", ".damaged"
 MANIFEST = "manifest.json"
 CHUNK = 1 << 22  # bytes
@@ -56,6 +57,7 @@ class CheckpointConfig(BaseModel, extra="forbid", frozen=True):
     keep: int = Field(3, ge=1)  # the newest ones
     keep_every: int = Field(0, ge=0)  # also, for good, the first one after each multiple of so many images; 0: none
     keep_best: str | None = None  # also the one with the lowest value of this metric, as loss; null: none
+    snapshot_every: int = Field(0, ge=0)  # images between two snapshots of optim.power_ema, which all stay; 0: none
     asynchronous: bool = True  # written while training goes on, from a copy in host memory
 
 
@@ -75,7 +77,7 @@ def save(
     group: dist.ProcessGroup | None = None,
 ) -> None:
     """Write the checkpoint of `position` (images seen); all ranks of the `group` call it. RunError on all of them, and
-    nothing is left, if one cannot write.
+    nothing is left, if one cannot write. One that is there stays: a run that does its steps again makes it again.
 
     `config` is the resolved config's text, `data` tells the images from others, `metrics` (name -> value) the
     checkpoint from others.
@@ -84,7 +86,8 @@ def save(
     partial = folder / (final.name + INCOMPLETE)
     rank = dist.get_rank()
     try:
-        _everywhere(group, lambda: rank or partial.mkdir(parents=True))
+        if any(_everywhere(group, lambda: rank == 0 and _begin(partial, final))):
+            return
         writer = dcp.FileSystemWriter(partial, sync_files=False)  # below, while they are read again
         dcp.save(state, storage_writer=writer, process_group=group)
         parts = _everywhere(group, lambda: _sync_and_sum(partial.glob(f"__{rank}_*")))
@@ -109,6 +112,15 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)  # what can be: it takes room, and is nothing to go on from
         free = shutil.disk_usage(folder).free >> 20 if folder.is_dir() else 0
         raise RunError(f"{final}: cannot be written: {first_line(error)} ({free} MB free); make room there") from error
+
+
+def _begin(partial: Path, final: Path) -> bool:
+    """Make the folder to write to, anew; whether there is nothing to do."""
+    if partial.exists():
+        shutil.rmtree(partial)  # of a killed run
+    if not final.exists():
+        partial.mkdir(parents=True)
+    return final.exists()
 
 
 def _everywhere(group: dist.ProcessGroup | None, function: Callable[[], T]) -> list[T]:
@@ -222,8 +234,8 @@ def stored_sizes(checkpoint: Path) -> dict[str, torch.Size]:
 
 def _check_shapes(checkpoint: Path, state: dict[str, dict]) -> None:
     sizes = stored_sizes(checkpoint)
-    for part in ("model", "ema"):
-        for name, tensor in state.get(part, {}).items():
+    for part in (part for part in state if part != "optimizer"):
+        for name, tensor in state[part].items():
             found = sizes.get(f"{part}.{name}")
             if found != tensor.shape:
                 found = "nothing" if found is None else tuple(found)

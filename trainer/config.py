@@ -53,6 +53,8 @@ class Config(EngineConfig, extra="forbid", frozen=True):
             raise ValueError(f"groups.size={size}: above model.max_group_size={limit}; lower one or raise the other")
         if self.train.images < self.train.global_batch:
             raise ValueError(f"train.images={self.train.images}: less than one batch of {self.train.global_batch}")
+        if self.checkpoint.snapshot_every and not self.optim.power_ema:
+            raise ValueError("checkpoint.snapshot_every: there is nothing to snapshot; set optim.power_ema=[0.05,0.1]")
         if self.train.micro_batch and self.train.micro_batch % size:
             raise ValueError(f"train.micro_batch={self.train.micro_batch}: must be a multiple of groups.size={size}")
         quantum = group_quantum(self.groups, self.train.global_batch)

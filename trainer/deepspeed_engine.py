@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from trainer.deepspeed_config import deepspeed_config
-from trainer.ema import EMA
+from trainer.ema import make_averages
 from trainer.engine_config import EngineConfig, OptimConfig
 from trainer.engines import init_moments
 
@@ -36,7 +36,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class DeepSpeedEngine:
     """What `trainer.engines.Engine` is, by DeepSpeed. Weights stay fp32; bf16 is autocast, as with ddp.
 
-    The EMA is kept as the weights are: whole up to stage 2, each rank its shards at stage 3.
+    Averages are kept as the weights are: whole up to stage 2, each rank its shards at stage 3.
     """
 
     def __init__(self, network: nn.Module, config: EngineConfig, optim: OptimConfig) -> None:
@@ -60,8 +60,8 @@ class DeepSpeedEngine:
         if self._stage in (1, 2):
             for group, flat in zip(self.engine.optimizer.bit16_groups, self._optimized(), strict=True):
                 lazy_init_hp_params_optimizer_state(group, flat, self._adamw.state)
-        held = {name: weight.ds_tensor if self._stage == 3 else weight for name, weight in self.weights.items()}
-        self.ema = EMA(held, optim.ema)
+        self._kept = {name: weight.ds_tensor if self._stage == 3 else weight for name, weight in self.weights.items()}
+        self.averages, self.steps = make_averages(self._kept, optim), 0
 
     def _optimized(self) -> list[Tensor]:
         """What AdamW is given on this rank: the weights, or flat shards of groups of them."""
@@ -94,7 +94,9 @@ class DeepSpeedEngine:
         if self._stage == 0:  # DeepSpeed would clip as well, but not tell the norm
             norm = nn.utils.clip_grad_norm_(self.weights.values(), self._clip or torch.inf)
         self.engine.step()
-        self.ema.update()
+        self.steps += 1
+        for average in self.averages.values():
+            average.update(self.steps)
         return (
             norm if self._stage == 0 else torch.as_tensor(self.engine.get_global_grad_norm(), device=self.engine.device)
         )
@@ -103,7 +105,7 @@ class DeepSpeedEngine:
     def ema_weights(self) -> Iterator[None]:
         """While this is open, the forward pass uses the EMA weights."""
         self._drop_gathered()
-        with self.ema.in_network():
+        with self.averages["ema"].in_network():
             yield
             self._drop_gathered()
 
@@ -112,18 +114,21 @@ class DeepSpeedEngine:
             self.engine.empty_partition_cache()
 
     def state(self) -> dict[str, dict]:
-        """model, ema and optimizer by parameter name, the same names and shapes with every engine. What DeepSpeed cuts
-        in its own way is copied, a parameter at a time, into shards along the first dimension."""
-        model = {name: weight.detach() for name, weight in self.weights.items()}  # without what DeepSpeed hangs on them
-        ema = self.ema.average
+        """model, ema and other averages, and optimizer by parameter name, the same names and shapes with every engine.
+        What DeepSpeed cuts in its own way is copied, a parameter at a time, into shards along the first dimension."""
+        held = self._held()
+        moments = {name: self._moments(name) for name in self.weights}
         if self._stage == 3:
-            model = {name: self._from_flat(name, weight.ds_tensor) for name, weight in self.weights.items()}
-            ema = {name: self._from_flat(name, average) for name, average in self.ema.average.items()}
-        return {
-            "model": model,
-            "ema": ema,
-            "optimizer": {"state": {name: self._moments(name) for name in self.weights}},
-        }
+            held = {
+                part: {name: self._from_flat(name, flat) for name, flat in tensors.items()}
+                for part, tensors in held.items()
+            }
+        return {**held, "optimizer": {"state": moments}}
+
+    def _held(self) -> dict[str, dict[str, Tensor]]:
+        """model and averages as they are on this rank. Detached: without the groups that DeepSpeed hangs on them."""
+        parts = {"model": self._kept, **{name: ema.average for name, ema in self.averages.items()}}
+        return {part: {name: tensor.detach() for name, tensor in tensors.items()} for part, tensors in parts.items()}
 
     def _moments(self, name: str) -> dict[str, Tensor]:
         weight = self.weights[name]
@@ -137,15 +142,19 @@ class DeepSpeedEngine:
         return {"step": step, **parts}
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, dict]) -> None:
-        """Take over a `state()` whose tensors a checkpoint has filled."""
+    @torch.no_grad()
+    def load_state(self, state: dict[str, dict], steps: int) -> None:
+        """Go on after so many steps from a `state()` whose tensors a checkpoint has filled."""
+        self.steps = steps
         if self._stage == 0:
             return  # they are our own
+        if self._stage == 3:
+            for part, tensors in self._held().items():
+                for name, flat in tensors.items():
+                    flat.copy_(self._to_flat(name, state[part][name]))
         for name, weight in self.weights.items():
             moments = state["optimizer"]["state"][name]
             if self._stage == 3:
-                weight.ds_tensor.copy_(self._to_flat(name, state["model"][name]))
-                self.ema.average[name].copy_(self._to_flat(name, state["ema"][name]))
                 safe_set_local_fp32_param(weight, weight.ds_tensor)
                 for key in MOMENTS:
                     safe_set_local_optimizer_state(weight, self._to_flat(name, moments[key]), key)

@@ -1,11 +1,16 @@
 """Exponential moving average of the weights, kept as the weights are: each rank averages its own shards."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from trainer.engine_config import OptimConfig
+from trainer.posthoc import power_decay
+
+POWER = "ema-"  # then the std
 
 
 def local_shards(tensors: dict[str, Tensor]) -> list[Tensor]:
@@ -14,16 +19,19 @@ def local_shards(tensors: dict[str, Tensor]) -> list[Tensor]:
 
 
 class EMA:
-    """`weights` (name -> live parameter) and their average: average = decay * average + (1 - decay) * weight."""
+    """`weights` (name -> live parameter) and their average: average = decay * average + (1 - decay) * weight.
 
-    def __init__(self, weights: dict[str, Tensor], decay: float) -> None:
-        self.weights, self.decay = weights, decay
+    It is kept as the weights are: each rank averages its own shards. `decay` may depend on the step.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], decay: Callable[[int], float]) -> None:
+        self.weights, self._decay = weights, decay
         self.average = {name: weight.detach().clone() for name, weight in weights.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Once after each step; in place, without communication."""
-        torch._foreach_lerp_(local_shards(self.average), local_shards(self.weights), 1 - self.decay)
+    def update(self, step: int) -> None:
+        """Once after each step (counted from 1); in place, without communication."""
+        torch._foreach_lerp_(local_shards(self.average), local_shards(self.weights), 1 - self._decay(step))
 
     @contextmanager
     def in_network(self) -> Iterator[None]:
@@ -37,3 +45,19 @@ class EMA:
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(weights, kept)
+
+
+def power_name(std: float) -> str:
+    """What the averages of a power profile are called in checkpoints and snapshots."""
+    return f"{POWER}{std}"
+
+
+def make_averages(weights: dict[str, Tensor], optim: OptimConfig) -> dict[str, EMA]:
+    """By their names in checkpoints: `ema`, of exponential decay, and those of `optim.power_ema`."""
+    powers = {power_name(std): EMA(weights, power_decay(std)) for std in optim.power_ema}
+    return {"ema": EMA(weights, lambda step: optim.ema), **powers}
+
+
+def power_averages(state: dict[str, dict]) -> dict[str, dict]:
+    """Of an engine's state, what a snapshot holds."""
+    return {name: part for name, part in state.items() if name.startswith(POWER)}

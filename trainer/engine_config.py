@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from trainer.posthoc import WIDEST
+
 
 class EngineConfig(BaseModel, extra="forbid", frozen=True):
     """How the network is laid over the ranks. None of it changes what is computed, but for rounding."""
@@ -32,6 +34,7 @@ class EngineConfig(BaseModel, extra="forbid", frozen=True):
         return self
 
 
+Std = Annotated[float, Field(gt=0, lt=WIDEST)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -44,6 +47,7 @@ class OptimConfig(BaseModel, extra="forbid", frozen=True):
     weight_decay: float = Field(0.01, ge=0)
     clip: float | None = Field(3.0, gt=0)  # largest gradient norm; null: no clipping
     ema: float = Field(0.9999, ge=0, lt=1)  # decay per step
+    power_ema: tuple[Std, ...] = ()  # further averages, for tools/reconstruct_ema.py: relative stds, as [0.05, 0.1]
 
     def lr_at(self, position: int) -> float:
         """Learning rate of the step that brings the images seen to `position`."""

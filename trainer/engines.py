@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from trainer.ema import EMA
+from trainer.ema import make_averages
 from trainer.engine_config import EngineConfig, OptimConfig
 from trainer.errors import RunError
 from trainer.ranks import Ranks
@@ -26,14 +26,14 @@ UNIT_PARAMETERS = 1_000_000  # FSDP gathers at least so many at once: less costs
 
 
 class Engine:
-    """A network laid over the ranks, its optimizer, and the EMA of its weights."""
+    """A network laid over the ranks, its optimizer, and averages of its weights."""
 
     def __init__(self, network: nn.Module, optim: OptimConfig, autocast: Callable[[], AbstractContextManager]) -> None:
         self.network, self._autocast, self._clip = network, autocast, optim.clip
         bare = network.module if isinstance(network, DistributedDataParallel) else network
         self.weights = dict(bare.named_parameters())
         self.optimizer = adamw(list(self.weights.values()), optim)
-        self.ema = EMA(self.weights, optim.ema)
+        self.averages, self.steps = make_averages(self.weights, optim), 0
 
     def __call__(self, *inputs: Tensor | int) -> Tensor:
         """The network's forward pass, in the configured precision."""
@@ -59,25 +59,29 @@ class Engine:
         norm = nn.utils.clip_grad_norm_(self.weights.values(), self._clip or torch.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update()
+        self.steps += 1
+        for average in self.averages.values():
+            average.update(self.steps)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
         """While this is open, the forward pass uses the EMA weights."""
-        with self.ema.in_network():
+        with self.averages["ema"].in_network():
             yield
         if isinstance(self.network, FSDPModule):
             self.network.reshard()  # the root keeps what a forward gathered until a backward: drop it with the EMA
 
     def state(self) -> dict[str, dict]:
-        """model, ema and optimizer by parameter name, the same names and shapes with every engine. The tensors are the
-        engine's own: what is loaded into them is loaded."""
+        """model, ema and other averages, and optimizer by parameter name, the same names and shapes with every engine.
+        The tensors are the engine's own: what is loaded into them is loaded."""
         moments = {name: self.optimizer.state[weight] for name, weight in self.weights.items()}
-        return {"model": self.weights, "ema": self.ema.average, "optimizer": {"state": moments}}
+        averages = {name: ema.average for name, ema in self.averages.items()}
+        return {"model": self.weights, **averages, "optimizer": {"state": moments}}
 
-    def load_state(self, state: dict[str, dict]) -> None:
-        """Take over a `state()` whose tensors a checkpoint has filled: here they are ours already."""
+    def load_state(self, state: dict[str, dict], steps: int) -> None:
+        """Go on after so many steps from a `state()` whose tensors a checkpoint has filled: they are ours already."""
+        self.steps = steps
 
 
 def adamw(parameters: list[Tensor], optim: OptimConfig) -> torch.optim.AdamW:

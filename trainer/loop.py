@@ -11,9 +11,11 @@ from models.objective import denoising_loss
 from models.paths import PATHS
 from trainer.batches import make_batches
 from trainer.build import build_network, initial_network, open_data
+from trainer.checkpoint import CHECKPOINTS, SNAPSHOTS
 from trainer.config import Config, check_world
 from trainer.config_file import to_yaml
 from trainer.decode import make_decoder
+from trainer.ema import power_averages
 from trainer.engines import build_engine
 from trainer.generate import generate, grid, to_uint8
 from trainer.monitor import Monitor
@@ -43,11 +45,11 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
 
         # what to train, from where
         from_rank_0(lambda: closing.enter_context(sole_user(folder)))
-        newest, notes = choose(folder / "checkpoints", images, config.resume)
+        newest, notes = choose(folder / CHECKPOINTS, images, config.resume.fallback)
         network = build_network(config, images) if newest else initial_network(config, images)
         engine = build_engine(config, config.optim, network, ranks)
         path = PATHS[config.path]()
-        position = restore(newest, engine) if newest else 0
+        position = restore(newest, engine, batch) if newest else 0
         first, last = position // batch, config.train.images // batch
         if ranks.rank == 0:
             write_config(config)
@@ -57,7 +59,7 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
         batches = make_batches(config, images, ranks, first, last, monitor)
         images_per_rank = batch // ranks.world_size
 
-        saver = closing.enter_context(Saver(folder / "checkpoints", config.checkpoint, config.train.timeout))
+        saver = closing.enter_context(Saver(folder, config.checkpoint, config.train.timeout))
         vote = StopVote(lambda: stop_requested() or saver.failed(), config.train.timeout)
         for step, micro_batches in enumerate(batches, start=first):
             vote.begin()
@@ -80,8 +82,10 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
 
             # now and then: log, show samples, save
             stopping = vote.decided()
-            saving = stopping or step + 1 == last or _passed(config.checkpoint.every, before, position)
-            if saving or _passed(config.train.log_every, before, position):
+            ending, keep = step + 1 == last, config.checkpoint
+            saving = stopping or ending or _passed(keep.every, before, position)
+            snapping = keep.snapshot_every and (ending or _passed(keep.snapshot_every, before, position))
+            if saving or snapping or _passed(config.train.log_every, before, position):
                 monitor.flush()  # raises if a loss is not finite, so that no such state is saved
             if config.train.sample_every and _passed(config.train.sample_every, before, position):
                 with engine.ema_weights():
@@ -89,9 +93,13 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
                 if ranks.rank == 0:
                     pixels = to_uint8(make_decoder(images.vae, images.shape[0], ranks.device)(samples))
                     monitor.picture("samples", grid(pixels, config.sample.group_size, enlarge=4), position)
-            if saving:
-                metrics = {"loss": monitor.loss_since_last_save()}
-                saver.save(position, engine.state(), to_yaml(config), images.identity, metrics)
+            if saving or snapping:
+                state = engine.state()
+                states = {CHECKPOINTS: state} if saving else {}
+                if snapping:
+                    states[SNAPSHOTS] = power_averages(state)
+                metrics = {"loss": monitor.loss_since_last_save()} if saving else {}
+                saver.save(position, states, to_yaml(config), images.identity, metrics)
             if stopping:
                 break
 

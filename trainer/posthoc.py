@@ -6,14 +6,13 @@ appendix C. A *profile* (std, step) is how much the network after each step tau 
 are linear in their profiles, so those that add up to a profile add up to its average.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.ema import local_shards
 from trainer.errors import RunError
 
 WIDEST = 12**-0.5  # the std of the plain mean of all networks, gamma = 0; a wider profile prefers the older ones
@@ -32,22 +31,13 @@ def exponent(std: float) -> float:
     return float(np.roots([1, std, -1, std]).real.max() / std - 2)
 
 
-class PowerEMA:
-    """`weights` (name -> live parameter) and their average of the profile (std, last step).
+def power_decay(std: float) -> Callable[[int], float]:
+    """The decay at each step of an average with the profile (std, last step): beta = (1 - 1/step)^(gamma+1) (eq. 127).
 
-    It is kept as the weights are: each rank averages its own shards, without communication.
+    Steps are counted from 1, which forgets the initial weights.
     """
-
-    def __init__(self, weights: dict[str, Tensor], std: float) -> None:
-        self.weights, self.power = weights, exponent(std) + 1
-        self.average = {name: weight.detach().clone() for name, weight in weights.items()}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Once after each step, counted from 1 (which forgets the initial weights); in place (eq. 127):
-        average = beta * average + (1 - beta) * weight, beta = (1 - 1/step)^(gamma+1)."""
-        beta = (1 - 1 / step) ** self.power
-        torch._foreach_lerp_(local_shards(self.average), local_shards(self.weights), 1 - beta)
+    power = exponent(std) + 1
+    return lambda step: (1 - 1 / step) ** power
 
 
 def coordinates(profiles: list[tuple[float, int]]) -> np.ndarray:
@@ -77,7 +67,7 @@ def coordinates(profiles: list[tuple[float, int]]) -> np.ndarray:
 def coefficients(snapshots: list[tuple[float, int]], std: float, step: int) -> np.ndarray:
     """Factors of the snapshots (std, step of each) whose sum is nearest, in least squares, to the profile (std, step).
 
-    Float64, (len(snapshots),). This is Algorithm 3 with the profiles that `PowerEMA` really has, sums over steps; the
+    Float64, (len(snapshots),). This is Algorithm 3 with the profiles that averages really have, sums over steps; the
     paper's integrals are their limit for many steps. So a tracked profile is returned as it is, to rounding.
     Most exact at the step of a snapshot. Elsewhere the next snapshot is used too: nothing before it knows the networks
     since the last one (without them, the factors would not even add up to 1). Those after it have factor 0.

@@ -7,16 +7,16 @@ import torch.distributed as dist
 from data.images import Images
 from data.streamed_latents import StreamedLatents
 from trainer import checkpoint
-from trainer.checkpoint import DAMAGED, ResumeConfig
+from trainer.checkpoint import DAMAGED
 from trainer.engines import Engine
 from trainer.errors import RunError
 from trainer.ranks import from_rank_0
 
 
-def choose(folder: Path, images: Images, config: ResumeConfig) -> tuple[Path | None, list[str]]:
+def choose(folder: Path, images: Images, fallback: bool) -> tuple[Path | None, list[str]]:
     """The newest complete checkpoint (None: there is none) of a run's folder, and what there is to say.
 
-    RunError if it is damaged, unless `config` allows the one before it, or of other images. All ranks call it: each
+    RunError if it is damaged, unless `fallback` allows the one before it, or of other images. All ranks call it: each
     reads a part of the files.
     """
     notes = from_rank_0(lambda: _remove_incomplete(folder))
@@ -25,18 +25,18 @@ def choose(folder: Path, images: Images, config: ResumeConfig) -> tuple[Path | N
         if damage is None:
             notes += from_rank_0(lambda: _differences(newest, images))
             return newest, [*notes, f"continuing from {newest}"]
-        if not config.fallback:
+        if not fallback:
             raise RunError(damage)
         notes.append(f"{damage.partition(';')[0]}; it is {newest.name}{DAMAGED} now")
         from_rank_0(lambda: newest.rename(newest.with_suffix(DAMAGED)))
     return None, notes
 
 
-def restore(newest: Path, engine: Engine) -> int:
+def restore(newest: Path, engine: Engine, batch: int) -> int:
     """Load a checkpoint into the engine; its position. RunError if it is of another model. All ranks call it."""
     state = engine.state()
     position = checkpoint.load(newest, state)
-    engine.load_state(state)
+    engine.load_state(state, position // batch)
     return position
 
 

@@ -14,22 +14,31 @@ from trainer.config import Config
 from trainer.decode import make_decoder
 from trainer.generate import generate, grid, to_uint8
 from trainer.ranks import Ranks
+from trainer.weights import read_weights, start_from
 
 GRID_COLUMNS = 16
 
 
 def make_samples(
-    folder: Path, config: Config, raw: bool = False, progress: Callable[[int], object] = lambda number: None
+    folder: Path,
+    config: Config,
+    raw: bool = False,
+    file: Path | None = None,
+    progress: Callable[[int], object] = lambda number: None,
 ) -> tuple[np.ndarray, np.ndarray, dict]:
     """(images (classes, per_class, H, W, C) uint8, labels (classes, per_class), record of how they were made) from the
-    EMA weights of a checkpoint, or its `raw` ones, in this one process."""
-    weights = "model" if raw else "ema"
+    EMA weights of a checkpoint, its `raw` ones, or those of a `file`, in this one process."""
+    weights = str(file) if file else "model" if raw else "ema"
     images = open_data(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     decode = make_decoder(images.vae, images.shape[0], device)
     network = build_network(config, images)
     checkpoint.verify(folder)
-    position = checkpoint.load(folder, {weights: network.state_dict()})  # fills the network's own tensors
+    if file:
+        start_from(network, read_weights(file, raw), weights)
+    else:
+        checkpoint.load(folder, {weights: network.state_dict()})  # fills the network's own tensors
+    position = checkpoint.read_manifest(folder)["position"]
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         made = generate(network.to(device).eval(), config, images, Ranks(0, 1, device), progress)
     label = np.repeat(np.arange(len(made))[:, None], made.shape[1], axis=1)

@@ -9,18 +9,18 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from trainer import checkpoint
-from trainer.checkpoint import CheckpointConfig
+from trainer.checkpoint import CHECKPOINTS, CheckpointConfig
 
 
 class Saver:
-    """Writes the checkpoints of a run into a folder. All ranks make one and call it alike.
+    """Writes the checkpoints and snapshots of a run. All ranks make one and call it alike.
 
-    One checkpoint is written at a time, from one copy in host memory (pinned, where there are GPUs), by a thread with a
+    One position is written at a time, from one copy in host memory (pinned, where there are GPUs), by a thread with a
     process group of its own. What goes wrong there is raised by the next `save` or `wait`; `failed` tells of it.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, timeout: float) -> None:
-        self._folder, self._config = folder, config
+    def __init__(self, run: Path, config: CheckpointConfig, timeout: float) -> None:
+        self._run, self._config = run, config
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         cuda = torch.cuda.is_available()
         self._stager = DefaultStager(
@@ -31,22 +31,27 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, position: int, state: dict[str, dict], config: str, data: str, metrics: dict[str, float]) -> None:
-        """Begin the checkpoint of `position`, when the one before is written; the state may change from then on."""
+    def save(
+        self, position: int, states: dict[str, dict[str, dict]], config: str, data: str, metrics: dict[str, float]
+    ) -> None:
+        """Begin to write `states` (folder in the run -> state) of `position`, when those before are written. What they
+        hold may change from then on."""
         self.wait()
         if self._config.asynchronous:
-            state = self._stager.stage(state)
+            states = self._stager.stage(states)
         # a daemon: a process that fails does not wait for it
-        self._thread = threading.Thread(target=self._write, args=(position, state, config, data, metrics), daemon=True)
+        arguments = (position, states, config, data, metrics)
+        self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._thread.start()
         if not self._config.asynchronous:
             self.wait()
 
-    def _write(self, *arguments: object) -> None:
+    def _write(self, position: int, states: dict[str, dict[str, dict]], *about: object) -> None:
         try:
-            checkpoint.save(self._folder, *arguments, group=self._group)
+            for name, state in states.items():
+                checkpoint.save(self._run / name, position, state, *about, group=self._group)
             if dist.get_rank() == 0:
-                checkpoint.prune(self._folder, self._config)
+                checkpoint.prune(self._run / CHECKPOINTS, self._config)
         except BaseException as error:
             self._error = error
 

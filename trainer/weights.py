@@ -23,7 +23,7 @@ def find_checkpoint(path: Path) -> Path:
     """A checkpoint folder as it is, or the newest complete one of a run folder."""
     if (path / checkpoint.MANIFEST).is_file():
         return path
-    complete, _ = checkpoint.find(path / "checkpoints")
+    complete, _ = checkpoint.find(path / checkpoint.CHECKPOINTS)
     if not complete:
         raise RunError(f"{path}: no complete checkpoint in it; give a run folder or one of its checkpoints/*")
     return complete[-1]
@@ -42,18 +42,23 @@ def find_weights(path: str | Path) -> Path:
     return path
 
 
+def read_part(folder: Path, part: str, values: bool = True) -> dict[str, Tensor]:
+    """float32 tensors by parameter name of a part of a checkpoint: model, ema, ...; without `values`, their shapes."""
+    sizes = checkpoint.stored_sizes(folder)
+    names = (key.removeprefix(f"{part}.") for key in sizes if key.startswith(f"{part}."))
+    tensors = {name: torch.empty(sizes[f"{part}.{name}"]) for name in names}
+    if values:
+        checkpoint.load(folder, {part: tensors})
+    return tensors
+
+
 def read_weights(path: str | Path, raw: bool = False, values: bool = True) -> dict[str, Tensor]:
     """float32 tensors by parameter name: the EMA of a run, or its `raw` weights; of a file likewise, if it has both.
     Without `values` a checkpoint is not read, so that names and shapes alone are right."""
     path, part = find_weights(path), "model" if raw else "ema"
     if path.is_file():
         return {name: tensor.float() for name, tensor in _read_file(path, raw).items()}
-    sizes = checkpoint.stored_sizes(path)
-    names = (key.removeprefix(f"{part}.") for key in sizes if key.startswith(f"{part}."))
-    tensors = {name: torch.empty(sizes[f"{part}.{name}"]) for name in names}
-    if values:
-        checkpoint.load(path, {part: tensors})
-    return tensors
+    return read_part(path, part, values)
 
 
 def start_from(network: nn.Module, weights: dict[str, Tensor], source: str) -> None:
@@ -72,12 +77,23 @@ def start_from(network: nn.Module, weights: dict[str, Tensor], source: str) -> N
 
 def export_weights(source: Path, out: Path, raw: bool = False) -> Path:
     """Write the weights of a run or checkpoint as one .safetensors file; the checkpoint that they are of."""
+    check_out(out)
+    folder = find_checkpoint(source)
+    write_weights(read_weights(folder, raw), out, folder, "model" if raw else "ema")
+    return folder
+
+
+def check_out(out: Path) -> None:
+    """RunError unless it is a new file of the right kind."""
     if out.suffix != ".safetensors" or out.exists():
         raise RunError(f"{out}: must be a new file that ends in .safetensors; give another name")
-    folder = find_checkpoint(source)
-    weights, position = read_weights(folder, raw), checkpoint.read_manifest(folder)["position"]
+
+
+def write_weights(weights: dict[str, Tensor], out: Path, folder: Path, kind: str) -> None:
+    """Write a .safetensors file, whole or not at all, that says of which checkpoint folder and which weights it is."""
     config, partial = folder / "config.yaml", out.with_suffix(".partial")
-    metadata = {"position": str(position), "config": config.read_text(), "weights": "model" if raw else "ema"}
+    position = checkpoint.read_manifest(folder)["position"]
+    metadata = {"position": str(position), "config": config.read_text(), "weights": kind}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(weights, partial, metadata)
@@ -85,7 +101,6 @@ def export_weights(source: Path, out: Path, raw: bool = False) -> Path:
         partial.replace(out)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out}: cannot be written ({first_line(error)}); give another place") from None
-    return folder
 
 
 def _read_file(path: Path, raw: bool) -> dict[str, Tensor]:

@@ -17,12 +17,12 @@ def test_ema_equals_the_closed_form(seed):
     torch.manual_seed(seed)
     decay, steps = 0.9, 17
     layer = nn.Linear(5, 3)
-    ema = EMA(dict(layer.named_parameters()), decay)
+    ema = EMA(dict(layer.named_parameters()), lambda step: decay)
     history = [layer.weight.detach().double().clone()]
-    for _ in range(steps):
+    for step in range(steps):
         with torch.no_grad():
             layer.weight.add_(torch.randn(3, 5))
-        ema.update()
+        ema.update(step + 1)
         history.append(layer.weight.detach().double().clone())
     expected = decay**steps * history[0]
     expected += sum((1 - decay) * decay ** (steps - k) * history[k] for k in range(1, steps + 1))

@@ -9,8 +9,9 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from trainer.ema import EMA
 from trainer.errors import RunError
-from trainer.posthoc import PowerEMA, coefficients, combine, coordinates, exponent
+from trainer.posthoc import coefficients, combine, coordinates, exponent, power_decay
 
 TRACKED = (0.05, 0.10)
 
@@ -34,7 +35,7 @@ def walk(seed: int, steps: int) -> torch.Tensor:
 def tracked(history: torch.Tensor, stds, steps) -> dict[tuple[float, int], dict[str, torch.Tensor]]:
     """The averages of `stds` at each of `steps` of a network with this history, none but its own before the first."""
     weights = {"weight": torch.full_like(history[0], 1e6)}
-    emas = {std: PowerEMA(weights, std) for std in stds}
+    emas = {std: EMA(weights, power_decay(std)) for std in stds}
     found = {}
     for step, now in enumerate(history, start=1):
         weights["weight"].copy_(now)
@@ -71,7 +72,7 @@ def test_exponents_of_the_paper():
 
 @pytest.mark.parametrize("std", [0.0, -0.1, 12**-0.5, 0.3, 5.0, float("nan"), float("inf")])
 def test_a_std_that_no_profile_has_is_refused_in_one_line(std):
-    for refused in (lambda: exponent(std), lambda: PowerEMA({}, std), lambda: coefficients([(0.1, 5)], std, 5)):
+    for refused in (lambda: exponent(std), lambda: power_decay(std), lambda: coefficients([(0.1, 5)], std, 5)):
         with pytest.raises(RunError, match=rf"^std={std}: must be over 0 and under .*0\.28867$"):
             refused()
 
@@ -240,7 +241,7 @@ def compare_sharded(rank: int, store: str, seed: int) -> None:
     shapes = {"even": (4, 3), "uneven": (11, 5), "on one rank only": (1, 2), "vector": (7,)}
     whole = {name: torch.randn(shape, generator=rng) for name, shape in shapes.items()}
     sharded = {name: distribute_tensor(weight, mesh, [Shard(0)]) for name, weight in whole.items()}
-    emas = [PowerEMA(whole, 0.1), PowerEMA(sharded, 0.1)]
+    emas = [EMA(whole, power_decay(0.1)), EMA(sharded, power_decay(0.1))]
     for step in range(1, 20):
         for name, weight in whole.items():
             weight.add_(torch.randn(weight.shape, generator=rng))

@@ -1,0 +1,30 @@
+"""Average weights of any length, after training: `python tools/reconstruct_ema.py runs/x OUT.safetensors --std 0.10`.
+
+The run must have been trained with optim.power_ema=[0.05,0.1] and checkpoint.snapshot_every=IMAGES.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from trainer.errors import RunError
+from trainer.reconstruct import reconstruct
+
+
+def main(arguments: list[str]) -> None:
+    """Reconstruct, and say of what."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path, help="a new .safetensors file")
+    parser.add_argument("--std", type=float, required=True, help="width of the average, relative to the run's length")
+    parser.add_argument("--position", type=int, help="images seen [the last snapshot]")
+    args = parser.parse_args(arguments)
+    try:
+        number = reconstruct(args.run, args.std, args.out, args.position)
+    except RunError as error:
+        sys.exit(f"error: {error}")
+    print(f"{args.out}: from {number} snapshots")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

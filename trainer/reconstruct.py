@@ -1,0 +1,35 @@
+"""An average of any length, from the snapshots of a run."""
+
+from pathlib import Path
+
+import numpy as np
+
+from trainer import checkpoint
+from trainer.ema import POWER, power_name
+from trainer.errors import RunError
+from trainer.posthoc import coefficients, combine
+from trainer.run_folder import read_config
+from trainer.weights import check_out, read_part, write_weights
+
+
+def reconstruct(run: Path, std: float, out: Path, position: int | None = None) -> int:
+    """Write a run's average of relative `std` at `position` (images seen; None: the last snapshot) as a .safetensors
+    file; how many averages in snapshots it is made of. RunError if there are none, or they do not reach it."""
+    check_out(out)
+    config = read_config(run)
+    folders, _ = checkpoint.find(run / checkpoint.SNAPSHOTS)
+    if not folders:
+        raise RunError(
+            f"{run}: no snapshots in it; train with optim.power_ema=[0.05,0.1] checkpoint.snapshot_every=..."
+        )
+    batch = config.train.global_batch
+    position = int(folders[-1].name) if position is None else position
+    kept = [(folder, one) for folder in folders for one in config.optim.power_ema]
+    factors = coefficients([(one, int(folder.name) // batch) for folder, one in kept], std, position // batch)
+    used = [(folder, one, factor) for (folder, one), factor in zip(kept, factors, strict=True) if factor]
+    for folder in {folder for folder, _, _ in used}:
+        checkpoint.verify(folder)
+    parts = (read_part(folder, power_name(one)) for folder, one, _ in used)
+    weights = combine(parts, np.array([factor for _, _, factor in used]))
+    write_weights(weights, out, used[-1][0], f"{POWER}{std} at {position}")
+    return len(used)
