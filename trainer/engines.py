@@ -67,10 +67,14 @@ class Engine:
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
         """While this is open, the forward pass uses the EMA weights."""
+        self._drop_gathered()
         with self.averages["ema"].in_network():
             yield
+        self._drop_gathered()
+
+    def _drop_gathered(self) -> None:
         if isinstance(self.network, FSDPModule):
-            self.network.reshard()  # the root keeps what a forward gathered until a backward: drop it with the EMA
+            self.network.reshard()  # the root keeps what a forward pass gathered until a backward pass
 
     def state(self) -> dict[str, dict]:
         """model, ema and other averages, and optimizer by parameter name, the same names and shapes with every engine.

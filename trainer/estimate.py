@@ -3,12 +3,17 @@
 - FLOPs: multiply-adds of a forward pass counted by fvcore (attention of the groups included), times 2 for FLOPs, times
   3 for forward and backward (Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1).
 - Model states: AdamW in fp32 keeps 4 bytes each of parameter, gradient and two moments (Rajbhandari et al. 2020,
-  "ZeRO", section 3.1), the EMA 4 more; FSDP divides them by the world size. The gathered blocks come on top.
+  "ZeRO", section 3.1), each average of the weights 4 more, DeepSpeed's optimizer a copy of the weights another 4. What
+  an engine shards is divided by its ranks: all of it with fsdp, hsdp (by `shard_size`, here the whole world if null)
+  and ZeRO-3, of ZeRO-1 the optimizer's part, of ZeRO-2 that and gradients. The gathered blocks come on top. With
+  `offload` the states are in the host's memory.
 - Activations: 34 bytes per token, channel and block in bf16, without the attention matrix, which fused attention does
   not keep (Korthikanti et al. 2022, "Reducing Activation Recomputation", equation 2); twice that in fp32. It counts
-  dropout masks, which we lack, and not the adaptive norm's copies, which we have: the least exact line.
-- Communication: a ring all-reduce moves 2 (P - 1) / P of the gradients per rank and step; FSDP gathers the weights for
-  forward and backward and reduces the gradients: 3 (P - 1) / P ("ZeRO", section 7).
+  dropout masks, which we lack, and not the adaptive norm's copies, which we have: the least exact line. A block that is
+  recomputed keeps its input alone (2 bytes), and one at a time the rest.
+- Communication: a ring all-reduce moves 2 (P - 1) / P of the gradients per rank and step, as ZeRO-1 and 2 do in two
+  halves; FSDP and ZeRO-3 gather the weights for forward and backward and reduce the gradients: 3 (P - 1) / P ("ZeRO",
+  section 7); HSDP does so inside a copy, and all-reduces shards of gradients between copies.
 - Time: world size x peak x utilisation over FLOPs, with the peaks of NVIDIA's data sheet, dense.
 """
 
@@ -34,34 +39,56 @@ def estimate(config: Config, images: Images, world_size: int, utilisation: float
     flops_per_image = 3 * ((1 - share) * single + share * grouped)
 
     batch, ranks = config.train.global_batch, world_size
-    sharded = config.engine == "fsdp"
+    shards, states, communication = _layout(config, ranks)
     per_rank = config.train.micro_batch or batch // ranks
     tokens = (side // config.model.patch) ** 2
     bytes_of_number = 2 if config.precision == "bf16" else 4
     block = max(sum(p.numel() for p in block.parameters()) for block in network.blocks)
-    rounds = {"fsdp": 3, "ddp": 2, "single": 0}[config.engine]
     rate = world_size * PEAK_FLOPS[config.precision] * utilisation / flops_per_image
     return {
         "parameters": parameters,
         "flops_per_step": flops_per_image * batch,
-        "states": 20 * parameters / (ranks if sharded else 1),
-        "gathered": 2 * block * bytes_of_number if sharded else 0,
-        "activations": 17 * bytes_of_number * tokens * config.model.width * config.model.depth * per_rank,
-        "communication": rounds * (ranks - 1) / ranks * parameters * 4,
+        "states": states * parameters,
+        "gathered": 2 * block * bytes_of_number if shards > 1 else 0,
+        "activations": bytes_of_number * tokens * config.model.width * per_rank * _kept_of_blocks(config),
+        "communication": communication * parameters * 4,
         "images_per_second": rate,
         "days": config.train.images / rate / 86400,
     }
 
 
+def _layout(config: Config, ranks: int) -> tuple[int, float, float]:
+    """(ranks that share one copy of the weights, bytes of states a parameter on a rank, numbers sent a parameter)."""
+    averages = 4 * (1 + len(config.optim.power_ema))
+    if config.engine in ("single", "ddp") or (config.engine == "deepspeed" and config.zero == 0):
+        return 1, 16 + averages, 2 * (ranks - 1) / ranks
+    if config.engine == "deepspeed" and config.zero < 3:
+        sharded = 12 if config.zero == 1 else 16
+        return 1, 20 + averages - sharded + sharded / ranks, 2 * (ranks - 1) / ranks
+    shards = (config.shard_size or ranks) if config.engine == "hsdp" else ranks
+    copies = ranks // shards
+    states = 20 if config.engine == "deepspeed" else 16
+    between = 2 * (copies - 1) / copies / shards
+    return shards, (states + averages) / shards, 3 * (shards - 1) / shards + between
+
+
+def _kept_of_blocks(config: Config) -> float:
+    """Numbers kept per token and channel: 17 a block, or 1 and the 17 of one at a time."""
+    depth, every = config.model.depth, config.activation_checkpointing
+    recomputed = -(-depth // every) if every else 0
+    return 17 * (depth - recomputed) + (recomputed + 17 if recomputed else 0)
+
+
 def estimate_table(config: Config, images: Images, world_size: int, utilisation: float) -> str:
     """The estimate for people."""
     e = estimate(config, images, world_size, utilisation)
-    memory = e["states"] + e["gathered"] + e["activations"]
+    memory = e["states"] * (not config.offload) + e["gathered"] + e["activations"]
+    place = ", in the host's memory" if config.offload else ""
     rows = [
         ("parameters", f"{e['parameters'] / 1e6:,.1f} M"),
         ("FLOPs of a step", f"{e['flops_per_step'] / 1e12:,.1f} T"),
         (f"memory of a rank, engine={config.engine}", f"{memory / 2**30:,.2f} GiB"),
-        ("  parameters, gradients, optimizer, EMA", f"{e['states'] / 2**30:,.2f} GiB"),
+        (f"  parameters, gradients, optimizer, EMA{place}", f"{e['states'] / 2**30:,.2f} GiB"),
         ("  blocks gathered at once", f"{e['gathered'] / 2**30:,.2f} GiB"),
         ("  activations", f"{e['activations'] / 2**30:,.2f} GiB"),
         ("sent by a rank in a step", f"{e['communication'] / 2**30:,.2f} GiB"),

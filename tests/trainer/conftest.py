@@ -33,9 +33,9 @@ class Launcher:
     def __init__(self) -> None:
         self.processes: list[subprocess.Popen] = []
 
-    def start(self, world_size: int, *runs: list[str]) -> list[subprocess.Popen]:
+    def start(self, world_size: int, *runs: list[str], script: str = "train_many.py") -> list[subprocess.Popen]:
         ports = free_ports(runs)
-        command = [sys.executable, str(HERE / "train_many.py"), str(TINY), json.dumps(runs), json.dumps(ports)]
+        command = [sys.executable, str(HERE / script), str(TINY), json.dumps(runs), json.dumps(ports)]
         started = []
         for rank in range(world_size):
             world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
@@ -45,15 +45,20 @@ class Launcher:
         self.processes += started
         return started
 
-    def run(self, world_size: int, *runs: list[str]) -> str:
+    def run(self, world_size: int, *runs: list[str], script: str = "train_many.py") -> str:
         """Run to the end; the stderr of rank 0."""
-        code, errors = self.finish(self.start(world_size, *runs))
+        code, errors = self.finish(self.start(world_size, *runs, script=script))
         assert code == 0, errors
         return errors
 
     def finish(self, processes: list[subprocess.Popen]) -> tuple[int, str]:
         """(exit code, stderr) of rank 0 once all have ended."""
-        errors = [process.communicate(timeout=180)[1] for process in processes]
+        errors: list[str] = []
+        for process in processes:
+            try:
+                errors.append(process.communicate(timeout=180)[1])
+            except subprocess.TimeoutExpired:
+                raise AssertionError(f"rank {len(errors)} does not end; what the others said: {errors}") from None
         return processes[0].returncode, errors[0]
 
     def signal(self, processes: list[subprocess.Popen], number: int) -> None:
@@ -61,11 +66,14 @@ class Launcher:
             process.send_signal(number)
 
 
-@pytest.fixture
-def launcher():
+def _launcher():
     launcher = Launcher()
     yield launcher
     launcher.signal([p for p in launcher.processes if p.poll() is None], signal.SIGKILL)
+
+
+launcher = pytest.fixture(_launcher)
+module_launcher = pytest.fixture(_launcher, scope="module")
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,25 @@ def test_memory_and_communication_by_engine(world_size):
     assert ddp["gathered"] == 0 < fsdp["gathered"] < fsdp["parameters"]
 
 
+def test_sharding_divides_what_each_engine_promises():
+    def of(engine, **more):
+        e = estimate(config(engine=engine, **more), Latents(), 8, 0.5)
+        return [e["states"] / e["parameters"], e["communication"] / e["parameters"] / 4]
+
+    assert of("hsdp") == of("fsdp") == of("hsdp", shard_size=8) == [20 / 8, 3 * 7 / 8]
+    assert of("hsdp", shard_size=2) == [20 / 2, 3 / 2 + 2 * 3 / 4 / 2]
+    assert of("hsdp", shard_size=1) == of("ddp") == of("deepspeed", zero=0)
+    assert of("deepspeed", zero=1) == [4 + 4 + 4 + 12 / 8, 2 * 7 / 8]  # weights, gradients, EMA; moments and a copy
+    assert of("deepspeed", zero=2) == [4 + 4 + 16 / 8, 2 * 7 / 8]
+    assert of("deepspeed", zero=3) == [24 / 8, 3 * 7 / 8]
+    assert of("ddp", optim={"power_ema": [0.05, 0.1]})[0] == 28
+
+
+def test_recomputed_blocks_keep_their_inputs():
+    kept = [estimate(config(activation_checkpointing=k), Latents(), 8, 0.5)["activations"] for k in (0, 1, 2, 28)]
+    assert [round(28 * 17 * k / kept[0], 6) for k in kept] == [28 * 17, 28 + 17, 14 * 17 + 14 + 17, 27 * 17 + 1 + 17]
+
+
 def test_time_follows_from_rate_and_micro_batches_bound_activations():
     a = estimate(config(precision="bf16"), Latents(), 8, 0.4)
     b = estimate(config(precision="bf16", train={"micro_batch": 4, "images": 1000}), Latents(), 8, 0.4)

@@ -1,0 +1,101 @@
+"""One rank that goes on from the runs of other engines, one after another: `go_on.py CONFIG RUNS PORTS`, lists in JSON.
+
+A run is a list of overrides, with run=FOLDER. For each FOLDER/../from-* its newest checkpoint is loaded, compared with
+what is stored, and three steps are made; rank 0 writes what came of it to FOLDER.json:
+{from: {"differ": [names], "errors": [of outputs], "losses": [...]}}.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from unittest.mock import Mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+
+from models.objective import denoising_loss
+from models.paths import PATHS
+from trainer import checkpoint
+from trainer.batches import make_batches
+from trainer.build import build_network, open_data
+from trainer.config import load_config
+from trainer.engines import Engine, build_engine
+from trainer.ranks import process_group
+from trainer.restore import restore
+
+
+@cache
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """Read without the ranks."""
+    index = checkpoint.Reader(folder).read_metadata().state_dict_metadata
+    state = {k: torch.empty(m.size) for k, m in index.items() if isinstance(m, TensorStorageMetadata)}
+    torch.distributed.checkpoint.load(state, storage_reader=checkpoint.Reader(folder), no_dist=True)
+    return state
+
+
+def flat(tree: dict, prefix: str = "") -> dict[str, torch.Tensor]:
+    """By the names in a checkpoint."""
+    found = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Of all ranks."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def outputs(network: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """For inputs that all ranks have."""
+    number = torch.arange(4)
+    with torch.no_grad():
+        return network(torch.linspace(-1, 1, 256).view(4, 1, 8, 8), number / 4, number, number, 2)
+
+
+def output_errors(engine: Engine, network: nn.Module, expected: dict[str, torch.Tensor]) -> list[float]:
+    """How far the engine's outputs are from those of a network with the stored averages, weights, averages."""
+    errors = []
+    for part in ("ema", "model", "ema"):
+        network.load_state_dict(
+            {k.removeprefix(f"{part}."): v for k, v in expected.items() if k.startswith(f"{part}.")}
+        )
+        with engine.ema_weights() if part == "ema" else nullcontext():
+            errors.append((outputs(engine) - outputs(network)).abs().max().item())
+    return errors
+
+
+if __name__ == "__main__":
+    for overrides, port in zip(json.loads(sys.argv[2]), json.loads(sys.argv[3]), strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        config = load_config(sys.argv[1], overrides)
+        images, batch, results = open_data(config), config.train.global_batch, {}
+        with process_group() as ranks:
+            engine = build_engine(config, config.optim, build_network(config, images), ranks)
+            for source in sorted(Path(config.run).parent.glob("from-*")):
+                newest = checkpoint.find(source / "checkpoints")[0][-1]
+                first = restore(newest, engine, batch) // batch
+                found, expected = flat(engine.state()), stored(newest)
+                differ = sorted(found.keys() ^ expected.keys())
+                differ += [k for k in expected if k in found and not torch.equal(whole(found[k]), expected[k])]
+                errors, losses = output_errors(engine, build_network(config, images), expected), []
+                for micro_batches in make_batches(config, images, ranks, first, first + 3, Mock()):
+                    loss = torch.zeros(())
+                    for i, micro in enumerate(micro_batches):
+                        with engine.accumulating(last=i == len(micro_batches) - 1):
+                            part = denoising_loss(engine, PATHS[config.path](), micro).sum() * ranks.world_size / batch
+                            engine.backward(part)
+                            loss += part.detach()
+                    engine.step(config.optim.lr_at(batch * (first + len(losses) + 1)))
+                    dist.all_reduce(loss)
+                    losses.append(loss.item() / ranks.world_size)
+                results[source.name] = {"differ": differ, "errors": errors, "losses": losses}
+            if ranks.rank == 0:
+                Path(config.run + ".json").write_text(json.dumps(results))

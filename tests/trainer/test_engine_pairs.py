@@ -1,0 +1,63 @@
+"""A run may stop under any engine on any number of ranks, and go on under any other."""
+
+import json
+
+import pytest
+
+ENGINES = {  # name -> (ranks, overrides)
+    "single-1": (1, ["engine=single"]),
+    "ddp-2": (2, ["engine=ddp"]),
+    "fsdp-2": (2, ["engine=fsdp"]),
+    "fsdp-4": (4, ["engine=fsdp"]),
+    "hsdp-2x2": (4, ["engine=hsdp", "shard_size=2"]),
+    "zero1-2": (2, ["engine=deepspeed", "zero=1"]),
+    "zero2-2": (2, ["engine=deepspeed", "zero=2"]),
+    "zero3-2": (2, ["engine=deepspeed", "zero=3"]),
+    "zero3-4": (4, ["engine=deepspeed", "zero=3"]),
+}
+# Parameters whose first dimension is smaller than the ranks (1: the output of a patch of one pixel) or not divisible by
+# them (11: labels), and sizes that ZeRO's flat shards must pad.
+UNEVEN = ["model.patch=1", "model.width=36", "model.heads=3", "model.depth=1", "optim.power_ema=[0.1]"]
+
+
+def worlds():
+    return {world: [name for name, (ranks, _) in ENGINES.items() if ranks == world] for world in (1, 2, 4)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("pairs")
+
+
+@pytest.fixture(scope="module")
+def stopped(module_launcher, folder):
+    """Runs of each engine that stopped after 3 steps, and a whole one of 6."""
+    module_launcher.run(1, [*UNEVEN, "engine=single", f"run={folder}/whole", "train.images=192"])
+    for world, names in worlds().items():
+        module_launcher.run(
+            world, *([*ENGINES[n][1], *UNEVEN, f"run={folder}/from-{n}", "train.images=96"] for n in names)
+        )
+    return folder
+
+
+def test_all_engines_train_alike(stopped, metrics):
+    expected = [[row["loss"], row["grad_norm"]] for row in metrics(stopped / "whole")[:3]]
+    for name in ENGINES:
+        found = [[row["loss"], row["grad_norm"]] for row in metrics(stopped / f"from-{name}")]
+        for a, b in zip(found, expected, strict=True):
+            assert a == pytest.approx(b, abs=1e-5, rel=0), name
+
+
+def test_what_one_engine_saved_another_loads_bit_for_bit_and_goes_on_with(launcher, stopped, metrics):
+    """Weights, averages and moments; what it computes with its averages and its weights; the losses of three steps."""
+    expected = [row["loss"] for row in metrics(stopped / "whole")[3:]]
+    for world, names in worlds().items():
+        runs = ([*UNEVEN, *ENGINES[name][1], f"run={stopped}/{name}"] for name in names)
+        launcher.run(world, *runs, script="go_on.py")
+        for name in names:
+            results = json.loads((stopped / f"{name}.json").read_text())
+            assert len(results) == len(ENGINES)
+            for source, result in results.items():
+                assert result["differ"] == [], (source, name)
+                assert result["errors"] == pytest.approx([0, 0, 0], abs=1e-5), (source, name)
+                assert result["losses"] == pytest.approx(expected, abs=1e-5, rel=0), (source, name)
