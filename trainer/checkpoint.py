@@ -14,8 +14,9 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -56,7 +57,7 @@ class CheckpointConfig(BaseModel, extra="forbid", frozen=True):
     every: int = Field(1_280_000, ge=1)  # images
     keep: int = Field(3, ge=1)  # the newest ones
     keep_every: int = Field(0, ge=0)  # also, for good, the first one after each multiple of so many images; 0: none
-    keep_best: str | None = None  # also the one with the lowest value of this metric, as loss; null: none
+    keep_best: Literal["loss"] | None = None  # also the one with the lowest mean loss since the one before
     snapshot_every: int = Field(0, ge=0)  # images between two snapshots of optim.power_ema, which all stay; 0: none
     asynchronous: bool = True  # written while training goes on, from a copy in host memory
 
@@ -89,6 +90,7 @@ def save(
         if any(_everywhere(group, lambda: rank == 0 and _begin(partial, final))):
             return
         writer = dcp.FileSystemWriter(partial, sync_files=False)  # below, while they are read again
+        torch.serialization.set_crc32_options(False)  # of each tensor; our manifest has those of the files
         dcp.save(state, storage_writer=writer, process_group=group)
         parts = _everywhere(group, lambda: _sync_and_sum(partial.glob(f"__{rank}_*")))
 
@@ -107,11 +109,15 @@ def save(
         _everywhere(group, lambda: rank or finish())
     except (RunError, CheckpointException) as error:
         if isinstance(error, CheckpointException):
-            error = next(cause for cause, _ in error.failures.values())
+            error = _cause(error)
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)  # what can be: it takes room, and is nothing to go on from
         free = shutil.disk_usage(folder).free >> 20 if folder.is_dir() else 0
         raise RunError(f"{final}: cannot be written: {first_line(error)} ({free} MB free); make room there") from error
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    return next(cause for cause, _ in error.failures.values())
 
 
 def _begin(partial: Path, final: Path) -> bool:
@@ -151,6 +157,7 @@ def _sync_and_sum(files: Iterable[Path]) -> dict[str, list[int]]:
 def _checksum(file: Path) -> int:
     total, buffer = 0, bytearray(CHUNK)
     with file.open("rb", buffering=0) as stream:
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)  # the disk reads on while we sum
         while size := stream.readinto(buffer):
             total = zlib.crc32(memoryview(buffer)[:size], total)
     return total
@@ -183,11 +190,19 @@ def _damaged(checkpoint: Path) -> str:
 
 
 def load(checkpoint: Path, state: dict[str, dict]) -> int:
-    """Fill the tensors of `state` in place and return the position. RunError if one is missing or of another shape."""
+    """Fill the tensors of `state` in place and return the position. RunError if one is missing or of another shape, or
+    what is stored is no tensor."""
     _check_shapes(checkpoint, state)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        dcp.load(state, storage_reader=Reader(checkpoint))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            dcp.load(state, storage_reader=Reader(checkpoint))
+    except CheckpointException as error:
+        cause = _cause(error)
+        if isinstance(cause, OSError):
+            raise  # of the file system, which may work when the run is started again
+        says = first_line(cause).partition(". ")[0]
+        raise RunError(f"{checkpoint}: cannot be read: {says}; use another checkpoint") from error
     return read_manifest(checkpoint)["position"]
 
 
@@ -201,7 +216,7 @@ def read_manifest(checkpoint: Path) -> dict:
         text = file.read_text()
         fields = json.loads(text)
         fields.pop("crc32")
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         text, fields = None, {}
     if text != _manifest_text(fields):
         raise RunError(f"{file}: not as it was written; {_damaged(checkpoint)}")
@@ -212,18 +227,33 @@ class Reader(dcp.FileSystemReader):
     """DCP's reader, whose pickled index may name nothing but the classes that an index consists of."""
 
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
-        """The index. RunError if it names anything else: unpickling that would execute code."""
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = _IndexUnpickler(file).load()
-        metadata.storage_meta.load_id = self.load_id
+        """The index. RunError if it is none, or names anything else: unpickling that would execute code."""
+        path = Path(self.path) / ".metadata"
+        with path.open("rb") as file:
+            try:
+                metadata = _IndexUnpickler(file).load()
+                metadata.storage_meta.load_id = self.load_id
+            except OSError:
+                raise
+            except Exception as error:  # at foreign bytes an unpickler raises whatever it likes
+                says = error if isinstance(error, RunError) else f"no index of a checkpoint ({first_line(error)})"
+                raise RunError(f"{path}: {says}; use another checkpoint") from None
         return metadata
 
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in _INDEX_CLASSES:
-            raise RunError(f".metadata: refused, for {module}.{name} in it would execute code")
-        return super().find_class(module, name)
+            raise RunError(f"refused, for {module}.{name} in it would execute code")
+        found = super().find_class(module, name)
+        if not callable(found):
+            return found
+
+        def make(_: type, *arguments: object) -> object:
+            return found.__new__(found, *arguments) if is_dataclass(found) else found(*arguments)
+
+        # what makes such objects, not the class itself: a pickle can also set attributes of a class that it gets
+        return type(name, (), {"__new__": make})
 
 
 def stored_sizes(checkpoint: Path) -> dict[str, torch.Size]:
@@ -278,8 +308,9 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; killed half-way, it is one of the incomplete ones."""
-    shutil.rmtree(checkpoint.rename(checkpoint.with_suffix(INCOMPLETE)))
+    """Delete a checkpoint; killed half-way, it is one of the incomplete ones. So is, till later, what cannot be deleted
+    now: on NFS, a file that somebody reads."""
+    shutil.rmtree(checkpoint.rename(checkpoint.with_suffix(INCOMPLETE)), ignore_errors=True)
 
 
 def _write_synced(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 from trainer.engine_config import EngineConfig, OptimConfig
 from trainer.errors import RunError
 
+BUCKET = 5_000_000  # numbers sent or held at once: about what DDP does; DeepSpeed's own 5e8 take 2 GB
 # Keys of DeepSpeed's that say what fields of ours say, and these fields.
 _OURS = {
     "train_batch_size": "train.global_batch",
@@ -25,16 +26,19 @@ _OURS = {
 
 
 def deepspeed_config(config: EngineConfig, optim: OptimConfig) -> dict[str, Any]:
-    """The configuration for `deepspeed.initialize`: ours, and the further keys of `config.deepspeed`. RunError if one
+    """The configuration for `deepspeed.initialize`: ours, under the further keys of `config.deepspeed`. RunError if one
     of those belongs to a field of ours."""
+    zero = {"stage": config.zero, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+    if config.zero == 3:
+        zero |= {f"stage3_{name}": BUCKET for name in ("prefetch_bucket_size", "max_live_parameters")}
+        zero |= {"stage3_max_reuse_distance": 0}
+        zero |= {"stage3_param_persistence_threshold": 0}  # the EMA is swapped in shard by shard
     derived = {
         "train_micro_batch_size_per_gpu": 1,  # a formality: our loader makes the batches, our loop says when to step
         "gradient_clipping": (optim.clip or 0.0) if config.zero else 0.0,
-        "zero_optimization": {"stage": config.zero},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
     }
-    if config.zero == 3:
-        derived["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # the EMA is swapped in shard by shard
     if config.precision == "bf16":
         exact = {"lower_precision_safe_modules": []}  # of which gradients would be reduced in bf16
         derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", **exact}
@@ -50,7 +54,5 @@ def _merged(derived: dict[str, Any], extra: dict[str, Any], above: str = "") -> 
         inner = derived.get(key, {})
         if isinstance(value, dict) and isinstance(inner, dict):
             value = _merged(inner, value, name + ".")
-        elif key in derived and value != inner:
-            raise RunError(f"deepspeed.{name}={value}: must be {inner}; leave it out")
         merged[key] = value
     return merged

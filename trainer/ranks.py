@@ -3,9 +3,10 @@
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -72,12 +73,18 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
 
 def _absent(store: dist.Store, rank: int, world_size: int) -> list[int]:
     """Which ranks do not notice, a moment after this one, that something is wrong."""
-    try:
-        store.set(f"failed/{rank}", "")
-        time.sleep(GRACE)
-        return [other for other in range(world_size) if not store.check([f"failed/{other}"])]
-    except RuntimeError:
-        return [0]  # it keeps the store
+    found = [[0]]  # it keeps the store, and may not answer either
+
+    def ask() -> None:
+        with suppress(RuntimeError):
+            store.set(f"failed/{rank}", "")
+            time.sleep(GRACE)
+            found.append([other for other in range(world_size) if not store.check([f"failed/{other}"])])
+
+    asking = threading.Thread(target=ask, daemon=True)  # the store knows no time limit
+    asking.start()
+    asking.join(2 * GRACE)
+    return found[-1]
 
 
 def from_rank_0(function: Callable[[], T]) -> T:

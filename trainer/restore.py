@@ -25,10 +25,10 @@ def choose(folder: Path, images: Images, fallback: bool) -> tuple[Path | None, l
         if damage is None:
             notes += from_rank_0(lambda: _differences(newest, images))
             return newest, [*notes, f"continuing from {newest}"]
-        if not fallback:
+        if not fallback or from_rank_0(lambda: len(checkpoint.find(folder)[0])) == 1:  # never from the very start
             raise RunError(damage)
-        notes.append(f"{damage.partition(';')[0]}; it is {newest.name}{DAMAGED} now")
-        from_rank_0(lambda: newest.rename(newest.with_suffix(DAMAGED)))
+        aside = from_rank_0(lambda: _set_aside(newest))
+        notes.append(f"{damage.partition(';')[0]}; it is {aside.name} now")
     return None, notes
 
 
@@ -38,6 +38,15 @@ def restore(newest: Path, engine: Engine, batch: int) -> int:
     position = checkpoint.load(newest, state)
     engine.load_state(state, position // batch)
     return position
+
+
+def _set_aside(damaged: Path) -> Path:
+    aside = damaged.with_suffix(DAMAGED)
+    number = 1
+    while aside.exists():  # of another time at this position
+        number += 1
+        aside = damaged.with_suffix(f"{DAMAGED}-{number}")
+    return damaged.rename(aside)
 
 
 def _remove_incomplete(folder: Path) -> list[str]:

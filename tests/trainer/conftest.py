@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +13,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.stores import encoded, noise, sample, write, write_tar
+from tests.trainer.forked import TINY, Forked, free_ports, train_tiny
+from trainer.ranks import process_group
 
 HERE = Path(__file__).parent
-TINY = HERE / "tiny.yaml"
-
-
-def free_ports(runs: tuple) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in runs]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 class Launcher:
@@ -128,3 +120,60 @@ def tars(tmp_path):
         write_tar(tmp_path / f"tars/train-{number}.tar", samples)
         contents |= {f"train-{number}/{one['__key__']}": one for one in samples}
     return tmp_path / "tars", contents
+
+
+@pytest.fixture
+def alone():
+    with process_group():
+        yield
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    ranks = Forked(tmp_path)
+    yield ranks
+    ranks.kill()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A run that nothing happened to, by its overrides."""
+    runs = {}
+
+    def of(*overrides):
+        if overrides not in runs:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            Forked(folder).run(2, train_tiny, f"run={folder / 'run'}", *overrides)
+            runs[overrides] = folder / "run"
+        return runs[overrides]
+
+    return of
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Makes a file system of few bytes; `small_disk(folder, size)` also changes the size of one."""
+    mounted = []
+
+    def make(folder, size):
+        options = f"{'remount,' if folder in mounted else ''}size={size}"
+        folder.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"needs the right to mount a tmpfs: {done.stderr.strip()}")
+        mounted.append(folder)
+
+    yield make
+    for folder in set(mounted):
+        subprocess.run(["umount", "--lazy", folder], stderr=subprocess.DEVNULL)  # unless the test did
+
+
+@pytest.fixture(scope="session")
+def same(metrics, tensors):
+    def check(run, whole, said="", last="checkpoints/000000000640"):
+        assert metrics(run) == metrics(whole), said
+        expected, found = tensors(whole / last), tensors(run / last)
+        assert expected.keys() == found.keys(), said
+        assert all(torch.equal(expected[name], found[name]) for name in expected), said
+
+    return check

@@ -7,13 +7,6 @@ import torch
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointConfig
 from trainer.errors import RunError
-from trainer.ranks import process_group
-
-
-@pytest.fixture
-def alone():
-    with process_group():
-        yield
 
 
 def state(seed):
@@ -61,7 +54,7 @@ def test_of_saves_between_the_regular_ones_none_stays_for_good(alone, tmp_path):
 def test_a_removal_killed_half_way_leaves_no_checkpoint(alone, tmp_path, monkeypatch):
     for position in (32, 64):
         checkpoint.save(tmp_path, position, state(0), "", "images")
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path: (path / checkpoint.MANIFEST).unlink())
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **_: (path / checkpoint.MANIFEST).unlink())
     checkpoint.prune(tmp_path, CheckpointConfig(keep=1))
     complete, incomplete = checkpoint.find(tmp_path)
     assert [path.name for path in complete] == ["000000000064"]

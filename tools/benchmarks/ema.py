@@ -16,10 +16,10 @@ UPDATES, ROUNDS = 10, 7
 
 
 def measure() -> tuple[Figures, Targets]:
-    """One process; forward, backward and AdamW of 32 images (256 on a GPU) of 32 x 32 x 4 are one `step`. It and the
+    """One process; forward, backward and AdamW of 8 images (64 on a GPU) of 32 x 32 x 4 are one `step`. It and the
     updates take turns, each update the mean of several: the ratios are medians of those of a turn."""
     gpu = torch.cuda.is_available()
-    images = 256 if gpu else 32
+    images = 64 if gpu else 8
     with torch.device("cuda" if gpu else "cpu"):
         network = DiT(ModelConfig(size="S"), channels=4, side=32, num_classes=1000)
     weights = dict(network.named_parameters())

@@ -1,0 +1,91 @@
+"""Ranks forked from one process that has imported everything, so that they start in a moment."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+
+from trainer.config import load_config
+from trainer.errors import RunError
+from trainer.loop import train
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["pytest", "tests.trainer.forked"])
+
+TINY = Path(__file__).parent / "tiny.yaml"
+
+
+def free_ports(runs: tuple) -> list[int]:
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in runs]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def train_tiny(*overrides):
+    train(load_config(TINY, overrides))
+
+
+def _rank(rank, world_size, port, errors, function, arguments):
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update({name: str(value) for name, value in world.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    torch.set_num_threads(1)
+    try:
+        function(*arguments)
+    except RunError as error:
+        sys.exit(f"error: {error}")
+
+
+class Forked:
+    """Starts ranks that call a function of a module; whatever still lives at the end of the test is killed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.processes = folder, []
+
+    def start(self, world_size, function, *arguments):
+        port = str(free_ports((0,))[0])
+        ranks = [(r, world_size, port, self.folder / f"stderr-{r}", function, arguments) for r in range(world_size)]
+        started = [CONTEXT.Process(target=_rank, args=rank) for rank in ranks]
+        for process in started:
+            process.start()
+        self.processes += started
+        return started
+
+    def finish(self, processes, seconds=120):
+        """[(exit code, stderr)] of the ranks, which have to end by themselves."""
+        for process in processes:
+            process.join(seconds)
+        codes = [process.exitcode for process in processes]
+        errors = [(self.folder / f"stderr-{rank}").read_text() for rank in range(len(processes))]
+        assert None not in codes, ("still running", codes, errors)
+        return list(zip(codes, errors, strict=True))
+
+    def run(self, world_size, function, *arguments):
+        """To the end, which has to be good; the stderr of rank 0."""
+        ended = self.finish(self.start(world_size, function, *arguments))
+        assert all(code == 0 for code, _ in ended), ended
+        return ended[0][1]
+
+    def fail(self, world_size, function, *arguments):
+        """To the end, which has to be the same line `error: ...` on all ranks; that line."""
+        return one_line(self.finish(self.start(world_size, function, *arguments)))
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+
+
+def one_line(ended):
+    """What all ranks say, given their (exit code, stderr): one line and no traceback."""
+    for code, errors in ended:
+        assert code == 1 and "Traceback" not in errors, errors
+    lines = {errors.strip().splitlines()[-1] for _, errors in ended}
+    assert len(lines) == 1, lines
+    line = lines.pop()
+    assert line.startswith("error: ")
+    return line

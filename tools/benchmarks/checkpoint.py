@@ -1,0 +1,120 @@
+"""Checkpoints beside the disk: GB/s of saving, and of verifying and loading, over those of bare files with the same
+bytes and of torch.save and torch.load; and how long an asynchronous save keeps the training from going on."""
+
+import io
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from operator import truediv
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+
+from benchmarks import Figures, Targets
+from benchmarks.memory import on_ranks
+from models.dit import DiT, ModelConfig
+from trainer import checkpoint
+from trainer.checkpoint import CheckpointConfig
+from trainer.ema import local_shards
+from trainer.engine_config import EngineConfig, OptimConfig
+from trainer.engines import build_engine
+from trainer.ranks import Ranks
+from trainer.saving import Saver
+
+ROUNDS, KINDS = 5, ("ours", "plain", "torch")
+
+
+def measure() -> tuple[Figures, Targets]:
+    """DiT-B/2 with optimizer and EMA, 2.1 GB; one rank (single), two (fsdp: each writes its half, the bare files too).
+    All is written to the disk of the current folder itself (fsync) and read from it (the cache forgets it before). The
+    kinds take turns; ratios are medians of those of a turn."""
+    figures, targets = {}, {"async_blocked_over_sync": ("<", 0.15)}
+    for ranks in (1, 2):
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            seconds, gigabytes = on_ranks(ranks, _rank, Path(folder).resolve())[0]
+        for verb in ("save", "load"):
+            for kind in KINDS:
+                took = seconds[f"{verb}_{kind}"]
+                figures[f"{verb}_{kind}_gb_per_second_{ranks}"] = gigabytes / statistics.median(took)
+                ratios = map(truediv, took, seconds[f"{verb}_ours"])
+                figures |= {f"{verb}_over_{kind}_{ranks}": statistics.median(ratios)} if kind != "ours" else {}
+            targets[f"{verb}_over_plain_{ranks}"] = (">=", 0.9)
+    figures |= {f"save_{kind}_seconds": statistics.median(seconds[kind]) for kind in ("sync", "blocked")}
+    figures["async_blocked_over_sync"] = statistics.median(map(truediv, seconds["blocked"], seconds["sync"]))
+    return figures, targets
+
+
+def _rank(place: Ranks, folder: Path) -> tuple[dict[str, list[float]], float]:
+    """Seconds of each turn, by kind, and the GB of the state."""
+    network = DiT(ModelConfig(size="B"), channels=4, side=32, num_classes=1000)
+    gigabytes = 4 * 4 * sum(weight.numel() for weight in network.parameters()) / 1e9
+    config = EngineConfig(engine="single" if place.world_size == 1 else "fsdp")
+    state = build_engine(config, OptimConfig(), network, place).state()
+    tensors = local_shards({key: tensor.detach() for key, tensor in flatten_state_dict(state)[0].items()})
+    list(map(torch.Tensor.normal_, tensors))  # the moments have no memory yet
+    seconds = _turns(folder, state, tensors) | (_blocked(folder, state) if place.world_size > 1 else {})
+    return {kind: took[1:] for kind, took in seconds.items()}, gigabytes  # the first turn warms up
+
+
+def _turns(folder: Path, state: dict[str, dict], tensors: list[torch.Tensor]) -> dict[str, list[float]]:
+    rank, ours = dist.get_rank(), folder / f"{0:012d}"
+    file = folder / f"file{rank}"
+    buffers = [tensor.numpy().reshape(-1).view("u1").data for tensor in tensors]
+
+    def load() -> None:  # as trainer/restore.py does
+        checkpoint.verify(ours, rank, dist.get_world_size())
+        dist.barrier()
+        checkpoint.load(ours, state)
+
+    def write(fill: Callable[[io.FileIO], None]) -> None:
+        with file.open("wb", buffering=0) as stream:
+            fill(stream)
+            os.fsync(stream.fileno())
+
+    def read() -> None:
+        with file.open("rb", buffering=0) as stream:
+            list(map(stream.readinto, buffers))
+
+    ways = {
+        "ours": (lambda: checkpoint.save(folder, 0, state, "", ""), load),
+        "plain": (lambda: write(lambda stream: stream.writelines(buffers)), read),
+        "torch": (lambda: write(partial(torch.save, tensors)), lambda: torch.load(file)),
+    }
+    seconds = {f"{verb}_{kind}": [] for verb in ("save", "load") for kind in KINDS}
+    for i in range(ROUNDS + 1):
+        for kind in KINDS[i % 3 :] + KINDS[: i % 3]:
+            for verb, way in zip(("save", "load"), ways[kind], strict=True):
+                seconds[f"{verb}_{kind}"].append(_seconds(way, folder))
+            shutil.rmtree(ours, ignore_errors=True)
+            file.unlink(missing_ok=True)
+    return seconds
+
+
+def _blocked(folder: Path, state: dict[str, dict]) -> dict[str, list[float]]:
+    """Seconds of `Saver.save`, synchronous and not."""
+    seconds = {"sync": [], "blocked": []}
+    savers = {kind: Saver(folder, CheckpointConfig(keep=1, asynchronous=kind != "sync"), 600) for kind in seconds}
+    for i, kind in enumerate([*seconds] * (ROUNDS + 1)):
+        seconds[kind].append(_seconds(partial(savers[kind].save, i, {"checkpoints": state}, "", "", {}), folder))
+        savers[kind].wait()
+    return seconds
+
+
+def _seconds(way: Callable[[], object], folder: Path) -> float:
+    """Until the slowest rank has done it. The disk has nothing else to do, and the cache nothing of the files."""
+    dist.barrier()
+    os.sync()
+    for file in filter(Path.is_file, folder.rglob("*")):
+        with file.open() as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    dist.barrier()
+    start = time.perf_counter()
+    way()
+    dist.barrier()
+    return time.perf_counter() - start
