@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from trainer.ema import make_averages
 from trainer.engine_config import EngineConfig, OptimConfig
 from trainer.errors import RunError
 from trainer.ranks import Ranks
+
+if TYPE_CHECKING:
+    from trainer.deepspeed_engine import DeepSpeedEngine
 
 UNIT_PARAMETERS = 1_000_000  # FSDP gathers at least so many at once: less costs more to start than to send
 
@@ -124,7 +128,9 @@ def _recompute(block: nn.Module) -> None:
     block.forward = partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)  # nothing random
 
 
-def build_engine(config: EngineConfig, optim: OptimConfig, network: nn.Module, ranks: Ranks) -> Engine:
+def build_engine(
+    config: EngineConfig, optim: OptimConfig, network: nn.Module, ranks: Ranks
+) -> "Engine | DeepSpeedEngine":
     """Lay a network, equal on all ranks, over them. The order is: activation checkpointing, compile, then shard or
     replicate, then the optimizer.
 

@@ -149,3 +149,14 @@ def test_told_to_stop_a_run_saves_and_continues_where_it_was(tmp_path, tiny, met
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
     assert train(config) == "finished", "nothing is left to do, and that is no error"
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_rank_that_no_longer_answers_is_named_within_the_timeout(frozen, launcher, tmp_path):
+    """Also rank 0, which keeps the store by which the ranks ask for each other."""
+    run = tmp_path / "run"
+    processes = launcher.start(2, [f"run={run}", "train.timeout=6", "train.images=64000"])
+    wait_for(lambda: rows(run) >= 3, processes)
+    processes[frozen].send_signal(signal.SIGSTOP)
+    errors = processes[1 - frozen].communicate(timeout=60)[1]
+    assert processes[1 - frozen].returncode and f"no answer from ranks {frozen}" in errors
