@@ -2,8 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import deepspeed
 import torch
@@ -25,7 +24,7 @@ from torch.distributed.tensor import DTensor, Shard
 from trainer.deepspeed_config import deepspeed_config
 from trainer.ema import make_averages
 from trainer.engine_config import EngineConfig, OptimConfig
-from trainer.engines import init_moments
+from trainer.engines import Engine, init_moments
 
 deepspeed.ops.__compatible_ops__ = {}  # it would try to compile them all, and compile one for a minute; none is used
 # of each collective that DeepSpeed calls, from torch 2.13 on
@@ -33,8 +32,8 @@ warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", Futu
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class DeepSpeedEngine:
-    """What `trainer.engines.Engine` is, by DeepSpeed. Weights stay fp32; bf16 is autocast, as with ddp.
+class DeepSpeedEngine(Engine):
+    """An engine by DeepSpeed. Weights stay fp32; bf16 is autocast, as with ddp.
 
     Averages are kept as the weights are: whole up to stage 2, each rank its shards at stage 3.
     """
@@ -94,22 +93,13 @@ class DeepSpeedEngine:
         if self._stage == 0:  # DeepSpeed would clip as well, but not tell the norm
             norm = nn.utils.clip_grad_norm_(self.weights.values(), self._clip or torch.inf)
         self.engine.step()
-        self.steps += 1
-        for average in self.averages.values():
-            average.update(self.steps)
+        self.update_averages()
         return (
             norm if self._stage == 0 else torch.as_tensor(self.engine.get_global_grad_norm(), device=self.engine.device)
         )
 
-    @contextmanager
-    def ema_weights(self) -> Iterator[None]:
-        """While this is open, the forward pass uses the EMA weights."""
-        self._drop_gathered()
-        with self.averages["ema"].in_network():
-            yield
-            self._drop_gathered()
-
-    def _drop_gathered(self) -> None:
+    def drop_gathered(self) -> None:
+        """What the network has gathered of its shards must be gathered anew: the shards are others now."""
         if self._stage == 3:
             self.engine.empty_partition_cache()
 

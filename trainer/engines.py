@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +21,6 @@ from trainer.ema import make_averages
 from trainer.engine_config import EngineConfig, OptimConfig
 from trainer.errors import RunError
 from trainer.ranks import Ranks
-
-if TYPE_CHECKING:
-    from trainer.deepspeed_engine import DeepSpeedEngine
 
 UNIT_PARAMETERS = 1_000_000  # FSDP gathers at least so many at once: less costs more to start than to send
 
@@ -63,20 +59,25 @@ class Engine:
         norm = nn.utils.clip_grad_norm_(self.weights.values(), self._clip or torch.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.update_averages()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def update_averages(self) -> None:
+        """After each step."""
         self.steps += 1
         for average in self.averages.values():
             average.update(self.steps)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
         """While this is open, the forward pass uses the EMA weights."""
-        self._drop_gathered()
+        self.drop_gathered()
         with self.averages["ema"].in_network():
             yield
-        self._drop_gathered()
+            self.drop_gathered()
 
-    def _drop_gathered(self) -> None:
+    def drop_gathered(self) -> None:
+        """What the network has gathered of its shards must be gathered anew: the shards are others now."""
         if isinstance(self.network, FSDPModule):
             self.network.reshard()  # the root keeps what a forward pass gathered until a backward pass
 
@@ -128,9 +129,7 @@ def _recompute(block: nn.Module) -> None:
     block.forward = partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)  # nothing random
 
 
-def build_engine(
-    config: EngineConfig, optim: OptimConfig, network: nn.Module, ranks: Ranks
-) -> "Engine | DeepSpeedEngine":
+def build_engine(config: EngineConfig, optim: OptimConfig, network: nn.Module, ranks: Ranks) -> Engine:
     """Lay a network, equal on all ranks, over them. The order is: activation checkpointing, compile, then shard or
     replicate, then the optimizer.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from trainer import checkpoint
 from trainer.config import load_config
 from trainer.errors import RunError
 from trainer.loop import train
@@ -89,3 +90,14 @@ def one_line(ended):
     line = lines.pop()
     assert line.startswith("error: ")
     return line
+
+
+def positions(folder):
+    return [int(path.name) for path in checkpoint.find(folder)[0]]
+
+
+def newest_is_good(folder):
+    complete, _ = checkpoint.find(folder)
+    if complete:
+        checkpoint.verify(complete[-1])
+    return bool(complete)

@@ -7,24 +7,13 @@ import subprocess
 import pytest
 import torch
 
-from tests.trainer.forked import train_tiny
+from tests.trainer.forked import positions, train_tiny
 from trainer import checkpoint
 from trainer.checkpoint import CHECKPOINTS, CheckpointConfig
 
 RANDOM = random.SystemRandom()
 LAST = "checkpoints/000000000640"
 MB = 1 << 20
-
-
-def positions(folder):
-    return [int(path.name) for path in checkpoint.find(folder)[0]]
-
-
-def newest_is_good(folder):
-    complete, _ = checkpoint.find(folder)
-    if complete:
-        checkpoint.verify(complete[-1])
-    return bool(complete)
 
 
 def small_state():

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from tests.trainer.forked import one_line, train_tiny
+from tests.trainer.forked import newest_is_good, one_line, positions, train_tiny
 from trainer import checkpoint
 from trainer.checkpoint import CHECKPOINTS, CheckpointConfig
 from trainer.ranks import process_group
@@ -23,17 +23,6 @@ from trainer.saving import Saver
 RANDOM = random.SystemRandom()
 LAST = "checkpoints/000000000640"
 MB = 1 << 20
-
-
-def positions(folder):
-    return [int(path.name) for path in checkpoint.find(folder)[0]]
-
-
-def newest_is_good(folder):
-    complete, _ = checkpoint.find(folder)
-    if complete:
-        checkpoint.verify(complete[-1])
-    return bool(complete)
 
 
 # written while the state changes
