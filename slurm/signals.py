@@ -13,6 +13,8 @@ def note_signals() -> list[int]:
     return noted
 
 
-def block_signals() -> None:
-    """At the end: Python gives up its handlers before it exits, and a signal would then make a failure of success."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+def ignore_signals() -> None:
+    """At the end: Python gives up its handlers before it exits, and a signal, which any thread may get, would then make
+    a failure of success. What is ignored stays ignored."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from slurm.records import write_record
-from slurm.signals import block_signals, note_signals
+from slurm.signals import ignore_signals, note_signals
 
 
 def main(logs: Path) -> int:
@@ -66,7 +66,7 @@ def _one_line(error: BaseException) -> str:
 
 if __name__ == "__main__":
     failed = main(Path(sys.argv[1]))
-    block_signals()
+    ignore_signals()
     if failed:
         sys.stdout.flush()
         sys.stderr.flush()
