@@ -186,7 +186,7 @@ def verify(checkpoint: Path, part: int = 0, parts: int = 1) -> None:
 
 
 def _damaged(checkpoint: Path) -> str:
-    return f"{checkpoint} is damaged: remove it, or set resume.fallback=true, to continue from the one before it"
+    return f"it is damaged: remove {checkpoint}, or set resume.fallback=true, to continue from the one before it"
 
 
 def load(checkpoint: Path, state: dict[str, dict]) -> int:
