@@ -219,7 +219,7 @@ def test_the_rank_the_host_and_the_cause_of_a_failure_are_named(faults):
 def test_a_host_that_failed_twice_is_left_out(faults):
     state = read_state(faults.run("bad host"))
     bad = state.attempts[0].hosts[1]
-    assert state.excluded == [bad] and state.host_failures == {bad: 2}
+    assert state.excluded == [bad] and state.host_failures[bad] == 2
     assert bad not in state.attempts[2].hosts
 
 
