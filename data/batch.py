@@ -1,7 +1,7 @@
 """A batch: a pure function of (config, image numbers, stream position)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -28,13 +28,14 @@ class Batch:
 
     x: Tensor  # (B, C, H, W) clean: latents, or pixels in [-1, 1]
     noise: Tensor  # (B, C, H, W) standard normal
-    t: Tensor  # (B,) in [0, 1]
+    t: Tensor  # (B,) in [0, 1]: shares of a distribution of timesteps, which the path knows
     label: Tensor  # (B,) class numbers
     slot: Tensor  # (B,) rows of the sample embedding
     conditional: Tensor  # (B,) bool
     group_size: int
     grouped: bool  # of the group kind, also where groups are of one image
     fallbacks: int = 0  # groups that the query could not fill
+    sharing: int | None = None  # the first so many, whole groups, share attention in their groups; None: all
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -49,18 +50,30 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def make_batch(images: Images, config: GroupsConfig, max_group_size: int, seed: int, micro: MicroBatch) -> Batch:
+def make_batch(
+    images: Images,
+    config: GroupsConfig,
+    max_group_size: int,
+    seed: int,
+    micro: MicroBatch,
+    in_window: Callable[[Tensor], Tensor] | None = None,
+) -> Batch:
     """Draws each image's noise, timestep, slot and dropping of its class from the generator of its own position;
-    what is common to a group comes from its first image's."""
+    what is common to a group comes from its first image's.
+
+    `in_window` tells of timesteps (n,) whether groups share attention there. Those that do come first in the batch; a
+    group goes by its first image.
+    """
     size = config.size if micro.grouped else 1
     number = len(micro.images)
     positions = np.arange(micro.position, micro.position + number)
-    drawn = draw(seed, Stream.TRAINING, positions, images.shape, size, max_group_size, images.posterior)
+    random = images.posterior, images.mirrored
+    drawn = draw(seed, Stream.TRAINING, positions, images.shape, size, max_group_size, *random)
     base, offset, drop = drawn.uniform.T
     first = np.arange(number) // size * size
     t = spread_timesteps(base[first], np.where(first == np.arange(number), 0.5, offset), config.spread)
     dropped = np.full(number, micro.grouped) if config.variant == "light" else drop[first] < config.drop
-    return Batch(
+    batch = Batch(
         x=images.read(micro.images, drawn),
         noise=torch.from_numpy(drawn.noise),
         t=torch.from_numpy(t.astype(np.float32)),
@@ -71,6 +84,13 @@ def make_batch(images: Images, config: GroupsConfig, max_group_size: int, seed: 
         grouped=micro.grouped,
         fallbacks=micro.fallbacks,
     )
+    return _sharing_first(batch, in_window(batch.t[::size])) if in_window and micro.grouped else batch
+
+
+def _sharing_first(batch: Batch, sharing: Tensor) -> Batch:
+    """The groups for which it holds, (groups,) bool, before the others."""
+    order = torch.argsort(~sharing, stable=True)[:, None] * batch.group_size + torch.arange(batch.group_size)
+    return replace(batch._map(lambda tensor: tensor[order.ravel()]), sharing=int(sharing.sum()) * batch.group_size)
 
 
 def spread_timesteps(base: np.ndarray, uniform: np.ndarray, spread: float) -> np.ndarray:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.batch import Batch, MicroBatch, make_batch
@@ -68,11 +69,19 @@ def rank_pieces(begin: int, end: int, rank: int, world_size: int, micro_batch: i
 class BatchDataset(Dataset[list[Batch]]):
     """Micro-batches -> batches; runs in the loader's workers."""
 
-    def __init__(self, images: Images, config: GroupsConfig, max_group_size: int, seed: int) -> None:
-        self.images, self.config, self.max_group_size, self.seed = images, config, max_group_size, seed
+    def __init__(
+        self,
+        images: Images,
+        config: GroupsConfig,
+        max_group_size: int,
+        seed: int,
+        in_window: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.images, self.settings = images, (config, max_group_size, seed)
+        self.in_window = in_window
 
     def __getitem__(self, micro_batches: list[MicroBatch]) -> list[Batch]:
-        return [make_batch(self.images, self.config, self.max_group_size, self.seed, m) for m in micro_batches]
+        return [make_batch(self.images, *self.settings, micro, self.in_window) for micro in micro_batches]
 
 
 def load_batches(dataset: BatchDataset, sampler: GroupSampler, workers: int) -> DataLoader:

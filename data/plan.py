@@ -32,6 +32,7 @@ class GroupsConfig(BaseModel, extra="forbid", frozen=True):
     mixing: Literal["by_step", "within_step"] = "by_step"  # a step is all single or all groups; or holds both
     splits: int = Field(8, ge=1)  # within_step: world sizes that divide it can train the run
     spread: float = Field(0.0, ge=0, le=1)  # of the timesteps in a group, around the first image's
+    window: tuple[float | None, float | None] | None = None  # of log-SNR, where groups share attention; null: no end
 
     @model_validator(mode="before")
     @classmethod
@@ -49,6 +50,8 @@ class GroupsConfig(BaseModel, extra="forbid", frozen=True):
             raise ValueError(f"share={self.share}: variant={self.variant} needs groups; set share above 0")
         if self.query == "similarity" and self.size > self.neighbors + 1:
             raise ValueError(f"neighbors={self.neighbors}: must be at least size - 1 = {self.size - 1}")
+        if self.window and None not in self.window and self.window[0] > self.window[1]:
+            raise ValueError(f"window={list(self.window)}: lowest log-SNR first")
         return self
 
 

@@ -23,7 +23,8 @@ class Draws:
     """What is random about B images: noise (B, *shape) float32, standard normal; uniform (B, 3) float64 in [0, 1); and
     slot (B,) int64, rows of the sample embedding: for each group without replacement, so that no slot is special.
 
-    For images drawn from a posterior also its noise, `posterior` like `noise`, and flip (B,) bool, for half of them.
+    For images drawn from a posterior also its noise, `posterior` like `noise`; for images that may be mirrored also
+    flip (B,) bool, true for half of them.
     """
 
     noise: np.ndarray
@@ -41,26 +42,37 @@ def draw(
     group_size: int,
     max_group_size: int,
     posterior: bool = False,
+    mirrored: bool = False,
 ) -> Draws:
     """The numbers of the images at `positions` (B,) of a stream, in groups of `group_size`: each from its position
     alone, but for the slots, which come from the position of the group's first image."""
     noise = np.empty((1 + posterior, len(positions), *shape), np.float32)
-    uniform = np.empty((len(positions), 3 + max_group_size + posterior))
+    uniform = np.empty((len(positions), 3 + max_group_size + mirrored))
     for i, rng in enumerate(generators(seed, stream, positions)):
         rng.random(out=uniform[i])
         for part in noise:
             rng.standard_normal(out=part[i], dtype=np.float32)
     order = np.argsort(uniform[::group_size, 3 : 3 + max_group_size], axis=1, kind="stable")
     drawn = Draws(noise[0], uniform[:, :3], order[:, :group_size].ravel())
-    return replace(drawn, posterior=noise[1], flip=uniform[:, -1] < 0.5) if posterior else drawn
+    if posterior:
+        drawn = replace(drawn, posterior=noise[1])
+    return replace(drawn, flip=uniform[:, -1] < 0.5) if mirrored else drawn
 
 
-def generators(seed: int, stream: Stream, positions: Iterable[int]) -> Iterator[np.random.Generator]:
-    """The generator of each position (from 0) in turn. It is one object that is moved on: to build one for every image
-    would cost more than its numbers."""
+def step_noise(seed: int, positions: np.ndarray, shape: tuple[int, ...], step: int) -> np.ndarray:
+    """Standard normal noise (B, *shape) float32 that a sampler adds to the samples at `positions` in a step."""
+    noise = np.empty((len(positions), *shape), np.float32)
+    for out, rng in zip(noise, generators(seed, Stream.SAMPLING, positions, 1 + step), strict=True):
+        rng.standard_normal(out=out, dtype=np.float32)
+    return noise
+
+
+def generators(seed: int, stream: Stream, positions: Iterable[int], part: int = 0) -> Iterator[np.random.Generator]:
+    """The generator of each position (from 0) in turn; a position has many parts, of 2^128 numbers each. It is one
+    object that is moved on: to build one for every image would cost more than its numbers."""
     philox = np.random.Philox(key=np.array([seed, stream], np.uint64), counter=0)
     rng, state = np.random.Generator(philox), philox.state
     for position in positions:
-        state["state"]["counter"][3] = position
+        state["state"]["counter"][2:] = part, position
         philox.state = state
         yield rng

@@ -4,13 +4,14 @@ For sets too large to index on every rank, or storage that is slow at random rea
 of (seed, step, rank, world size), so a run resumes exactly at the same world size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from itertools import dropwhile
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from data.batch import Batch, MicroBatch, make_batch
@@ -80,7 +81,9 @@ class StreamDataset(IterableDataset[list[Batch]]):
         micro_batch: int | None,
         first_step: int,
         last_step: int,
+        in_window: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        self.in_window = in_window
         self.source, self.stream, self.max_group_size, self.micro_batch = source, stream, max_group_size, micro_batch
         self.first_step, self.last_step = first_step, last_step
 
@@ -101,7 +104,7 @@ class StreamDataset(IterableDataset[list[Batch]]):
                     first, last = (place - grouped - stream.rank * share[1] for place in (start, stop))
                     micro_batches.append(MicroBatch(step * batch + start, single[first:last], False))
                 make = partial(make_batch, reader.pool, stream.config, self.max_group_size, stream.seed)
-                yield [make(micro) for micro in micro_batches]
+                yield [make(micro, self.in_window) for micro in micro_batches]
 
 
 def stream_batches(dataset: StreamDataset, workers: int) -> DataLoader:

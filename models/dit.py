@@ -1,50 +1,12 @@
 """The DiT backbone (Peebles & Xie, arXiv 2212.09748) with group attention; SiT uses the same network."""
 
-from pydantic import BaseModel, Field, model_validator
+import math
+
 from torch import Tensor, nn
 
 from models.attention import GroupAttention
 from models.embeddings import LabelEmbedder, PatchEmbedder, SampleEmbedder, TimestepEmbedder, sincos_positions
-
-SIZES = {  # depth, width, heads (DiT, table 1)
-    "S": (12, 384, 6),
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "XL": (28, 1152, 16),
-}
-
-
-class ModelConfig(BaseModel, extra="forbid", frozen=True):
-    """The network. `size` fills depth, width and heads; leave it out to choose them freely."""
-
-    size: str | None = None
-    depth: int = Field(12, ge=1)
-    width: int = Field(384, ge=4)
-    heads: int = Field(6, ge=1)
-    patch: int = Field(2, ge=1)
-    mlp_ratio: float = Field(4.0, gt=0)
-    max_group_size: int = Field(16, ge=1)  # rows of the sample embedding
-    time_scale: float = Field(1.0, gt=0)  # t in [0, 1] is multiplied by it: SiT has 1, DiT 1000
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_size(cls, values: dict) -> dict:
-        size = values.get("size") if isinstance(values, dict) else None
-        if not isinstance(size, str):
-            return values
-        if size not in SIZES:
-            raise ValueError(f"size={size}: no such size; choose of {', '.join(SIZES)}, or give depth, width, heads")
-        filled = dict(zip(("depth", "width", "heads"), SIZES[size], strict=True))
-        for name, value in filled.items():
-            if values.get(name, value) != value:
-                raise ValueError(f"{name}={values[name]}: contradicts size={size} ({name} {value}); set size=null")
-        return {**values, **filled}
-
-    @model_validator(mode="after")
-    def _check(self) -> "ModelConfig":
-        if self.width % self.heads or self.width % 4:
-            raise ValueError(f"width={self.width}: must be a multiple of heads={self.heads} and of 4")
-        return self
+from models.model_config import ModelConfig
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -76,9 +38,9 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, c: Tensor, group_size: int) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, group_size: int, grouped: int | None = None) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a), group_size)
+        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a), group_size, grouped)
         return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
 
@@ -97,13 +59,16 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Diffusion transformer for images (channels, side, side) of `num_classes` classes."""
+    """Diffusion transformer for images (channels, side, side) of `num_classes` classes. It predicts `out_channels`,
+    twice those of the images where it learns a variance as well."""
 
-    def __init__(self, config: ModelConfig, channels: int, side: int, num_classes: int) -> None:
+    def __init__(
+        self, config: ModelConfig, channels: int, side: int, num_classes: int, out_channels: int | None = None
+    ) -> None:
         super().__init__()
         if side % config.patch:
             raise ValueError(f"model.patch={config.patch}: must divide the image side {side}")
-        self.patch, self.channels, self.time_scale = config.patch, channels, config.time_scale
+        self.config, self.out_channels = config, out_channels or channels
         self.x_embedder = PatchEmbedder(config.patch, channels, config.width)
         self.t_embedder = TimestepEmbedder(config.width)
         self.y_embedder = LabelEmbedder(num_classes, config.width)
@@ -112,35 +77,41 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", positions, persistent=False)
         blocks = [DiTBlock(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth)]
         self.blocks = nn.ModuleList(blocks)
-        self.final_layer = FinalLayer(config.width, config.patch, channels)
-        self._initialise()
+        self.final_layer = FinalLayer(config.width, config.patch, self.out_channels)
+        initialise(self)
 
-    def _initialise(self) -> None:
-        """As DiT: Xavier-uniform layers, N(0, 0.02) embeddings, adaLN-Zero: every block starts as the identity."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        modulations = [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
-        for layer in (*modulations, self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x: Tensor, t: Tensor, label: Tensor, slot: Tensor, group_size: int = 1) -> Tensor:
-        """Noisy images x (B, C, H, W), time t (B,) in [0, 1], label (B,) (NULL_LABEL: unconditional), slot (B,) ->
-        prediction (B, C, H, W). B is a multiple of `group_size`; the images of a group are contiguous."""
-        c = self.t_embedder(self.time_scale * t) + self.y_embedder(label) + self.sample_embedder(slot)
+    def forward(
+        self, x: Tensor, t: Tensor, label: Tensor, slot: Tensor, group_size: int = 1, grouped: int | None = None
+    ) -> Tensor:
+        """Noisy images x (B, C, H, W), time t (B,), label (B,) (NULL_LABEL: unconditional), slot (B,) -> prediction
+        (B, out_channels, H, W). See models.network for the groups."""
+        c = self.t_embedder(self.config.time_scale * t) + self.y_embedder(label) + self.sample_embedder(slot)
         tokens = self.x_embedder(x)
         tokens = tokens + self.pos_embed.to(tokens.dtype)
-        for block in self.blocks:
-            tokens = block(tokens, c, group_size)
-        return self._unpatchify(self.final_layer(tokens, c), x.shape[-1] // self.patch)
+        for layer, block in enumerate(self.blocks):
+            tokens = block(tokens, c, group_size if self.config.shares(layer) else 1, grouped)
+        return unpatchify(self.final_layer(tokens, c), self.config.patch)
 
-    def _unpatchify(self, patches: Tensor, side: int) -> Tensor:
-        images = patches.view(-1, side, side, self.patch, self.patch, self.channels)
-        pixels = side * self.patch
-        return images.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.channels, pixels, pixels)
+
+def initialise(network: nn.Module) -> None:
+    """As DiT: Xavier-uniform layers, N(0, 0.02) embeddings, adaLN-Zero: every block starts as the identity."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+    for layer in (network.t_embedder.mlp[0], network.t_embedder.mlp[2]):
+        nn.init.normal_(layer.weight, std=0.02)
+    modulations = [layer.adaLN_modulation[1] for layer in (*network.blocks, network.final_layer)]
+    for layer in (*modulations, network.final_layer.linear):
+        nn.init.zeros_(layer.weight)
+
+
+def unpatchify(patches: Tensor, patch: int) -> Tensor:
+    """Patches (B, L, patch * patch * C), row by row, of square images -> images (B, C, H, W)."""
+    images, tokens, numbers = patches.shape
+    cells = math.isqrt(tokens)
+    pixels = patches.view(images, cells, cells, patch, patch, numbers // patch**2).permute(0, 5, 1, 3, 2, 4)
+    return pixels.reshape(images, -1, cells * patch, cells * patch)

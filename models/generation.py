@@ -1,59 +1,91 @@
 """From noise to images: sampler, guidance and group sizes put together."""
 
-from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
-from models.guidance import guided_velocity
-from models.paths import Path
-from models.samplers import SAMPLERS
+from models.guidance import Interval, Network, guided, log_snr_at, stitched
+from models.path import Path
+from models.samplers import SAMPLERS, Draw, SamplerConfig
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class SampleConfig(BaseModel, extra="forbid", frozen=True):
+class SampleConfig(SamplerConfig, extra="forbid", frozen=True):
     """How images are generated: for every class `per_class` of them, in groups of the larger of C and UC."""
 
     sampler: Literal[tuple(SAMPLERS)] = "heun"
     steps: int = Field(50, ge=1)
-    guidance: float = Field(1.5, ge=0)  # w of u + w (c - u); 1: none
-    interval: tuple[float, float] | None = None  # of log-SNR, in which guidance acts; null: everywhere
+    guidance: tuple[Weight, ...] = Field((1.5,), min_length=1)  # w of u + w (c - u), 1: none; of groups in turn
+    interval: Interval | None = None  # of log-SNR, in which guidance acts; null: everywhere
+    guided_channels: int | None = Field(None, ge=1)  # so many first ones are guided; null: all
     cond_group_size: int | None = Field(None, ge=1)  # C; by variant: 1, 1, N
     uncond_group_size: int | None = Field(None, ge=1)  # UC; by variant: 1, N, N
+    group_window: Interval | None = None  # of log-SNR, in which groups share attention; null: groups.window
+    weaker: str | None = None  # weights of a network that guides instead of the unconditional prediction
+    small: str | None = None  # weights of a network that does the noisiest steps
+    small_share: float = Field(0.4, ge=0, le=1)  # of the steps, by `small`
     per_class: int = Field(16, ge=1)
     batch: int = Field(256, ge=1)  # most images at once; at least a group
     seed: int = Field(0, ge=0, lt=2**32)
+
+    @field_validator("guidance", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: object) -> object:
+        return value if isinstance(value, list | tuple) else (value,)
 
     @property
     def group_size(self) -> int:
         """Images that are generated together."""
         return max(self.cond_group_size, self.uncond_group_size)
 
-    def for_variant(self, variant: str, size: int) -> "SampleConfig":
-        """With C and UC filled in as the variant was trained (arXiv 2512.10954)."""
+    def for_variant(self, variant: str, size: int, window: Interval | None) -> "SampleConfig":
+        """With C, UC and window filled in as the variant was trained (arXiv 2512.10954)."""
         c, uc = {"none": (1, 1), "light": (1, size), "full": (size, size)}[variant]
         c, uc = self.cond_group_size or c, self.uncond_group_size or uc
         if max(c, uc) % min(c, uc):
             raise ValueError(f"sample.uncond_group_size={uc}: it and cond_group_size={c} must divide one another")
-        if self.interval and self.interval[0] > self.interval[1]:
-            raise ValueError(f"sample.interval={list(self.interval)}: lowest log-SNR first")
-        return self.model_copy(update={"cond_group_size": c, "uncond_group_size": uc})
+        for name in ("interval", "group_window"):
+            value = getattr(self, name)
+            if value and None not in value and value[0] > value[1]:
+                raise ValueError(f"sample.{name}={list(value)}: lowest log-SNR first")
+        changes = {"cond_group_size": c, "uncond_group_size": uc, "group_window": self.group_window or window}
+        return self.model_copy(update=changes)
 
 
 @torch.no_grad()
 def sample_images(
-    network: Callable[..., Tensor], path: Path, config: SampleConfig, noise: Tensor, label: Tensor, slot: Tensor
-) -> Tensor:
-    """Images (B, C, H, W) from noise of that shape, label (B,) and slot (B,); B is whole groups, each contiguous."""
-    velocity = guided_velocity(
-        network,
-        path,
-        label,
-        slot,
-        config.guidance,
-        config.cond_group_size,
-        config.uncond_group_size,
-        config.interval,
-    )
-    return SAMPLERS[config.sampler](velocity, noise, config.steps)
+    network: Network,
+    path: Path,
+    config: SampleConfig,
+    noise: Tensor,
+    label: Tensor,
+    slot: Tensor,
+    weight: float | Tensor,
+    draw: Draw,
+    weaker: Network | None = None,
+    small: Network | None = None,
+) -> tuple[Tensor, int]:
+    """(images (B, C, H, W), number of evaluations) from noise of that shape, label (B,) and slot (B,); B is whole
+    groups, each contiguous. `weight`: of guidance, one or (B,). `draw(i)`: noise of the i-th step, for samplers that
+    take some. One evaluation is a prediction with its guidance, so one or two calls of a network."""
+    sampler = SAMPLERS[config.sampler]
+    times = sampler.times(path, config.steps, config)
+    sizes = (config.cond_group_size, config.uncond_group_size)
+    how = (config.interval, config.group_window, config.guided_channels, weaker)
+    denoise = guided(network, path, label, slot, weight, *sizes, *how)
+    if small:
+        noisiest = int(config.small_share * config.steps + 1e-9)  # 0.29 * 100 is 28.999...
+        switch = log_snr_at(path, times[noisiest]) if noisiest < config.steps else torch.inf
+        denoise = stitched(guided(small, path, label, slot, weight, *sizes, *how), denoise, path, switch)
+    evaluations = 0
+
+    def counted(x: Tensor, t: float) -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        return denoise(x, t)
+
+    start = path.config.noise_scale * noise
+    return sampler.run(counted, path, start, times, draw, config), evaluations

@@ -1,4 +1,5 @@
-"""Classifier-free guidance whose two predictions see groups of different size: C and UC of Group Diffusion."""
+"""Guidance: two predictions combined, which see groups of different size (C and UC of Group Diffusion) or come from
+different networks; and where groups act."""
 
 from collections.abc import Callable
 
@@ -6,38 +7,70 @@ import torch
 from torch import Tensor
 
 from models.embeddings import NULL_LABEL
-from models.paths import Path
-from models.samplers import Velocity
+from models.path import Path
+from models.samplers import Denoise
+
+Network = Callable[..., Tensor]
+Interval = tuple[float | None, float | None]  # of log-SNR, closed; null: no end
 
 
-def guided_velocity(
-    network: Callable[..., Tensor],
+def inside(log_snr: float, interval: Interval | None) -> bool:
+    """Whether a noise level is in an interval; null is everywhere."""
+    low, high = interval or (None, None)
+    return (low is None or low <= log_snr) and (high is None or log_snr <= high)
+
+
+def guided(
+    network: Network,
     path: Path,
     label: Tensor,
     slot: Tensor,
-    weight: float,
+    weight: float | Tensor,
     cond_group_size: int,
     uncond_group_size: int,
-    interval: tuple[float, float] | None = None,
-) -> Velocity:
-    """The velocity that a sampler integrates: u + weight * (c - u), the convention of the public code.
+    interval: Interval | None = None,
+    window: Interval | None = None,
+    channels: int | None = None,
+    weaker: Network | None = None,
+) -> Denoise:
+    """What a sampler calls: u + weight * (c - u), the convention of the public code; the paper's scale is weight - 1.
 
     c is the prediction for `label` (B,) at group size C, u the one without label at group size UC, of the same noisy
-    images; weight 1 is c alone (and u is not computed), the paper's scale is weight - 1. Outside the closed `interval`
-    of log-SNR there is no guidance (Kynkaanniemi et al., arXiv 2404.07724). B is a multiple of both group sizes.
+    images; with a `weaker` network u is its prediction for the label at group size C instead (autoguidance: Karras et
+    al., arXiv 2406.02507). `weight` is a number, or one per image (B,). Where it is 1, or outside the `interval` of
+    log-SNR (Kynkaanniemi et al., arXiv 2404.07724), u is not computed. Only the first `channels` of an image are guided
+    (null: all; the public code of SiT has 3), and no variance. Outside the log-SNR `window`, groups are of one image. B
+    is a multiple of both group sizes.
     """
     for name, size in (("cond_group_size", cond_group_size), ("uncond_group_size", uncond_group_size)):
         if len(label) % size:
             raise ValueError(f"{name}={size}: must divide the number of images sampled together, {len(label)}")
     null = torch.full_like(label, NULL_LABEL)
+    unguided = bool((torch.as_tensor(weight) == 1).all())
+    factor = weight.view(-1, 1, 1, 1) if isinstance(weight, Tensor) else weight
 
-    def velocity(x: Tensor, t: float) -> Tensor:
+    def denoise(x: Tensor, t: float) -> Tensor:
         time = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
-        prediction = network(x, time, label, slot, cond_group_size).to(x.dtype)  # a bf16 network, fp32 arithmetic
-        log_snr = float(path.log_snr(torch.tensor([t], dtype=torch.float64)))  # on the CPU: no GPU wait
-        if weight != 1 and (interval is None or interval[0] <= log_snr <= interval[1]):
-            unconditional = network(x, time, null, slot, uncond_group_size).to(x.dtype)
-            prediction = unconditional + weight * (prediction - unconditional)
-        return path.velocity(prediction, x, time)
+        log_snr = log_snr_at(path, t)
+        c, uc = (cond_group_size, uncond_group_size) if inside(log_snr, window) else (1, 1)
+        prediction = network(x, time, label, slot, c).to(x.dtype)  # a bf16 network, fp32 arithmetic
+        if unguided or not inside(log_snr, interval):
+            return prediction
+        other = weaker(x, time, label, slot, c) if weaker else network(x, time, null, slot, uc)
+        first = channels or x.shape[1]
+        other = other[:, :first].to(x.dtype)
+        mixed = other + factor * (prediction[:, :first] - other)
+        return torch.cat([mixed, prediction[:, first:]], dim=1)
 
-    return velocity
+    return denoise
+
+
+def stitched(small: Denoise, large: Denoise, path: Path, switch: float) -> Denoise:
+    """T-Stitch (Pan et al., arXiv 2402.14167): the small network where the log-SNR is below `switch`, the noisiest
+    part, and the large one after it."""
+    return lambda x, t: (small if log_snr_at(path, t) < switch else large)(x, t)
+
+
+def log_snr_at(path: Path, t: float) -> float:
+    """Log-SNR of one time; computed on the CPU, so that no GPU is waited for."""
+    return float(path.log_snr(torch.tensor([t], dtype=torch.float64)))

@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from models.embeddings import NULL_LABEL
-from models.paths import Path
+from models.path import Path
 
 
 class NoisyImages(Protocol):
@@ -14,17 +14,18 @@ class NoisyImages(Protocol):
 
     x: Tensor  # (B, C, H, W), clean
     noise: Tensor  # (B, C, H, W)
-    t: Tensor  # (B,)
+    t: Tensor  # (B,) in [0, 1]: shares of the path's distribution of timesteps
     label: Tensor  # (B,)
     slot: Tensor  # (B,)
     conditional: Tensor  # (B,) bool; an image that is not gets the null label
     group_size: int
+    sharing: int | None  # the first so many share attention in their groups; None: all
 
 
 def denoising_loss(network: Callable[..., Tensor], path: Path, batch: NoisyImages) -> Tensor:
-    """Mean squared error of each image's prediction, (B,), in fp32."""
-    x_t = path.noisy(batch.x, batch.noise, batch.t)
+    """The path's loss of each image, (B,), in fp32."""
+    t = path.timestep(batch.t)
+    x_t = path.noisy(batch.x, batch.noise, t)
     label = batch.label.masked_fill(~batch.conditional, NULL_LABEL)
-    prediction = network(x_t, batch.t, label, batch.slot, batch.group_size)
-    target = path.target(batch.x, batch.noise, batch.t)
-    return (prediction.float() - target).square().flatten(1).mean(dim=1)
+    prediction = network(x_t, t, label, batch.slot, batch.group_size, batch.sharing)
+    return path.loss(prediction.float(), batch.x, batch.noise, x_t, t)

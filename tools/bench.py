@@ -8,11 +8,25 @@ import json
 import operator
 import sys
 
-from benchmarks import checkpoint, digits, ema, group, latents, memory, neighbors, plan, read, step, vote
+from benchmarks import (
+    checkpoint,
+    digits,
+    ema,
+    group,
+    latents,
+    memory,
+    neighbors,
+    plan,
+    read,
+    sample,
+    samplers,
+    step,
+    vote,
+)
 
 BENCHMARKS = {
     module.__name__.rpartition(".")[2]: module.measure
-    for module in (step, group, plan, digits, latents, read, neighbors, vote, checkpoint, memory, ema)
+    for module in (step, group, plan, digits, latents, read, neighbors, vote, checkpoint, memory, ema, sample, samplers)
 }
 COMPARE = {">=": operator.ge, "<=": operator.le, "<": operator.lt, "==": operator.eq}
 

@@ -1,49 +1,76 @@
-"""Samples from a run or one of its checkpoints: `python tools/sample.py RUN [sample.field=value ...]`."""
+"""Samples from a run, a checkpoint or a file of weights: `python tools/sample.py RUN [sample.field=value ...]`.
+
+Without --num: sample.per_class images of every class as a picture and an .npz, in this process. With --num N: N images
+for metrics, by any number of processes; kill it at any time, the same command goes on.
+"""
 
 import argparse
-import sys
 from pathlib import Path
 
+from preprocessing import add_process_options, positive, run_in_processes, run_tool
 from tqdm import tqdm
 
-from trainer.config import parse_config
+from trainer.config import Config, load_config, parse_config
 from trainer.config_file import set_dotted
 from trainer.errors import RunError
 from trainer.run_folder import read_config
+from trainer.sample_many import RECORD, sample_many
 from trainer.samples import make_samples, write_samples
 from trainer.weights import find_checkpoint
 
+FREE = ("sample.", "model.group_layers=", "precision=", "data.")  # what need not be as it was in training
+
 
 def main(arguments: list[str]) -> None:
-    """Generate and write samples.npz, samples.png and samples.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="a run folder (its newest checkpoint) or a checkpoint folder")
+    """Generate and write samples.npz (or image files), samples.json and, without --num, samples.png."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "run", type=Path, help="a run folder (its newest checkpoint), a checkpoint or a .yaml"
+    )
     parser.add_argument("overrides", nargs="*", metavar="sample.field=value", help="as sample.guidance=2")
-    parser.add_argument("--out", type=Path, help="where to write; default: the run folder")
+    parser.add_argument("--out", type=Path, help="where to write; default: the run folder, or samples-N in it")
     parser.add_argument("--raw", action="store_true", help="the weights themselves instead of their EMA")
-    parser.add_argument("--weights", type=Path, help="those of this file, as tools/reconstruct_ema.py writes")
+    parser.add_argument("--weights", type=Path, help="a file, as tools/reconstruct_ema.py or convert_weights.py writes")
+    parser.add_argument("--num", type=positive, help="so many samples, their classes balanced")
+    parser.add_argument("--format", choices=["npz", "png"], default="npz", help="with --num: one file, or one for each")
+    add_process_options(parser)
     args = parser.parse_intermixed_args(arguments)
 
-    folder = find_checkpoint(args.run)
-    tree = read_config(folder).model_dump()
-    for override in args.overrides:
-        if not override.startswith("sample."):
-            raise RunError(f"{override}: only sample.* can be set here; the rest is what the run was trained with")
-        set_dotted(tree, override)
-    config = parse_config(tree)
-
-    if not args.out and folder.parent.name != "checkpoints":
-        raise RunError(f"{folder}: a checkpoint outside a run; say where to write with --out")
-    out = args.out or folder.parent.parent
-    groups = -(-config.sample.per_class // config.sample.group_size)
+    folder, config = find(args)
+    run = folder.parent.parent if folder and folder.parent.name == "checkpoints" else None
+    if not args.out and not run:
+        raise RunError(f"{args.run}: not in a run folder; say where to write with --out")
+    if args.num:
+        args.out = args.out or run / f"samples-{args.num}"
+        about = {"number": args.num, "out": args.out.absolute(), "form": args.format, "raw": args.raw}
+        run_in_processes(args, sample_many, folder=folder, config=config, file=args.weights, **about)
+        if not args.nodes:
+            complete = (args.out / RECORD).exists()
+            print(f"{args.out}: {f'{args.num} images' if complete else 'not complete; the same command goes on'}")
+        return
+    out = args.out or run
     with tqdm(unit="img", desc="sample") as bar:
         pixels, label, record = make_samples(folder, config, args.raw, args.weights, bar.update)
     write_samples(out, pixels, label, record, config.sample.group_size)
-    print(f"{out / 'samples.png'} {out / 'samples.npz'}: {label.size} images, {groups} groups a class")
+    each = f"{record['evaluations']} evaluations each"
+    print(f"{out / 'samples.png'} {out / 'samples.npz'}: {label.size} images, {each}")
+
+
+def find(args: argparse.Namespace) -> tuple[Path | None, Config]:
+    """The checkpoint, if there is one, and the config, changed as the command line says."""
+    for override in args.overrides:
+        if not override.startswith(FREE):
+            raise RunError(f"{override}: only {', '.join(FREE)} can be set here; the rest is what it was trained with")
+    if args.run.suffix == ".yaml":
+        if not args.weights:
+            raise RunError(f"{args.run}: a config has no weights; give a file with --weights, or a run folder")
+        return None, load_config(args.run, args.overrides)
+    folder = find_checkpoint(args.run.absolute())
+    tree = read_config(folder).model_dump()
+    for override in args.overrides:
+        set_dotted(tree, override)
+    return folder, parse_config(tree)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except RunError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

@@ -1,7 +1,8 @@
 """Train: `python tools/submit.py [--nodes N | --cluster local] [CONFIG] [field=value ...]`.
 
-The same command on the same run folder continues the run. `--status`, `--follow` and `--cancel` take the run folder, or
-that of a sweep.
+The same command on the same run folder continues the run. `--job sample` submits tools/sample.py instead:
+`python tools/submit.py --job sample --nodes 4 RUN --num 50000`. `--status`, `--follow` and `--cancel` take the run
+folder, or that of a sweep.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import sample
 import torch
 
 from data.errors import DataError
@@ -25,7 +27,7 @@ from trainer.estimate import estimate_table
 from trainer.loop import train
 from trainer.run_folder import LOCK, check_folder
 
-DEFAULT_CONFIG = "configs/imagenet256/sit-xl-2-light4.yaml"
+DEFAULT_CONFIG = "configs/imagenet256/sit-xl-2-light-4.yaml"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -130,8 +132,16 @@ def report(run: Path) -> str:
     return f"{state.state}: {run}"
 
 
+def job(arguments: list[str]) -> None:
+    """What --job says: train, or sample."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--job", choices=["train", "sample"], default="train")
+    chosen, rest = parser.parse_known_args(arguments)
+    (sample.main if chosen.job == "sample" else main)(rest)
+
+
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        job(sys.argv[1:])
     except (DataError, RunError, LaunchError) as error:
         sys.exit(f"error: {error}")

@@ -1,9 +1,12 @@
 """The batches of this rank's steps: by the plan of an epoch, or from a stream of shards."""
 
 import zlib
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.images import Images
@@ -12,6 +15,9 @@ from data.plan import Plan, steps_per_epoch
 from data.stream import StreamDataset, stream_batches
 from data.streamed_latents import StreamedLatents
 from data.windows import Stream
+from models.guidance import Interval, inside
+from models.path import Path
+from models.paths import make_path
 from trainer.build import make_planner
 from trainer.config import Config
 from trainer.errors import RunError
@@ -23,10 +29,12 @@ def make_batches(config: Config, images: Images, ranks: Ranks, first: int, last:
     """The micro-batches of each of the steps from `first` to before `last`. All ranks call it."""
     batch, micro_batch = config.train.global_batch, config.train.micro_batch
     slots = config.model.max_group_size
+    in_window = shares_attention(config)
     if isinstance(images, StreamedLatents):
         window = config.data.window
         stream = Stream(images.counts, config.groups, batch, config.seed, ranks.rank, ranks.world_size, window)
-        return stream_batches(StreamDataset(images, stream, slots, micro_batch, first, last), config.data.workers)
+        dataset = StreamDataset(images, stream, slots, micro_batch, first, last, in_window)
+        return stream_batches(dataset, config.data.workers)
 
     plan_of_epoch = make_planner(config, images)
     epoch_steps = steps_per_epoch(len(images), batch)
@@ -37,7 +45,19 @@ def make_batches(config: Config, images: Images, ranks: Ranks, first: int, last:
         return plan_of_epoch(epoch)
 
     sampler = GroupSampler(planned, epoch_steps, first, last, ranks.rank, ranks.world_size, micro_batch)
-    return load_batches(BatchDataset(images, config.groups, slots, config.seed), sampler, config.data.workers)
+    dataset = BatchDataset(images, config.groups, slots, config.seed, in_window)
+    return load_batches(dataset, sampler, config.data.workers)
+
+
+def shares_attention(config: Config) -> Callable[[Tensor], Tensor] | None:
+    """Whether groups share attention at times that a batch has as shares of the path's distribution; None: at all."""
+    return partial(_in_window, make_path(config.path), config.groups.window) if config.groups.window else None
+
+
+def _in_window(path: Path, window: Interval, share: Tensor) -> Tensor:
+    """Whether log-SNRs are in the window, of times that a batch has as shares of the path's distribution."""
+    log_snr = path.log_snr(path.timestep(share)).tolist()
+    return torch.tensor([inside(value, window) for value in log_snr], dtype=torch.bool)
 
 
 def _check_same_plan(plan: Plan) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from data.errors import DataError
 from data.images import Images, open_images
 from data.plan import Plan, plan_epoch
-from models.dit import DiT
+from models.network import make_network
 from trainer import checkpoint
 from trainer.config import Config
 from trainer.errors import RunError
@@ -43,14 +44,15 @@ def make_planner(config: Config, images: Images) -> Callable[[int], Plan]:
     )
 
 
-def build_network(config: Config, images: Images) -> DiT:
+def build_network(config: Config, images: Images) -> nn.Module:
     """The network for these images, initialised by the run's seed alone."""
+    channels, side, _ = images.shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return DiT(config.model, images.shape[0], images.shape[1], images.num_classes)
+        return make_network(config.model, channels, side, images.num_classes, config.predictions * channels)
 
 
-def initial_network(config: Config, images: Images) -> DiT:
+def initial_network(config: Config, images: Images) -> nn.Module:
     """The network of a run that starts: from the weights `init_from`, if the config has some. All ranks call it."""
     network = build_network(config, images)
     if config.init_from:

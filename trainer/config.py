@@ -2,16 +2,16 @@
 
 import itertools
 from pathlib import Path
-from typing import Literal
 
 import pydantic
 from pydantic import BaseModel, Field, model_validator
 
 from data.images import DataConfig
 from data.plan import GroupsConfig, group_quantum
-from models.dit import ModelConfig
 from models.generation import SampleConfig
-from models.paths import PATHS
+from models.model_config import ModelConfig
+from models.path import PathConfig
+from models.samplers import SAMPLERS
 from trainer.checkpoint import CheckpointConfig, ResumeConfig
 from trainer.config_file import explain, field_names, read_yaml, set_dotted
 from trainer.deepspeed_config import deepspeed_config
@@ -36,7 +36,7 @@ class Config(EngineConfig, extra="forbid", frozen=True):
     run: str  # the run folder; the same command on the same folder continues
     init_from: str | None = None  # weights to start from: a run, checkpoint, .safetensors or .pt; null: random
     seed: int = Field(0, ge=0, lt=2**32)
-    path: Literal[tuple(PATHS)] = "linear"  # between noise and data
+    path: PathConfig = PathConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     groups: GroupsConfig = GroupsConfig()
@@ -63,13 +63,23 @@ class Config(EngineConfig, extra="forbid", frozen=True):
                 f"train.global_batch={self.train.global_batch}: groups.mixing=within_step needs a multiple of"
                 f" groups.size x groups.splits = {quantum}; set {_nearest(self.train.global_batch, quantum)}"
             )
-        sample = self.sample.for_variant(self.groups.variant, size)
+        if self.path.name == "ddpm" and self.model.time_scale != 1:
+            raise ValueError(f"model.time_scale={self.model.time_scale}: the times of path=ddpm are 0 to 999; set 1")
+        sampler, fitting = self.sample.sampler, [name for name, s in SAMPLERS.items() if self.path.name in s.paths]
+        if sampler not in fitting:
+            raise ValueError(f"sample.sampler={sampler}: not for path={self.path.name}; set {' or '.join(fitting)}")
+        sample = self.sample.for_variant(self.groups.variant, size, self.groups.window)
         for name in ("cond_group_size", "uncond_group_size"):
             value = getattr(sample, name)
             if value > limit:
                 raise ValueError(f"sample.{name}={value}: above model.max_group_size={limit}; lower it")
         object.__setattr__(self, "sample", sample)  # the resolved tree shows the group sizes; `frozen` is for users
         return self
+
+    @property
+    def predictions(self) -> int:
+        """Numbers that the network predicts for one of an image: 2 where it learns a variance as well."""
+        return 2 if self.path.name == "ddpm" and self.path.learns_variance else 1
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
@@ -110,6 +120,16 @@ def check_world(config: Config, world_size: int) -> None:
     """RunError if the batches cannot be dealt to `world_size` ranks in whole groups."""
     if config.engine == "single" and world_size > 1:
         raise RunError(f"engine=single: cannot use {world_size} ranks; set engine=fsdp or engine=ddp")
+    if world_size > 1 and config.train.sample_every and config.sample.sampler == "dopri5":
+        raise RunError(
+            f"train.sample_every={config.train.sample_every}: with sample.sampler=dopri5 ranks would take different"
+            " numbers of steps and wait for ever; set another sampler, or sample_every=0"
+        )
+    for name in ("weaker", "small"):
+        if config.train.sample_every and getattr(config.sample, name):
+            raise RunError(
+                f"sample.{name}={getattr(config.sample, name)}: not while training; set train.sample_every=0"
+            )
     if config.engine == "deepspeed":
         deepspeed_config(config, config.optim)
     if config.shard_size and world_size % config.shard_size:

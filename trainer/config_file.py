@@ -12,7 +12,7 @@ from trainer.errors import RunError
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
-    """The tree of a config file, laid over that of its `base:` (a path relative to the file)."""
+    """The tree of a config file, laid over those of its `base:`, one path relative to it or some (later ones win)."""
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "give a YAML file, as configs/digits.yaml"
@@ -25,10 +25,11 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
         raise RunError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise RunError(f"{path}: holds a {type(tree).__name__}; it must hold fields, as `seed: 0`")
-    base = tree.pop("base", None)
-    if base is None:
-        return tree
-    return _merge(read_yaml(path.parent / str(base), (*above, path.resolve())), tree)
+    bases = tree.pop("base", [])
+    merged: dict = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        merged = _merge(merged, read_yaml(path.parent / str(base), (*above, path.resolve())))
+    return _merge(merged, tree)
 
 
 def _merge(base: dict, over: dict) -> dict:

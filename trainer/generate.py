@@ -1,6 +1,7 @@
 """A class-balanced set of images from a network, over the ranks; noise belongs to the number of the sample."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,25 +9,35 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.images import Images
-from data.randomness import Stream, draw
+from data.randomness import Stream, draw, step_noise
 from models.generation import sample_images
-from models.paths import PATHS
+from models.guidance import Network
+from models.paths import make_path
 from trainer.config import Config
 from trainer.ranks import Ranks
 
 
+class Networks(NamedTuple):
+    """What samples: the network, and those of sample.weaker and sample.small, if the config has some."""
+
+    network: Network
+    weaker: Network | None = None
+    small: Network | None = None
+
+
 def generate(
-    network: Callable[..., Tensor],
+    networks: Networks,
     config: Config,
     images: Images,
     ranks: Ranks,
     progress: Callable[[int], object] = lambda number: None,
-) -> Tensor:
-    """Images (classes, sample.per_class, C, H, W), latents or in [-1, 1], on the CPU, the groups of a class contiguous.
+) -> tuple[Tensor, int]:
+    """(images (classes, sample.per_class, C, H, W), latents or in [-1, 1], on the CPU, groups contiguous; number of
+    evaluations).
 
     Any number of ranks makes the same images. Groups are dealt to the ranks in equal numbers (the last one again, where
     they do not divide), because a sharded network needs all ranks in every call. A class has whole groups, cut to
-    `per_class`. `network` should hold the EMA weights; `images` tells shape and classes.
+    `per_class`. The network should hold the EMA weights; `images` tells shape and classes.
     """
     sample, shape = config.sample, images.shape
     size = sample.group_size
@@ -34,21 +45,53 @@ def generate(
     groups = images.num_classes * per_class
     per_rank = -(-groups // ranks.world_size)
     mine = np.minimum(np.arange(per_rank) + ranks.rank * per_rank, groups - 1)
-    parts = []
+    parts, evaluations = [], 0
     for chosen in np.array_split(mine, -(-per_rank // max(sample.batch // size, 1))):
-        numbers = (chosen[:, None] * size + np.arange(size)).ravel()
-        drawn = draw(sample.seed, Stream.SAMPLING, numbers, shape, size, config.model.max_group_size)
-        label = numbers // (per_class * size)
-        inputs = (torch.from_numpy(array).to(ranks.device) for array in (drawn.noise, label, drawn.slot))
-        parts.append(sample_images(network, PATHS[config.path](), sample, *inputs))
-        progress(len(label))
+        made, number = generate_groups(networks, config, shape, chosen, chosen // per_class, ranks.device)
+        parts.append(made)
+        evaluations = max(evaluations, number)
+        progress(len(made))
     made = torch.cat(parts)
     if ranks.world_size > 1:
         gathered = torch.empty(ranks.world_size * len(made), *shape, device=made.device)
         dist.all_gather_into_tensor(gathered, made)
         made = gathered
     made = made[: groups * size].view(images.num_classes, per_class * size, *shape)
-    return made[:, : sample.per_class].cpu()
+    return made[:, : sample.per_class].cpu(), evaluations
+
+
+def generate_groups(
+    networks: Networks,
+    config: Config,
+    shape: tuple[int, int, int],
+    groups: np.ndarray,
+    classes: np.ndarray,
+    device: torch.device,
+) -> tuple[Tensor, int]:
+    """(images (b * size, C, H, W) on the device, number of evaluations) of the groups with numbers `groups` (b,) and
+    classes (b,). What is random about an image belongs to its number: that of its group, and its place in it."""
+    sample, size = config.sample, config.sample.group_size
+    numbers = (groups[:, None] * size + np.arange(size)).ravel()
+    drawn = draw(sample.seed, Stream.SAMPLING, numbers, shape, size, config.model.max_group_size)
+    weights = np.array(sample.guidance, np.float32)[groups % len(sample.guidance)]
+    arrays = (drawn.noise, classes.repeat(size), drawn.slot, weights.repeat(size))
+    noise, label, slot, weight = (torch.from_numpy(array).to(device) for array in arrays)
+
+    def draw_step(step: int) -> Tensor:
+        return torch.from_numpy(step_noise(sample.seed, numbers, shape, step)).to(device)
+
+    return sample_images(
+        networks.network,
+        make_path(config.path),
+        sample,
+        noise,
+        label,
+        slot,
+        weight,
+        draw_step,
+        networks.weaker,
+        networks.small,
+    )
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

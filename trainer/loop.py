@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from models.objective import denoising_loss
-from models.paths import PATHS
+from models.paths import make_path
 from trainer.batches import make_batches
 from trainer.build import build_network, initial_network, open_data
 from trainer.checkpoint import CHECKPOINTS, SNAPSHOTS
@@ -17,7 +17,7 @@ from trainer.config_file import to_yaml
 from trainer.decode import make_decoder
 from trainer.ema import power_averages
 from trainer.engines import build_engine
-from trainer.generate import generate, grid, to_uint8
+from trainer.generate import Networks, generate, grid, to_uint8
 from trainer.monitor import Monitor
 from trainer.ranks import from_rank_0, process_group
 from trainer.restore import choose, restore
@@ -48,7 +48,7 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
         newest, notes = choose(folder / CHECKPOINTS, images, config.resume.fallback)
         network = build_network(config, images) if newest else initial_network(config, images)
         engine = build_engine(config, config.optim, network, ranks)
-        path = PATHS[config.path]()
+        path = make_path(config.path)
         position = restore(newest, engine, batch) if newest else 0
         first, last = position // batch, config.train.images // batch
         if ranks.rank == 0:
@@ -89,7 +89,7 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
                 monitor.flush()  # raises if a loss is not finite, so that no such state is saved
             if config.train.sample_every and _passed(config.train.sample_every, before, position):
                 with engine.ema_weights():
-                    samples = generate(engine, config, images, ranks)
+                    samples, _ = generate(Networks(engine), config, images, ranks)
                 if ranks.rank == 0:
                     pixels = to_uint8(make_decoder(images.vae, images.shape[0], ranks.device)(samples))
                     monitor.picture("samples", grid(pixels, config.sample.group_size, enlarge=4), position)

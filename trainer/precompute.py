@@ -1,6 +1,5 @@
 """Latents and features of an image set: what each process of tools/precompute_latents.py and _features.py does."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from models.encoders import Encoder
 from models.fingerprint import fingerprint
 from models.vae import VAE
 from trainer.errors import NOT_LOADED, RunError, first_line
+from trainer.ranks import local_device
 
 T = TypeVar("T")
 Precision = Literal["bf16", "fp32"]
@@ -40,7 +40,7 @@ def precompute_latents(
 ) -> dict | None:
     """Posterior moments of every image and of its mirror image, (2, 2C, h, w): mean and log-variance along the second
     axis, not scaled. Returns the manifest, or None if other processes still make shards."""
-    network = _load("--vae", vae, lambda: VAE(vae, _device(), precision))
+    network = _load("--vae", vae, lambda: VAE(vae, local_device(), precision))
     if image_size % network.factor:
         raise RunError(f"--size {image_size}: must be a multiple of the VAE's factor, {network.factor}")
     work = latents_work(network, images, out, image_size, dtype, part_size, batch, workers, max_rejects)
@@ -96,7 +96,7 @@ def precompute_features(
     processes: int = 1,
 ) -> dict | None:
     """A float16 vector of length 1 per image. Returns the manifest, or None if other processes still make shards."""
-    network = _load("--encoder", encoder, lambda: Encoder(encoder, _device(), precision))
+    network = _load("--encoder", encoder, lambda: Encoder(encoder, local_device(), precision))
     settings = {
         "name": encoder,
         "encoder_weights": fingerprint(network.network),
@@ -124,14 +124,6 @@ def _data_errors() -> Iterator[None]:
         raise RunError(str(error)) from None
 
 
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
 def _load(option: str, name: str, load: Callable[[], T]) -> T:
     try:
         return load()
@@ -143,7 +135,7 @@ def _load(option: str, name: str, load: Callable[[], T]) -> T:
 
 def build_neighbors(precision: Precision | None, **arguments: Any) -> None:
     """data.graph.build_graph on this process's device; `precision` None: the one that is fast there."""
-    device = _device()
+    device = local_device()
     precision = precision or ("bf16" if device.type == "cuda" else "fp32")
     with _data_errors():
         build_graph(precision=precision, device=device, **arguments)

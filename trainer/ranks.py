@@ -30,6 +30,15 @@ class Ranks:
     local_world_size: int = 1
 
 
+def local_device() -> torch.device:
+    """The device of this process where processes work without one another: one of the machine's GPUs, or its CPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
 @contextmanager
 def process_group(timeout: float = 1800) -> Iterator[Ranks]:
     """Join the ranks named by torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,

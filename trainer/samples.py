@@ -7,45 +7,81 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
+from data.images import Images
 from trainer import checkpoint
 from trainer.build import build_network, open_data
 from trainer.config import Config
 from trainer.decode import make_decoder
-from trainer.generate import generate, grid, to_uint8
-from trainer.ranks import Ranks
-from trainer.weights import read_weights, start_from
+from trainer.errors import RunError
+from trainer.generate import Networks, generate, grid, to_uint8
+from trainer.ranks import Ranks, local_device
+from trainer.run_folder import read_config
+from trainer.weights import find_checkpoint, read_weights, start_from
 
 GRID_COLUMNS = 16
 
 
 def make_samples(
-    folder: Path,
+    folder: Path | None,
     config: Config,
     raw: bool = False,
     file: Path | None = None,
     progress: Callable[[int], object] = lambda number: None,
 ) -> tuple[np.ndarray, np.ndarray, dict]:
     """(images (classes, per_class, H, W, C) uint8, labels (classes, per_class), record of how they were made) from the
-    EMA weights of a checkpoint, its `raw` ones, or those of a `file`, in this one process."""
-    weights = str(file) if file else "model" if raw else "ema"
+    EMA weights of a checkpoint, its `raw` ones, or those of a `file` (with or without a checkpoint), in this process."""
     images = open_data(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = local_device()
     decode = make_decoder(images.vae, images.shape[0], device)
-    network = build_network(config, images)
-    checkpoint.verify(folder)
-    if file:
-        start_from(network, read_weights(file, raw), weights)
-    else:
-        checkpoint.load(folder, {weights: network.state_dict()})  # fills the network's own tensors
-    position = checkpoint.read_manifest(folder)["position"]
+    networks = load_networks(folder, config, images, device, raw, file)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        made = generate(network.to(device).eval(), config, images, Ranks(0, 1, device), progress)
+        made, evaluations = generate(networks, config, images, Ranks(0, 1, device), progress)
     label = np.repeat(np.arange(len(made))[:, None], made.shape[1], axis=1)
-    made = decode(made)
-    record = {"checkpoint": str(folder), "position": position, "weights": weights, "precision": config.precision}
-    record |= config.sample.model_dump()
-    return to_uint8(made), label, record
+    record = describe(folder, config, raw, file) | {"evaluations": evaluations}
+    return to_uint8(decode(made)), label, record
+
+
+def describe(folder: Path | None, config: Config, raw: bool, file: Path | None) -> dict:
+    """How samples are made: what two results must share to be compared."""
+    position = checkpoint.read_manifest(folder)["position"] if folder else None
+    weights = str(file) if file else "model" if raw else "ema"
+    about = {"checkpoint": folder and str(folder), "position": position, "weights": weights, "precision": config.precision}
+    return about | {"path": config.path.name, "group_layers": config.model.group_layers} | config.sample.model_dump()
+
+
+def load_networks(
+    folder: Path | None,
+    config: Config,
+    images: Images,
+    device: torch.device,
+    raw: bool = False,
+    file: Path | None = None,
+) -> Networks:
+    """The network of a checkpoint with its EMA weights, its `raw` ones, or those of a `file`, and those that
+    sample.weaker and sample.small name, with their EMA weights."""
+    network = build_network(config, images)
+    if file:
+        start_from(network, read_weights(file, raw), str(file))
+    else:
+        checkpoint.verify(folder)
+        checkpoint.load(folder, {"model" if raw else "ema": network.state_dict()})  # fills the network's own tensors
+    others = [_load_other(name, config, images) for name in ("weaker", "small")]
+    return Networks(*(net and net.to(device).eval() for net in (network, *others)))
+
+
+def _load_other(name: str, config: Config, images: Images) -> nn.Module | None:
+    """The network that sample.NAME means: of a run or checkpoint, as its config says; of a file, as this one says."""
+    source = getattr(config.sample, name)
+    if source is None:
+        return None
+    own = read_config(find_checkpoint(Path(source))) if Path(source).is_dir() else config
+    if own.path != config.path:
+        raise RunError(f"sample.{name}={source}: was trained on path={own.path.name}; give one on {config.path.name}")
+    network = build_network(own, images)
+    start_from(network, read_weights(source), str(source))
+    return network
 
 
 def write_samples(out: Path, pixels: np.ndarray, label: np.ndarray, record: dict, group_size: int) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models.dit import DiT, ModelConfig
+from models.jit import JiT, RMSNorm
 
 SIDE, CHANNELS, CLASSES = 6, 3, 5
 
@@ -15,6 +16,21 @@ def random_dit(random_weights):
     def make(seed, **changes):
         config = ModelConfig(**{"depth": 2, "width": 24, "heads": 3, "max_group_size": 8, **changes})
         return random_weights(DiT(config, CHANNELS, SIDE, CLASSES), seed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_jit(random_weights):
+    """A small JiT with random weights, those of its norms around 1; its class joins before block 1 of 0 to 2."""
+
+    def make(seed, **changes):
+        sizes = {"depth": 3, "width": 24, "heads": 3, "bottleneck": 10, "context_tokens": 4, "context_start": 1}
+        config = ModelConfig(**{"backbone": "jit", "max_group_size": 8, **sizes, **changes})
+        net = random_weights(JiT(config, CHANNELS, SIDE, CLASSES), seed)
+        for norm in (module for module in net.modules() if isinstance(module, RMSNorm)):
+            norm.weight.data += 1
+        return net
 
     return make
 

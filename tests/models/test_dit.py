@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.dit import SIZES, DiT, ModelConfig
+from models.dit import DiT
 from models.embeddings import sincos_positions
+from models.model_config import SIZES, ModelConfig
 
 SEEDS = range(3)
 GROUPS = pytest.mark.parametrize(("group_size", "groups"), [(2, 3), (4, 2), (8, 1)])
@@ -14,7 +15,7 @@ GROUPS = pytest.mark.parametrize(("group_size", "groups"), [(2, 3), (4, 2), (8, 
 def published_dit(net, heads, x, t, label, slot):
     """Peebles & Xie's DiT (github.com/facebookresearch/DiT, models.py) image by image, from the weights of `net`."""
     w = dict(net.named_parameters())
-    channels, patch = net.channels, net.patch
+    channels, patch = net.out_channels, net.config.patch
 
     def linear(name, value):
         return F.linear(value, w[f"{name}.weight"], w[f"{name}.bias"])
@@ -28,7 +29,7 @@ def published_dit(net, heads, x, t, label, slot):
         width, side = tokens.shape[1], x.shape[1] // patch
         tokens = tokens + sincos_positions(width, side)
         freqs = torch.exp(-math.log(10000) * torch.arange(0, 128, dtype=torch.float32) / 128)
-        args = t * net.time_scale * freqs
+        args = t * net.config.time_scale * freqs
         embedding = torch.cat([torch.cos(args), torch.sin(args)])
         c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", embedding)))
         c = c + w["y_embedder.embedding_table.weight"][label] + w["sample_embedder.embedding_table.weight"][slot]
@@ -164,10 +165,10 @@ def test_other_layers_start_xavier_uniform(fresh):
         assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES["dit"])
 def test_size_fills_depth_width_and_heads(size):
     config = ModelConfig(size=size)
-    assert (config.depth, config.width, config.heads) == SIZES[size]
+    assert {name: getattr(config, name) for name in SIZES["dit"][size]} == SIZES["dit"][size]
     assert ModelConfig(**config.model_dump()) == config
     assert ModelConfig(depth=config.depth, width=config.width, heads=config.heads).size is None
 

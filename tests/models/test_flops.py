@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from models.dit import SIZES, DiT, ModelConfig
+from models.dit import DiT
 from models.flops import forward_multiply_adds
+from models.model_config import SIZES, ModelConfig
 
 
 def network(size):
@@ -14,10 +15,10 @@ def test_xl_has_the_published_multiply_adds():
     assert forward_multiply_adds(network("XL"), 1, 4, 32, 1) == pytest.approx(118.64e9, rel=0.005)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES["dit"])
 def test_sharing_attention_adds_exactly_its_products(size):
     net, tokens = network(size), 16 * 16
-    depth, width, _ = SIZES[size]
+    depth, width = SIZES["dit"][size]["depth"], SIZES["dit"][size]["width"]
     alone = forward_multiply_adds(net, 1, 4, 32, 1)
     for group_size in (2, 4, 16):
         together = forward_multiply_adds(net, group_size, 4, 32, group_size)

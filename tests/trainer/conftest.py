@@ -12,8 +12,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from slurm.tasks import free_port
 from tests.stores import encoded, noise, sample, write, write_tar
-from tests.trainer.forked import TINY, Forked, free_ports, train_tiny
+from tests.trainer.forked import TINY, Forked, train_tiny
 from trainer.ranks import process_group
 
 HERE = Path(__file__).parent
@@ -26,7 +27,7 @@ class Launcher:
         self.processes: list[subprocess.Popen] = []
 
     def start(self, world_size: int, *runs: list[str], script: str = "train_many.py") -> list[subprocess.Popen]:
-        ports = free_ports(runs)
+        ports = [free_port() for _ in runs]
         command = [sys.executable, str(HERE / script), str(TINY), json.dumps(runs), json.dumps(ports)]
         started = []
         for rank in range(world_size):

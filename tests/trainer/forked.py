@@ -2,12 +2,12 @@
 
 import multiprocessing
 import os
-import socket
 import sys
 from pathlib import Path
 
 import torch
 
+from slurm.tasks import free_port
 from trainer import checkpoint
 from trainer.config import load_config
 from trainer.errors import RunError
@@ -17,14 +17,6 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["pytest", "tests.trainer.forked"])
 
 TINY = Path(__file__).parent / "tiny.yaml"
-
-
-def free_ports(runs: tuple) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in runs]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def train_tiny(*overrides):
@@ -49,7 +41,7 @@ class Forked:
         self.folder, self.processes = folder, []
 
     def start(self, world_size, function, *arguments):
-        port = str(free_ports((0,))[0])
+        port = str(free_port())
         ranks = [(r, world_size, port, self.folder / f"stderr-{r}", function, arguments) for r in range(world_size)]
         started = [CONTEXT.Process(target=_rank, args=rank) for rank in ranks]
         for process in started:

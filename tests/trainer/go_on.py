@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from models.objective import denoising_loss
-from models.paths import PATHS
+from models.paths import make_path
 from trainer import checkpoint
 from trainer.batches import make_batches
 from trainer.build import build_network, open_data
@@ -90,7 +90,8 @@ if __name__ == "__main__":
                     loss = torch.zeros(())
                     for i, micro in enumerate(micro_batches):
                         with engine.accumulating(last=i == len(micro_batches) - 1):
-                            part = denoising_loss(engine, PATHS[config.path](), micro).sum() * ranks.world_size / batch
+                            loss_of_images = denoising_loss(engine, make_path(config.path), micro)
+                            part = loss_of_images.sum() * ranks.world_size / batch
                             engine.backward(part)
                             loss += part.detach()
                     engine.step(config.optim.lr_at(batch * (first + len(losses) + 1)))

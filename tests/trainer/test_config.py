@@ -7,6 +7,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from tests.stores import encoded, noise, pixels, write
 from trainer.build import open_data
 from trainer.config import Config, check_world, load_config, parse_config
 from trainer.config_file import dotted, field_names, to_yaml
@@ -91,6 +92,21 @@ def test_a_size_can_be_named_and_group_sizes_of_sampling_follow_the_variant():
         ("sample.uncond_group_size=32", ["sample.uncond_group_size=32", "model.max_group_size=16"]),
         ("sample.cond_group_size=3", ["sample.uncond_group_size=4", "cond_group_size=3"]),
         ("sample.interval=[2, -2]", ["sample.interval=[2", "lowest"]),
+        ("sample.group_window=[2, -2]", ["sample.group_window=[2", "lowest"]),
+        ("groups.window=[2, -2]", ["groups.window=[2", "lowest"]),
+        ("sample.guidance=-1", ["sample.guidance.0=-1"]),
+        ("sample.sampler=ddpm", ["sample.sampler=ddpm", "path=linear", "heun"]),
+        ("path=ddpm model.time_scale=1", ["sample.sampler=heun", "path=ddpm", "ddim or ddpm"]),
+        ("path=ddpm sample.sampler=ddim", ["model.time_scale=1000", "0 to 999"]),
+        ("path.name=ddpm path.timesteps=uniform", ["path.timesteps=uniform", "discrete"]),
+        ("path.timesteps=discrete", ["path.timesteps=discrete", "uniform"]),
+        ("path=lineal", ["path.name=lineal", "'linear'"]),
+        ("path.noise_scale=2", ["path.noise_scale=2", "jit"]),
+        ("model.group_layers=[0,6]", ["model.group_layers=[0, 6]", "0 to 5"]),
+        ("model.backbone=jit model.context_start=6", ["model.context_start=6", "depth=6"]),
+        ("model.backbone=jit model.heads=16", ["model.heads=16", "multiple of 4"]),
+        ("sample.sampler=dopri5", ["train.sample_every=25600", "dopri5", "sample_every=0"]),
+        ("sample.small=runs/x", ["sample.small=runs/x", "train.sample_every=0"]),
         ("train.global_batch=100", ["train.global_batch=100", "2 x 4 = 8", "96 or 104"]),
         ("train.micro_batch=6", ["train.micro_batch=6", "groups.size=4"]),
         ("train.images=100", ["train.images=100", "128"]),
@@ -180,6 +196,22 @@ def test_every_field_is_read_by_something(tmp_path, tiny, monkeypatch, make_late
     streamed = parse_config(
         {**by_number.model_dump(), "run": f"{tmp_path}/four", "data": {**latents, "streaming": True}, **DEEPSPEED}
     )
+    for i in range(32):
+        write(tmp_path / f"images/c/{i}.png", encoded(noise(i)))
+    pixels(tmp_path / "images", tmp_path / "pixels")
+    crops = {"name": "pixels", "pixels": f"{tmp_path}/pixels"}
+    by_pixels = parse_config(
+        {**by_number.model_dump(), "run": f"{tmp_path}/five", "data": crops, "groups": {"query": "random"}}
+    )
+    changes = ["engine=single", "train.sample_every=0", "train.images=64", "checkpoint.every=64", f"run={tmp_path}/six"]
+    jit = load_config(
+        tiny, [*changes, "path=jit", "model.backbone=jit", "model.context_start=1", "groups.window=[null,0]"]
+    )
+    ddpm = load_config(tiny, [*changes, f"run={tmp_path}/seven", "path=ddpm", "sample.sampler=ddpm"])
+    adaptive, noisy = (
+        jit.model_copy(update={"sample": jit.sample.model_copy(update={**changed, "steps": 3})})
+        for changed in ({"sampler": "dopri5", "small": jit.run, "weaker": jit.run}, {"sampler": "sde"})
+    )
     original = BaseModel.__getattribute__
 
     def recording(self, name):
@@ -192,8 +224,10 @@ def test_every_field_is_read_by_something(tmp_path, tiny, monkeypatch, make_late
         check_world(each, 1)
         train(each)
         make_samples(find_checkpoint(Path(each.run)), each)
-    for each in (by_number, streamed):
+    for each in (by_number, streamed, by_pixels, jit, ddpm):
         train(each)
+    for each in (adaptive, noisy):
+        make_samples(find_checkpoint(Path(each.run)), each)
     monkeypatch.undo()
 
     def fields(model):

@@ -108,12 +108,17 @@ def test_training_starts_from_them_and_goes_on_from_its_own(run, tensors, config
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth"])
 @pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("parts", [(), ("ema",), ("model",), ("state_dict",), ("model", "ema"), ("state_dict", "ema")])
+@pytest.mark.parametrize(
+    "parts",
+    [(), ("ema",), ("model",), ("state_dict",), ("model", "ema"), ("state_dict", "ema"), ("model", "model_ema")],
+)
 def test_torch_files(parts, prefix, suffix, network, tmp_path):
     """Flat, or with a dict as one of `parts`, of which the last is the one to take."""
     choices = [drawn(network) for _ in parts or [0]]
     named = [{prefix + name: tensor for name, tensor in weights.items()} for weights in choices]
-    content = {"steps": 7, **dict(zip(parts, named, strict=True))} if parts else named[0]
+    content = (
+        {"steps": 7, "args": argparse.Namespace(lr=1e-4), **dict(zip(parts, named, strict=True))} if parts else named[0]
+    )
     path = tmp_path / f"weights{suffix}"
     torch.save(content, path, _use_new_zipfile_serialization=RANDOM.random() < 0.5)
     assert_equal(read_weights(path), choices[-1])
@@ -229,8 +234,9 @@ def test_a_file_that_would_execute_code_is_refused_and_does_not(tmp_path):
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Code(tmp_path / "made"), protocol=2))
     for name in ("new", "old", "plain"):
         assert "refused, for posix.mkdir in it would execute code" in error_of(read_weights, tmp_path / f"{name}.pt")
-    torch.save({"model": {"a": torch.zeros(2)}, "args": argparse.Namespace(lr=1)}, tmp_path / "args.pt")
-    assert "refused, for argparse.Namespace in it" in error_of(read_weights, tmp_path / "args.pt")
+    hidden = {"model": {"a": torch.zeros(2)}, "args": argparse.Namespace(lr=Code(tmp_path / "made"))}
+    torch.save(hidden, tmp_path / "args.pt")
+    assert "refused, for posix.mkdir in it would execute code" in error_of(read_weights, tmp_path / "args.pt")
     (tmp_path / "newer.pt").write_bytes(pickle.dumps(Code(tmp_path / "made"), protocol=4))
     error_of(read_weights, tmp_path / "newer.pt")
     assert not (tmp_path / "made").exists()
@@ -280,10 +286,10 @@ def test_the_continued_recipe_takes_the_weights_of_the_plain_one():
     class Latents:
         shape, num_classes = (4, 32, 32), 1000
 
-    plain, continued = (load_config(f"configs/imagenet256/sit-xl-2{x}.yaml") for x in ("", "-light4-continued"))
+    plain, continued = (load_config(f"configs/imagenet256/sit-xl-2{x}.yaml") for x in ("", "-light-4-continued"))
     assert continued.init_from == plain.run
     assert continued.model == plain.model and continued.path == plain.path and continued.data.side == plain.data.side
-    assert continued.groups == load_config("configs/imagenet256/sit-xl-2-light4.yaml").groups
+    assert continued.groups == load_config("configs/imagenet256/sit-xl-2-light-4.yaml").groups
     with torch.device("meta"):
         a, b = (build_network(config, Latents()) for config in (plain, continued))
     start_from(b, a.state_dict(), plain.run)

@@ -18,7 +18,8 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
 from benchmarks import Figures, Targets
 from benchmarks.memory import on_ranks
-from models.dit import DiT, ModelConfig
+from models.dit import DiT
+from models.model_config import ModelConfig
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointConfig
 from trainer.ema import local_shards

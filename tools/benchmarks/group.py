@@ -6,7 +6,8 @@ import time
 import torch
 
 from benchmarks import Figures, Targets
-from models.dit import DiT, ModelConfig
+from models.dit import DiT
+from models.model_config import ModelConfig
 from models.flops import forward_multiply_adds
 
 SIZES, ROUNDS = (1, 2, 4, 8), 7

@@ -15,7 +15,8 @@ from torch.multiprocessing import spawn
 
 from benchmarks import Figures, Targets
 from data.batch import Batch
-from models.dit import DiT, ModelConfig
+from models.dit import DiT
+from models.model_config import ModelConfig
 from models.objective import denoising_loss
 from models.paths import PATHS
 from slurm.tasks import free_port
@@ -80,12 +81,12 @@ def _on_rank(rank: int, ranks: int, port: int, answers: SimpleQueue, function: C
 def _peaks(place: Ranks, config: dict) -> tuple[float, float]:
     """Before and in the steps."""
     _train(SMALL, config, place, STEPS)  # first, that the code which is loaded for it does not count
-    before = _reset_peak()
+    before = reset_peak()
     engine = _train(MODEL, config, place, 1)
-    start = _megabytes("VmHWM")
-    _reset_peak()
+    start = megabytes("VmHWM")
+    reset_peak()
     _train_on(engine, STEPS)
-    return start - before, _megabytes("VmHWM") - before
+    return start - before, megabytes("VmHWM") - before
 
 
 def _train(model: ModelConfig, config: dict, place: Ranks, steps: int) -> Engine:
@@ -106,13 +107,14 @@ def _train_on(engine: Engine, steps: int) -> None:
         engine.step(1e-4)
 
 
-def _reset_peak() -> float:
-    """The peak is what there is now, and this."""
+def reset_peak() -> float:
+    """The peak is what there is now, and this, in MB."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM is VmRSS again
-    return _megabytes("VmRSS")
+    return megabytes("VmRSS")
 
 
-def _megabytes(field: str) -> float:
+def megabytes(field: str) -> float:
+    """A field of /proc/self/status, as VmRSS or VmHWM."""
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024 / 1e6

@@ -12,7 +12,8 @@ from benchmarks.group import step_seconds
 from data.loader import GroupSampler
 from data.neighbors import NeighborGraph
 from data.plan import GroupsConfig, Plan, plan_epoch, steps_per_epoch
-from models.dit import DiT, ModelConfig
+from models.dit import DiT
+from models.model_config import ModelConfig
 
 IMAGES, CLASSES, NEIGHBORS, BATCH = 1_281_167, 1000, 32, 256
 

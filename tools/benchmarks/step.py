@@ -12,7 +12,7 @@ from data.images import open_images
 from data.loader import BatchDataset, GroupSampler
 from data.plan import steps_per_epoch
 from models.objective import denoising_loss
-from models.paths import PATHS
+from models.paths import make_path
 from trainer.build import build_network, make_planner
 from trainer.config import Config, load_config
 from trainer.loop import train
@@ -58,7 +58,7 @@ def _bare_seconds(config: Config) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = build_network(config, open_images(config.data)).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
-    path = PATHS[config.path]()
+    path = make_path(config.path)
     steps = _batches(config, device)
     for i, batches in enumerate(steps):
         if i == WARM_UP:

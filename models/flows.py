@@ -1,0 +1,92 @@
+"""Flow paths: SiT's three (Ma et al., arXiv 2401.08740) in its code's direction, t = 0 is noise and t = 1 is data, and
+JiT's."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from models.path import Path, Schedule
+
+
+class LinearFlow(Path):
+    """x_t = t x + (1 - t) noise; the network predicts the velocity x - noise."""
+
+    name = "linear"
+
+    def schedule(self, t: Tensor) -> Schedule:
+        """alpha = t, sigma = 1 - t."""
+        t = t.double()
+        return Schedule(t, 1 - t, torch.ones_like(t), -torch.ones_like(t))
+
+
+class GVP(Path):
+    """The generalised variance-preserving path (arXiv 2401.08740, sec. 2.4)."""
+
+    name = "gvp"
+
+    def schedule(self, t: Tensor) -> Schedule:
+        """alpha = sin(pi t / 2), sigma = cos(pi t / 2)."""
+        angle = math.pi / 2 * t.double()
+        alpha, sigma = angle.sin(), (math.pi / 2 - angle).sin()  # which is 0 at the data, unlike angle.cos()
+        return Schedule(alpha, sigma, math.pi / 2 * sigma, -math.pi / 2 * alpha)
+
+
+class VP(Path):
+    """The variance-preserving path of Song et al. (arXiv 2011.13456, eq. 33). Its velocity is infinite at the data:
+    training and sampling end a little before it, where SiT's do."""
+
+    name = "vp"
+    cleanest, latest = 1 - 1e-3, 1 - 1e-5
+    beta_min, beta_max = 0.1, 20.0
+
+    def schedule(self, t: Tensor) -> Schedule:
+        """alpha = exp(-s^2 (beta_max - beta_min) / 4 - s beta_min / 2), s = 1 - t."""
+        s, span = 1 - t.double(), self.beta_max - self.beta_min
+        beta = self.beta_min + s * span
+        log_alpha = -0.25 * s**2 * span - 0.5 * s * self.beta_min
+        alpha, sigma = log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+        return Schedule(alpha, sigma, 0.5 * beta * alpha, -0.5 * beta * alpha**2 / sigma)
+
+
+class JiTFlow(LinearFlow):
+    """JiT's path (Li & He, arXiv 2511.13720): the linear one, its noise scaled; the network predicts the data, the loss
+    compares velocities, in which 1 - t counts as 0.05 at least.
+
+    The public code has that bound in sampling as well, where it leaves about 1 % of the noise in the images. We do not:
+    the last step goes to the predicted data.
+    """
+
+    name = "jit"
+    singular = True
+    floor = 0.05
+
+    def schedule(self, t: Tensor) -> Schedule:
+        """alpha = t, sigma = noise_scale (1 - t)."""
+        alpha, sigma, d_alpha, d_sigma = super().schedule(t)
+        return Schedule(alpha, self.config.noise_scale * sigma, d_alpha, self.config.noise_scale * d_sigma)
+
+    def velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """(x - x_t) / (1 - t)."""
+        return (prediction - x_t) * self.config.noise_scale / self.at(t, x_t).sigma
+
+    def data(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The prediction itself."""
+        return prediction
+
+    def noise(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """(x_t - alpha x) / sigma."""
+        alpha, sigma, *_ = self.at(t, x_t)
+        return (x_t - alpha * prediction) / sigma
+
+    def target(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The clean image."""
+        return x
+
+    def error(self, prediction: Tensor, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Of the velocity."""
+        return (prediction - x) / self.data_error(t).to(x.dtype).view(-1, 1, 1, 1)
+
+    def data_error(self, t: Tensor) -> Tensor:
+        """1 - t, but 0.05 at least."""
+        return (1 - t.double()).clamp(min=self.floor)

@@ -1,0 +1,154 @@
+"""The JiT backbone (Li & He, "Back to Basics: Let Denoising Generative Models Denoise", arXiv 2511.13720) with group
+attention: a plain transformer on large patches of pixels."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import GroupAttention, group_attention
+from models.dit import DiTBlock, FinalLayer, initialise, unpatchify
+from models.embeddings import LabelEmbedder, SampleEmbedder, TimestepEmbedder, sincos_positions
+from models.model_config import ModelConfig
+
+
+def rotations(head_width: int, side: int, context: int = 0) -> Tensor:
+    """2-D RoPE (Su et al., arXiv 2104.09864) of side * side patches, row by row: cosines and sines (2, context + L, 1,
+    head_width / 2), in fp32. The first half of a head turns by the patch's row, the second by its column. `context`
+    tokens come first and are not turned."""
+    frequencies = 10000.0 ** -(torch.arange(head_width // 4, dtype=torch.float64) / (head_width // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    row = angles[:, None, :].expand(side, side, -1)
+    column = angles[None, :, :].expand(side, side, -1)
+    angles = torch.cat([row, column], dim=-1).reshape(side * side, 1, head_width // 2)
+    angles = F.pad(angles, (0, 0, 0, 0, context, 0))
+    return torch.stack([angles.cos(), angles.sin()]).float()
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn each pair of neighbouring numbers of x (B, L, heads, head width) by the angle of its token, in fp32."""
+    cos, sin = rotation
+    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight over the last dimension, in fp32 whatever the types of x and of the weight."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class BottleneckPatchEmbedder(nn.Module):
+    """Image (B, C, H, W) -> tokens (B, L, width), L = (H / patch)^2, row by row; a patch passes through `bottleneck`
+    numbers."""
+
+    def __init__(self, patch: int, channels: int, bottleneck: int, width: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj1 = nn.Linear(channels * patch * patch, bottleneck, bias=False)
+        self.proj2 = nn.Linear(bottleneck, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = F.pixel_unshuffle(x.to(self.proj1.weight.dtype), self.patch).flatten(2)
+        return self.proj2(self.proj1(patches.transpose(1, 2).contiguous()))
+
+
+class RotaryAttention(GroupAttention):
+    """Group attention with qk-norm (Henry et al., arXiv 2010.04245) and 2-D RoPE. Positions restart in each image: what
+    patches of two images see of each other depends on where they are in their own images, not on the images' order."""
+
+    def __init__(self, width: int, heads: int, rotation: Tensor) -> None:
+        super().__init__(width, heads)
+        self.q_norm = RMSNorm(width // heads)
+        self.k_norm = RMSNorm(width // heads)
+        self.register_buffer("rotation", rotation, persistent=False)
+
+    def forward(self, x: Tensor, group_size: int = 1, grouped: int | None = None) -> Tensor:
+        images, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(images, tokens, 3, self.heads, width // self.heads).unbind(2)
+        q, k = rotate(self.q_norm(q), self.rotation), rotate(self.k_norm(k), self.rotation)
+        return self.proj(group_attention(q, k, v, group_size, grouped).reshape(images, tokens, width))
+
+
+class SwiGLU(nn.Module):
+    """Shazeer's gated layers (arXiv 2002.05202), with 2/3 of `hidden`: as many weights as `hidden` without a gate."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        hidden = int(hidden * 2 / 3)
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class JiTBlock(nn.Module):
+    """A DiT block with RMSNorm, SwiGLU and rotary attention."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, rotation: Tensor) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(width)
+        self.attn = RotaryAttention(width, heads, rotation)
+        self.norm2 = RMSNorm(width)
+        self.mlp = SwiGLU(width, int(width * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    forward = DiTBlock.forward
+
+
+class JiT(nn.Module):
+    """Just-image transformer for images (channels, side, side) of `num_classes` classes; predicts `out_channels`.
+
+    Before block `context_start`, `context_tokens` tokens of the class join the patches of each image; they go with it
+    into its group's attention and are dropped before the last layer. The dropout that the published L and H have in
+    training, in the middle half of their blocks, is left out. Names are as in the public code, whose convolutions
+    `x_embedder.proj1` and `proj2` are matrices here and whose `in_context_posemb` has a leading dimension of 1.
+    """
+
+    def __init__(
+        self, config: ModelConfig, channels: int, side: int, num_classes: int, out_channels: int | None = None
+    ) -> None:
+        super().__init__()
+        if side % config.patch:
+            raise ValueError(f"model.patch={config.patch}: must divide the image side {side}")
+        self.config, self.out_channels = config, out_channels or channels
+        self.x_embedder = BottleneckPatchEmbedder(config.patch, channels, config.bottleneck, config.width)
+        self.t_embedder = TimestepEmbedder(config.width)
+        self.y_embedder = LabelEmbedder(num_classes, config.width)
+        self.sample_embedder = SampleEmbedder(config.max_group_size, config.width)
+        cells, head_width = side // config.patch, config.width // config.heads
+        self.register_buffer("pos_embed", sincos_positions(config.width, cells), persistent=False)
+        if config.context_tokens:
+            self.in_context_posemb = nn.Parameter(torch.empty(config.context_tokens, config.width))
+        alone, joined = rotations(head_width, cells), rotations(head_width, cells, config.context_tokens)
+        self.blocks = nn.ModuleList(
+            JiTBlock(config.width, config.heads, config.mlp_ratio, alone if i < config.context_start else joined)
+            for i in range(config.depth)
+        )
+        self.final_layer = FinalLayer(config.width, config.patch, self.out_channels)
+        self.final_layer.norm_final = RMSNorm(config.width)
+        initialise(self)
+        if config.context_tokens:
+            nn.init.normal_(self.in_context_posemb, std=0.02)
+
+    def forward(
+        self, x: Tensor, t: Tensor, label: Tensor, slot: Tensor, group_size: int = 1, grouped: int | None = None
+    ) -> Tensor:
+        """Noisy images x (B, C, H, W), time t (B,), label (B,) (NULL_LABEL: unconditional), slot (B,) -> prediction
+        (B, out_channels, H, W). See models.network for the groups."""
+        config, y = self.config, self.y_embedder(label)
+        c = self.t_embedder(config.time_scale * t) + y + self.sample_embedder(slot)
+        tokens = self.x_embedder(x)
+        tokens = tokens + self.pos_embed.to(tokens.dtype)
+        for layer, block in enumerate(self.blocks):
+            if config.context_tokens and layer == config.context_start:
+                context = y[:, None] + self.in_context_posemb
+                tokens = torch.cat([context.to(tokens.dtype), tokens], dim=1)
+            tokens = block(tokens, c, group_size if config.shares(layer) else 1, grouped)
+        return unpatchify(self.final_layer(tokens[:, config.context_tokens :], c), config.patch)

@@ -1,0 +1,435 @@
+import math
+import shutil
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from models.embeddings import sincos_positions
+from models.flops import forward_multiply_adds
+from models.jit import JiT, RMSNorm, RotaryAttention, rotate, rotations
+from models.model_config import ModelConfig
+
+SEEDS = range(3)
+GROUPS = pytest.mark.parametrize(("seed", "group_size", "groups"), [(0, 2, 3), (1, 4, 2), (2, 8, 1)])
+CONTEXTS = pytest.mark.parametrize("changes", [{}, {"context_tokens": 0}, {"context_start": 0}, {"context_start": 2}])
+
+
+def turned(x):
+    """2-D RoPE in float64 of patches x (side, side, heads, head width): complex numbers times exp(i * position * rate),
+    the first half of a head by the row of a patch, the second by its column."""
+    side, _, _, width = x.shape
+    rate = 10000.0 ** (-4 * torch.arange(width // 4, dtype=torch.float64) / width)
+    phase = torch.polar(torch.ones(side, width // 4).double(), torch.arange(side)[:, None] * rate)
+    by_row, by_column = (torch.view_as_complex(half.unflatten(-1, (-1, 2)).contiguous()) for half in x.chunk(2, -1))
+    parts = (by_row * phase[:, None, None], by_column * phase[None, :, None])
+    return torch.cat([torch.view_as_real(part).flatten(-2) for part in parts], dim=-1)
+
+
+def published_jit(net, x, t, label, slot, group_size=1):
+    """Li & He's JiT image by image, from the weights of `net`, in float64; only the attention is group by group."""
+    w = {name: value.detach().double() for name, value in net.named_parameters()}
+    config, (images, channels, pixels, _) = net.config, x.shape
+    patch, side, width, heads = config.patch, pixels // config.patch, config.width, config.heads
+    context = config.context_tokens
+
+    def linear(name, value):
+        return F.linear(value, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def norm(name, value):
+        return value / (value.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"]
+
+    def embed(image):
+        kernel = w["x_embedder.proj1.weight"].view(-1, channels, patch, patch)
+        squeezed = F.conv2d(image[None], kernel, stride=patch).flatten(2)[0].T
+        return linear("x_embedder.proj2", squeezed) + sincos_positions(width, side)
+
+    def position(value, skipped):
+        parts = value.view(-1, heads, width // heads).split([skipped, side * side])
+        return torch.cat([parts[0], turned(parts[1].unflatten(0, (side, side))).flatten(0, 1)])
+
+    def attend(block, values, shared, skipped):
+        names = [f"blocks.{block}.attn.{part}" for part in ("qkv", "q_norm", "k_norm", "proj")]
+        qkv = [linear(names[0], value).view(-1, 3, heads, width // heads) for value in values]
+        q = [position(norm(names[1], value[:, 0]), skipped) for value in qkv]
+        k = [position(norm(names[2], value[:, 1]), skipped) for value in qkv]
+        v = [value[:, 2] for value in qkv]
+        out = []
+        for i, own in enumerate(q):
+            group = slice(i - i % group_size, i - i % group_size + group_size) if shared else slice(i, i + 1)
+            scores = torch.einsum("qhd,khd->hqk", own, torch.cat(k[group])) / (width // heads) ** 0.5
+            mixed = torch.einsum("hqk,khd->qhd", scores.softmax(-1), torch.cat(v[group]))
+            out.append(linear(names[3], mixed.flatten(1)))
+        return out
+
+    rates = 10000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
+    angles = t.double()[:, None] * config.time_scale * rates
+    c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], dim=1))))
+    y = w["y_embedder.embedding_table.weight"][label]
+    c = F.silu(c + y + w["sample_embedder.embedding_table.weight"][slot])
+    tokens = [embed(image) for image in x.double()]
+    for i in range(config.depth):
+        if context and i == config.context_start:
+            tokens = [torch.cat([y[n] + w["in_context_posemb"], tokens[n]]) for n in range(images)]
+        skipped = context if i >= config.context_start else 0
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = linear(f"blocks.{i}.adaLN_modulation.1", c).chunk(6, 1)
+        values = [norm(f"blocks.{i}.norm1", tokens[n]) * (1 + scale_a[n]) + shift_a[n] for n in range(images)]
+        shared = config.group_layers is None or i in config.group_layers
+        attended = attend(i, values, shared, skipped)
+        for n in range(images):
+            tokens[n] = tokens[n] + gate_a[n] * attended[n]
+            value = norm(f"blocks.{i}.norm2", tokens[n]) * (1 + scale_m[n]) + shift_m[n]
+            gate, hidden = linear(f"blocks.{i}.mlp.w12", value).chunk(2, 1)
+            tokens[n] = tokens[n] + gate_m[n] * linear(f"blocks.{i}.mlp.w3", gate * gate.sigmoid() * hidden)
+    shift, scale = linear("final_layer.adaLN_modulation.1", c).chunk(2, 1)
+    out = []
+    for n in range(images):
+        value = norm("final_layer.norm_final", tokens[n][-side * side :]) * (1 + scale[n]) + shift[n]
+        patches = linear("final_layer.linear", value).view(side, side, patch, patch, channels)
+        out.append(torch.einsum("hwpqc->chpwq", patches).reshape(channels, pixels, pixels))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(("seed", "group_size"), enumerate([1, 2, 3, 6]))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"patch": 3, "time_scale": 10.0, "group_layers": (0, 2)},
+        {"context_tokens": 0, "heads": 2, "group_layers": ()},
+        {"context_start": 0, "mlp_ratio": 2.5, "patch": 1, "heads": 6},
+    ],
+)
+def test_images_and_groups_go_through_the_published_jit(random_jit, random_inputs, seed, group_size, changes):
+    net, inputs = random_jit(seed, **changes), random_inputs(seed, 6, group_size)
+    expected = published_jit(net, *inputs, group_size)
+    torch.testing.assert_close(net(*inputs, group_size).double(), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("changes", "tokens"), [({"context_tokens": 0}, 9), ({"context_start": 0}, 9 + 4)])
+@GROUPS
+def test_a_block_diagonal_mask_makes_the_images_of_a_group_independent(
+    random_jit, random_inputs, separate_images, seed, changes, tokens, group_size, groups
+):
+    net, inputs = random_jit(seed, **changes), random_inputs(seed, groups * group_size, group_size)
+    alone = net(*inputs, 1)
+    assert (net(*inputs, group_size) - alone).abs().flatten(1).amax(dim=1).min() > 1e-3  # without it, all differ
+    separate_images(tokens)
+    torch.testing.assert_close(net(*inputs, group_size), alone, rtol=0, atol=1e-5)
+
+
+@CONTEXTS
+@GROUPS
+def test_permuting_the_images_of_a_group_permutes_outputs_and_gradients(
+    random_jit, random_inputs, shuffled_groups, seed, changes, group_size, groups
+):
+    images = groups * group_size
+    net = random_jit(seed, **changes)
+    order = shuffled_groups(seed, images, group_size)
+    x, t, label, slot = random_inputs(seed, images, group_size)
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+
+    def run(order):
+        ordered_x = x[order].requires_grad_()
+        out = net(ordered_x, t[order], label[order], slot[order], group_size)
+        return out, *torch.autograd.grad((out * weight[order]).mean(), [ordered_x, *net.parameters()])
+
+    out, grad_x, *grads = run(torch.arange(images))
+    moved_out, moved_grad_x, *moved_grads = run(order)
+    torch.testing.assert_close(moved_out, out[order], rtol=0, atol=2e-5)
+    torch.testing.assert_close(moved_grad_x, grad_x[order], rtol=0, atol=2e-5)
+    torch.testing.assert_close(moved_grads, grads, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@CONTEXTS
+def test_a_group_of_one_image_many_times_is_that_image_alone(random_jit, random_inputs, seed, changes):
+    """Only where positions restart in each image do its copies look alike from everywhere."""
+    net = random_jit(seed, **changes)
+    alone = random_inputs(seed, 2, 1)
+    copies = [value.repeat_interleave(4, dim=0) for value in alone]
+    expected = net(*alone).repeat_interleave(4, dim=0)
+    torch.testing.assert_close(net(*copies, 4), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_an_image_feels_all_images_of_its_group_and_no_other(random_jit, random_inputs, seed):
+    net = random_jit(seed)
+    x, t, label, slot = random_inputs(seed, 6, 3)
+    x.requires_grad_()
+    for image in range(6):
+        (grad,) = torch.autograd.grad(net(x, t, label, slot, 3)[image].square().mean(), x)
+        felt = grad.flatten(1).abs().amax(dim=1)
+        same_group = torch.arange(6) // 3 == image // 3
+        assert (felt[same_group] > 1e-6).all()
+        assert (felt[~same_group] == 0).all()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_label_slot_and_time_each_matter(random_jit, random_inputs, seed):
+    net = random_jit(seed)
+    x, t, label, slot = random_inputs(seed, 4, 1)
+    out = net(x, t, label, slot)
+    for other in ((x, 1 - t, label, slot), (x, t, (label + 2) % 5, slot), (x, t, label, (slot + 1) % 8)):
+        assert (net(*other) - out).abs().flatten(1).amax(dim=1).min() > 1e-3
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("grouped", [0, 2, 4, 6])
+def test_only_the_leading_images_share(random_jit, random_inputs, seed, grouped):
+    net = random_jit(seed)
+    inputs = random_inputs(seed, 6, 2)
+    together, alone = net(*inputs, 2), net(*inputs, 1)
+    assert (together - alone).abs().flatten(1).amax(dim=1).min() > 1e-3
+    expected = torch.cat([together[:grouped], alone[grouped:]])
+    torch.testing.assert_close(net(*inputs, 2, grouped), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_groups_share_in_the_chosen_layers_only(random_jit, random_inputs, seed):
+    inputs = random_inputs(seed, 4, 4)
+    nowhere, first, everywhere = (random_jit(seed, group_layers=layers) for layers in ((), (0,), None))
+    alone = everywhere(*inputs, 1)
+    assert torch.equal(nowhere(*inputs, 4), alone)
+    for other in (alone, everywhere(*inputs, 4)):
+        assert (first(*inputs, 4) - other).abs().amax() > 1e-3
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_scale_of_queries_and_keys_does_not_matter(random_jit, random_inputs, seed):
+    net, inputs = random_jit(seed), random_inputs(seed, 4, 2)
+    out = net(*inputs, 2)
+
+    def scale(part, factor):
+        for block in net.blocks:
+            for value in (block.attn.qkv.weight, block.attn.qkv.bias):
+                value.data.chunk(3)[part].mul_(factor)
+
+    scale(0, 7)
+    scale(1, 1 / 3)
+    torch.testing.assert_close(net(*inputs, 2), out, rtol=0, atol=5e-5)
+    scale(2, 3)
+    assert (net(*inputs, 2) - out).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_attention_of_rotated_tokens_depends_on_their_distance_alone(seed):
+    generator = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(2, 1, 9, 2, 16, generator=generator)
+    everywhere = rotations(16, 11).unflatten(1, (11, 11))
+
+    def logits(q_at, k_at):
+        windows = (everywhere[:, row : row + 3, column : column + 3].flatten(1, 2) for row, column in (q_at, k_at))
+        return torch.einsum("bqhd,bkhd->bhqk", *(rotate(x, at) for x, at in zip((q, k), windows, strict=True)))
+
+    here = logits((0, 0), (0, 0))
+    far = logits((0, 0), (2, 5))
+    for shift in ((1, 0), (0, 1), (3, 2)):
+        torch.testing.assert_close(logits(shift, shift), here, rtol=0, atol=1e-4)
+        torch.testing.assert_close(logits(shift, (2 + shift[0], 5 + shift[1])), far, rtol=0, atol=1e-4)
+        assert (logits((0, 0), shift) - here).abs().max() > 1e-2
+
+
+def test_context_tokens_are_not_rotated():
+    table = rotations(8, 3, context=4)
+    x = torch.randn(2, 4 + 9, 3, 8)
+    out = rotate(x, table)
+    assert torch.equal(out[:, :4], x[:, :4])
+    assert torch.equal(out[:, 4:], rotate(x[:, 4:], rotations(8, 3)))
+    torch.testing.assert_close(out[:, 4:].unflatten(1, (3, 3))[0].double(), turned(x[0, 4:].double().view(3, 3, 3, 8)))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_the_class_speaks_through_its_tokens_from_their_block_on(random_jit, random_inputs, seed, start):
+    net = random_jit(seed, context_start=start)
+    for part in (*net.blocks, net.final_layer):
+        part.adaLN_modulation[1].weight.data.zero_()  # adaLN no longer hears the class
+    x, t, label, slot = random_inputs(seed, 4, 1)
+
+    def run(label):
+        seen = []
+        hooks = [block.register_forward_hook(lambda *call: seen.append(call[2])) for block in net.blocks]
+        out = net(x, t, label, slot)
+        for hook in hooks:
+            hook.remove()
+        return seen, out
+
+    (seen, out), (other_seen, other_out) = run(label), run((label + 2) % 5)
+    for i, (one, other) in enumerate(zip(seen, other_seen, strict=True)):
+        assert one.shape[1] == (9 + 4 if i >= start else 9)
+        assert torch.equal(one, other) == (i < start)
+    assert (out - other_out).abs().flatten(1).amax(dim=1).min() > 1e-3
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@CONTEXTS
+def test_every_parameter_has_a_gradient(random_jit, random_inputs, seed, changes):
+    net = random_jit(seed, **changes)
+    out = net(*random_inputs(seed, 8, 4), 4)
+    grads = torch.autograd.grad(out.square().mean(), net.parameters())
+    for (name, _), grad in zip(net.named_parameters(), grads, strict=True):
+        assert grad.abs().max() > 1e-6, name
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler: apt-get install g++")
+def test_compiled_blocks_have_the_outputs_and_gradients_of_eager_ones(random_jit, random_inputs):
+    net, inputs = random_jit(0, depth=1, context_start=0), random_inputs(0, 4, 2)
+
+    def run():
+        out = net(*inputs, 2)
+        return out, torch.autograd.grad(out.square().mean(), net.parameters())
+
+    eager = run()
+    for block in net.blocks:
+        block.compile()
+    torch.testing.assert_close(run(), eager, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"context_tokens": 0}])
+def test_each_matrix_product_reads_contiguous_numbers(random_jit, random_inputs, changes):
+    """Where one does not, compiled gradients have come out wrong."""
+    net, strides = random_jit(0, **changes), []
+    layers = [module for module in net.modules() if isinstance(module, nn.Linear)]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, args: strides.append(args[0].is_contiguous()))
+    net(*random_inputs(0, 4, 2), 2)
+    assert strides == len(layers) * [True]
+
+
+@pytest.mark.parametrize("width", [8, 256])
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+)
+def test_the_norm_is_computed_in_fp32(width, dtype, weight_dtype):
+    norm = RMSNorm(width).to(weight_dtype)
+    nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
+    x = (1000 * torch.randn(5, 7, width, generator=torch.Generator().manual_seed(1))).to(dtype)
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.double()
+    out = norm(x)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), exact, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("changes", [{}, {"context_tokens": 0}])
+def test_bf16_weights_and_autocast_are_near_fp32_and_warn_of_nothing(random_jit, random_inputs, changes):
+    net, inputs = random_jit(0, **changes), random_inputs(0, 4, 2)
+    for parameter in net.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    exact = net(*inputs, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = net(*inputs, 2)
+        for parameter in net.parameters():
+            parameter.data = parameter.data.bfloat16()  # as FSDP's policy: inputs and buffers stay fp32
+        stored = net(*inputs, 2)
+    for out in (cast, stored):
+        assert out.dtype == torch.bfloat16
+        assert (out.float() - exact).norm() < 0.05 * exact.norm()
+
+
+PUBLISHED = pytest.mark.parametrize(  # tables 5 to 8 of the paper
+    ("size", "patch", "side", "millions", "giga"),
+    [
+        ("B", 16, 256, 131, 25),
+        ("L", 16, 256, 459, 88),
+        ("H", 16, 256, 953, 182),
+        ("B", 32, 512, 133, 26),
+        ("L", 32, 512, 462, 89),
+        ("H", 32, 512, 956, 183),
+    ],
+)
+
+
+@PUBLISHED
+def test_sizes_have_the_published_parameters_and_multiply_adds(size, patch, side, millions, giga):
+    with torch.device("meta"):
+        net = JiT(ModelConfig(backbone="jit", size=size, patch=patch), 3, side, 1000)
+    assert all(value.is_meta for value in (*net.parameters(), *net.buffers()))
+    published = [p.numel() for name, p in net.named_parameters() if not name.startswith("sample_embedder")]
+    assert round(sum(published) / 1e6) == millions
+    assert round(forward_multiply_adds(net, 1, 3, side, 1) / 1e9) == giga
+
+
+def test_sharing_attention_adds_exactly_its_products():
+    config = ModelConfig(backbone="jit", depth=3, width=24, heads=3, patch=2, context_tokens=5, context_start=1)
+    with torch.device("meta"):
+        net = JiT(config, 3, 8, 10)
+    alone = forward_multiply_adds(net, 1, 3, 8, 1)
+    for group_size in (2, 16):
+        products = 2 * 24 * (group_size - 1) * (16**2 + 2 * (16 + 5) ** 2)
+        assert forward_multiply_adds(net, group_size, 3, 8, group_size) == group_size * (alone + products)
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    torch.manual_seed(0)
+    config = ModelConfig(
+        backbone="jit", depth=2, width=192, heads=3, patch=4, bottleneck=64, context_tokens=40, context_start=1
+    )
+    return JiT(config, 3, 16, 500, out_channels=6)
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_a_fresh_network_outputs_zeros(fresh, group_size):
+    x = torch.randn(4, 3, 16, 16)
+    out = fresh(x, torch.rand(4), torch.tensor([0, 499, -1, 7]), torch.arange(4), group_size)
+    assert out.shape == (4, 6, 16, 16)
+    assert not out.any()
+
+
+def test_a_fresh_network_is_gated_off_by_zeros_and_its_norms_are_ones(fresh):
+    layers = [fresh.final_layer.linear, *(part.adaLN_modulation[1] for part in (*fresh.blocks, fresh.final_layer))]
+    for layer in layers:
+        assert not layer.weight.any()
+    for name, value in fresh.named_parameters():
+        assert not name.endswith("bias") or not value.any()
+        assert "norm" not in name or (value == 1).all()
+    assert fresh.x_embedder.proj1.bias is None
+
+
+def test_embeddings_and_time_layers_start_normal_with_std_0_02(fresh):
+    time = fresh.t_embedder.mlp
+    tables = [part.weight for part in (fresh.y_embedder.embedding_table, fresh.sample_embedder.embedding_table)]
+    for weight in (*tables, time[0].weight, time[2].weight, fresh.in_context_posemb):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert abs(weight.mean().item()) < 0.02 * 5 / weight.numel() ** 0.5
+        assert weight.abs().max() > 0.05  # a uniform distribution of this std ends at 0.035
+
+
+def test_other_layers_start_xavier_uniform(fresh):
+    layers = [fresh.x_embedder.proj1, fresh.x_embedder.proj2]
+    for block in fresh.blocks:
+        layers += [block.attn.qkv, block.attn.proj, block.mlp.w12, block.mlp.w3]
+    for layer in layers:
+        fan_out, fan_in = layer.weight.shape
+        bound = math.sqrt(6 / (fan_in + fan_out))
+        assert 0.98 * bound < layer.weight.abs().max() <= bound
+        assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+
+
+@pytest.mark.parametrize("context_tokens", [0, 4])
+def test_checkpoints_hold_the_published_names_and_no_positions(random_jit, context_tokens):
+    linear = [f"blocks.{i}.{part}" for i in range(3) for part in ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")]
+    linear += [f"{part}.adaLN_modulation.1" for part in ("blocks.0", "blocks.1", "blocks.2", "final_layer")]
+    linear += ["x_embedder.proj2", "t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear"]
+    norms = [f"blocks.{i}.{part}" for i in range(3) for part in ("norm1", "norm2", "attn.q_norm", "attn.k_norm")]
+    weights = [*linear, *norms, "final_layer.norm_final", "x_embedder.proj1"]
+    weights += ["y_embedder.embedding_table", "sample_embedder.embedding_table"]
+    expected = {f"{name}.weight" for name in weights} | {f"{name}.bias" for name in linear}
+    expected |= {"in_context_posemb"} if context_tokens else set()
+    assert set(random_jit(0, context_tokens=context_tokens).state_dict()) == expected
+
+
+def test_a_batch_that_is_not_whole_groups_is_refused():
+    with pytest.raises((RuntimeError, ValueError)):
+        RotaryAttention(24, 3, rotations(8, 3))(torch.randn(5, 9, 24), 2)
+
+
+def test_a_patch_that_does_not_divide_the_side_is_an_error():
+    with pytest.raises(ValueError, match=r"^model\.patch=4: must divide the image side 14$"):
+        JiT(ModelConfig(backbone="jit", depth=1, width=8, heads=1, patch=4, context_start=0), 1, 14, 2)

@@ -1,0 +1,75 @@
+"""The configs for ImageNet: networks have the published sizes, a variant differs from its base in groups alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.flops import forward_multiply_adds
+from models.network import make_network
+from trainer.config import load_config
+from trainer.config_file import dotted
+
+ROOT = Path("configs")
+VARIANTS = {"light-4": (1, 4), "light-8": (1, 8), "light-16": (1, 16), "full-4": (4, 4)}  # C and UC
+BACKBONES = ["dit-xl-2", "sit-xl-2", "jit-b-16", "jit-l-16"]
+# (millions of parameters, 10^9 multiply-adds of a forward pass) of DiT (arXiv 2212.09748, table 4) and JiT (2511.13720,
+# table 5)
+PUBLISHED = {
+    "imagenet256/dit-xl-2": (675, 118.64),
+    "imagenet256/sit-xl-2": (675, 118.64),
+    "imagenet256/jit-b-16": (131, 25),
+    "imagenet256/jit-l-16": (459, 88),
+    "imagenet512/dit-xl-2": (675, 524.6),
+    "imagenet512/jit-b-32": (133, 26),
+    "imagenet512/jit-l-32": (462, 89),
+}
+
+
+def network_of(config):
+    with torch.device("meta"):
+        channels, side = config.data.channels, config.data.side
+        return make_network(config.model, channels, side, 1000, config.predictions * channels)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_networks_have_the_published_parameters_and_multiply_adds(name):
+    config = load_config(ROOT / f"{name}.yaml")
+    millions, giga = PUBLISHED[name]
+    net = network_of(config)
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.8)
+    counted = forward_multiply_adds(net, 1, config.data.channels, config.data.side, 1) / 1e9
+    assert counted == pytest.approx(giga, rel=0.005 if "jit" not in name else 0.03)
+
+
+@pytest.mark.parametrize("size", ["S", "B", "L"])
+def test_smaller_dit_have_the_published_multiply_adds(size):
+    config = load_config(ROOT / "imagenet256/dit-xl-2.yaml", [f"model.size={size}"])
+    counted = forward_multiply_adds(network_of(config), 1, 4, 32, 1)
+    assert counted == pytest.approx({"S": 6.06e9, "B": 23.01e9, "L": 80.71e9}[size], rel=0.005)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_is_its_base_with_groups(backbone, variant):
+    path = ROOT / f"imagenet256/{backbone}-{variant}.yaml"
+    assert len(path.read_text().splitlines()) <= 3
+    plain, config = load_config(ROOT / f"imagenet256/{backbone}.yaml"), load_config(path)
+    before, after = dotted(plain.model_dump()), dotted(config.model_dump())
+    changed = {name for name in after if after[name] != before[name]} - {"run", "sample.guidance"}
+    assert all(
+        name.startswith(("groups.", "model.max_group_size", "sample.uncond_group", "sample.cond_group"))
+        for name in changed
+    )
+    assert (config.sample.cond_group_size, config.sample.uncond_group_size) == VARIANTS[variant]
+    assert config.groups.size == int(variant.rpartition("-")[2])
+    assert network_of(config).sample_embedder.embedding_table.weight.shape[0] >= config.groups.size
+
+
+def test_every_config_builds_on_the_meta_device():
+    built = 0
+    for path in sorted(ROOT.glob("imagenet*/*.yaml")):
+        config = load_config(path)
+        assert all(p.is_meta for p in network_of(config).parameters())
+        built += 1
+    assert built >= len(PUBLISHED) + len(BACKBONES) * len(VARIANTS)

@@ -1,0 +1,133 @@
+"""Any number of samples by any number of processes, here or on many nodes: for FID and the like.
+
+The samples are cut into parts of whole groups. A part is claimed by one process and made in one batch, and what is
+random in it belongs to the numbers of its samples: so any number of processes makes the same images, bit for bit on one
+kind of machine, and the same command goes on where it was stopped.
+"""
+
+import zipfile
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from data.claims import Claims, wait_for_lock
+from data.errors import DataError
+from data.files import appearing, disk_errors, write_json
+from data.shards import agree_on_settings
+from trainer.build import open_data
+from trainer.config import Config
+from trainer.decode import make_decoder
+from trainer.errors import RunError
+from trainer.generate import generate_groups, to_uint8
+from trainer.ranks import local_device
+from trainer.samples import describe, load_networks
+
+PARTS, SAMPLES, RECORD = "parts", "samples.npz", "samples.json"
+
+
+def sample_many(
+    folder: Path | None,
+    config: Config,
+    number: int,
+    out: Path,
+    form: Literal["npz", "png"],
+    raw: bool = False,
+    file: Path | None = None,
+    process: int = 0,
+    processes: int = 1,
+) -> bool:
+    """Make the parts that nobody else makes; whether all are there then, and so the set of `number` samples.
+
+    Groups have a class each, in turn. npz: samples.npz with arr_0 (number, H, W, C) uint8 and arr_1, the classes; png:
+    a file per sample in folders of their classes. RunError if `out` holds others, or the disk is full.
+    """
+    try:
+        with disk_errors(out):
+            return _sample_many(folder, config, number, out, form, raw, file, process, processes)
+    except DataError as error:
+        raise RunError(str(error)) from None
+
+
+def _sample_many(
+    folder: Path | None,
+    config: Config,
+    number: int,
+    out: Path,
+    form: Literal["npz", "png"],
+    raw: bool,
+    file: Path | None,
+    process: int,
+    processes: int,
+) -> bool:
+    record = describe(folder, config, raw, file) | {"number": number, "form": form}
+    agree_on_settings(out, {name: value for name, value in record.items() if name != "per_class"})
+    if (out / RECORD).exists():
+        return True
+    size = config.sample.group_size
+    groups = -(-number // size)
+    per_part = max(config.sample.batch // size, 1)
+    names = [f"part-{part:06d}.npz" for part in range(-(-groups // per_part))]
+
+    device = local_device()
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # sums depend on the number of threads, which depends on that of processes
+    images = open_data(config)
+    decode = make_decoder(images.vae, images.shape[0], device)
+    networks = load_networks(folder, config, images, device, raw, file)
+    claims = Claims(out / PARTS, names, process * len(names) // processes, complete=out / RECORD)
+    with tqdm(total=number, unit="img", desc="sample", initial=_made(out, names, per_part * size, number)) as bar:
+        for part in claims:
+            chosen = np.arange(part * per_part, min((part + 1) * per_part, groups))
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                made, evaluations = generate_groups(
+                    networks, config, images.shape, chosen, chosen % images.num_classes, device
+                )
+            pixels = to_uint8(decode(made).cpu())[: number - part * per_part * size]
+            if form == "png":
+                _write_pngs(out, pixels, part * per_part * size, size, images.num_classes)
+            kept = {"images": pixels} if form == "npz" else {}
+            with appearing(out / PARTS / names[part]) as target:
+                np.savez(target, evaluations=evaluations, **kept)
+            claims.release(part)
+            bar.update(len(pixels))
+    parts = [out / PARTS / name for name in names]
+    if not all(path.exists() for path in parts):
+        return False
+    with wait_for_lock(out, RECORD):
+        if not (out / RECORD).exists():
+            label = (np.arange(number) // size % images.num_classes).astype(np.int64)
+            if form == "npz":
+                _join(out / SAMPLES, parts, label)
+            most = max(int(np.load(path)["evaluations"]) for path in parts)
+            write_json(out / RECORD, record | {"evaluations": most})
+    return True
+
+
+def _made(out: Path, names: list[str], per_part: int, number: int) -> int:
+    """Samples that are there."""
+    return sum(min(per_part, number - i * per_part) for i, name in enumerate(names) if (out / PARTS / name).exists())
+
+
+def _write_pngs(out: Path, pixels: np.ndarray, first: int, size: int, num_classes: int) -> None:
+    for sample, image in enumerate(pixels, start=first):
+        path = out / f"{sample // size % num_classes:04d}" / f"{sample:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with appearing(path) as target:
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(target, "png")
+
+
+def _join(path: Path, parts: list[Path], label: np.ndarray) -> None:
+    """One .npz of all parts, a part in memory at a time: 50,000 images of 256 pixels are 10 GB."""
+    shape = (len(label), *np.load(parts[0])["images"].shape[1:])
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with appearing(path) as target, zipfile.ZipFile(target, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_2_0(member, header)
+            for part in parts:
+                member.write(np.load(part)["images"].tobytes())
+        with archive.open("arr_1.npy", "w") as member:
+            np.save(member, label)
