@@ -21,8 +21,12 @@ demo: install
 	@echo "Samples: $(RUN)/samples.png    Measures: $(RUN)/report.json"
 	@echo "Curves:  $(BIN)/tensorboard --logdir $(RUN)"
 
+# Slurm's tests wait for most of their time, so they run beside the others; what they said comes last.
 test: install
-	$(BIN)/python -m pytest
+	@mkdir -p runs
+	@$(BIN)/python -m pytest tests/slurm -p no:cacheprovider > runs/slurm-tests.log 2>&1 & slurm=$$!; \
+	$(BIN)/python -m pytest --ignore tests/slurm; others=$$?; \
+	wait $$slurm; slurm=$$?; cat runs/slurm-tests.log; exit $$((others || slurm))
 
 lint: install
 	$(BIN)/ruff check .

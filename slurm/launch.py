@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +54,8 @@ def submit(executor: submitit.AutoExecutor, function: Callable[..., Any], *argum
     if executor.cluster == "slurm":
         with sbatch_errors():
             return executor.submit(_run_task, None, None, function, *arguments)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # behind a shell's `&`: the job would not hear its cancelling
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     tasks = executor.parameters["tasks_per_node"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // tasks)))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # submitit would replace it by the first ones of the machine

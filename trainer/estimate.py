@@ -42,6 +42,8 @@ def estimate(config: Config, images: Images, world_size: int, utilisation: float
     shards, states, communication = _layout(config, ranks)
     per_rank = config.train.micro_batch or batch // ranks
     tokens = (side // config.model.patch) ** 2
+    if config.model.backbone == "jit":
+        tokens += config.model.context_tokens * (1 - config.model.context_start / config.model.depth)  # of a mean block
     bytes_of_number = 2 if config.precision == "bf16" else 4
     block = max(sum(p.numel() for p in block.parameters()) for block in network.blocks)
     rate = world_size * PEAK_FLOPS[config.precision] * utilisation / flops_per_image

@@ -1,6 +1,7 @@
 """Launching processes on this machine."""
 
 import io
+import signal
 import time
 
 import pytest
@@ -25,7 +26,8 @@ def test_every_process_knows_its_place(tmp_path):
     assert run(tmp_path, places, 3) == ["0", "3", "0", "3", "127.0.0.1"]
 
 
-def test_a_process_that_fails_ends_those_that_would_wait_for_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("interrupts", [signal.default_int_handler, signal.SIG_IGN], ids=["heard", "ignored"])
+def test_a_process_that_fails_ends_those_that_would_wait_for_it(tmp_path, monkeypatch, request, interrupts):
     def one_fails():
         import os
         import time
@@ -35,6 +37,8 @@ def test_a_process_that_fails_ends_those_that_would_wait_for_it(tmp_path, monkey
         time.sleep(300)
 
     monkeypatch.setattr(launch, "PATIENCE", 1.0)
+    before = signal.signal(signal.SIGINT, interrupts)  # ignored: as in a job that a shell began with `&`
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     start = time.monotonic()
     with pytest.raises(LaunchError, match=r"^ValueError: of rank 1 \(task 1; logs in "):
         run(tmp_path, one_fails, 2)
