@@ -10,7 +10,6 @@ import sys
 import textwrap
 from pathlib import Path
 
-import sample
 import torch
 
 from data.errors import DataError
@@ -137,7 +136,12 @@ def job(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--job", choices=["train", "sample"], default="train")
     chosen, rest = parser.parse_known_args(arguments)
-    (sample.main if chosen.job == "sample" else main)(rest)
+    if chosen.job == "sample":
+        import sample
+
+        sample.main(rest)
+    else:
+        main(rest)
 
 
 if __name__ == "__main__":

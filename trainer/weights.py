@@ -1,5 +1,6 @@
 """Weights by name: read from a run, a checkpoint or a file, put into a network to start from, exported."""
 
+import argparse
 import pickle
 import re
 import shutil
@@ -8,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -91,16 +92,29 @@ def check_out(out: Path) -> None:
 
 def write_weights(weights: dict[str, Tensor], out: Path, folder: Path, kind: str) -> None:
     """Write a .safetensors file, whole or not at all, that says of which checkpoint folder and which weights it is."""
-    config, partial = folder / "config.yaml", out.with_suffix(".partial")
+    config = folder / "config.yaml"
     position = checkpoint.read_manifest(folder)["position"]
-    metadata = {"position": str(position), "config": config.read_text(), "weights": kind}
+    save_weights(weights, out, {"position": str(position), "config": config.read_text(), "weights": kind}, config)
+
+
+def save_weights(weights: dict[str, Tensor], out: Path, metadata: dict[str, str], like: Path) -> None:
+    """Write a .safetensors file, whole or not at all, that all may read who may read the file `like`."""
+    partial = out.with_suffix(".partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(weights, partial, metadata)
-        shutil.copymode(config, partial)  # for all who may read the checkpoint, not the owner alone
+        shutil.copymode(like, partial)
         partial.replace(out)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out}: cannot be written ({first_line(error)}); give another place") from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a .safetensors file that is whole says of itself; other files say nothing."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def _read_file(path: Path, raw: bool) -> dict[str, Tensor]:
@@ -108,14 +122,15 @@ def _read_file(path: Path, raw: bool) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with warnings.catch_warnings(action="ignore"):  # about pickles that it then refuses
+        # a Namespace, which published checkpoints have, only gets attributes; warnings: of pickles that it then refuses
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # at damaged bytes an unpickler raises whatever it likes
         code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         cause = first_line(error).partition(". ")[0]
         wrong = f"refused, for {code[1]} in it would execute code" if code else f"damaged, or of another kind ({cause})"
         raise RunError(f"{path}: {wrong}; give a file of tensors alone") from None
-    parts = ["ema", "model", "state_dict"][raw:]
+    parts = ["ema", "model_ema", "model", "state_dict"][2 * raw :]
     if isinstance(found, dict):
         found = next((found[part] for part in parts if isinstance(found.get(part), dict)), found)
     if not (isinstance(found, dict) and all(isinstance(tensor, Tensor) for tensor in found.values())):

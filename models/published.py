@@ -1,0 +1,255 @@
+"""Published weights, as tensors by name, in our names and layouts; and ours for diffusers.
+
+All formats name their tensors as DiT does (github.com/facebookresearch/DiT, models.py), and so do we. They differ from
+ours in the patch embedding, a convolution there, in what they hold besides the network, and in how time runs.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.dit import DiT
+from models.embeddings import sincos_positions
+from models.model_config import SIZES, ModelConfig
+from models.path import PathConfig
+
+Weights = dict[str, Tensor]
+
+PATCHES, POSITIONS, TIME = "x_embedder.proj.weight", "pos_embed", "t_embedder.mlp.0.weight"
+CLASSES, SLOTS = "y_embedder.embedding_table.weight", "sample_embedder.embedding_table.weight"
+LAST = ("final_layer.linear.weight", "final_layer.linear.bias")
+PREFIX = {"groupdiff": "denoiser."}  # of all names of a format
+BESIDES = {"repa": "projectors."}  # how names begin that are no part of the network
+ROUNDING = 1e-2  # of half precision (2e-3) or a running average (2e-4) in the positions, which are 1 at most
+
+
+class Published(NamedTuple):
+    """A network in our names and layouts, and what a config says of it: path, data, model."""
+
+    weights: Weights
+    config: dict[str, dict]
+
+
+def first_half(weights: Weights, patch: int, channels: int) -> Weights:
+    """Without the second half of the channels that are predicted: SiT's forward drops it."""
+    return {name: _by_channel(weights[name], patch, channels)[:, 0].flatten(0, 1) for name in LAST}
+
+
+def turn_time(weights: Weights, patch: int, channels: int) -> Weights:
+    """Of a network that predicts dx/ds at s = 1 - t, the weights of one that predicts dx/dt at t. Sine and cosine of
+    (1 - t) f are sums of those of t f, so the first layer of the time embedding takes the change, in float64."""
+    of_cos, of_sin = weights[TIME].double().chunk(2, dim=1)
+    half = of_cos.shape[1]
+    frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
+    cos, sin = frequencies.cos(), frequencies.sin()
+    turned = torch.cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], dim=1)
+    return {TIME: turned.to(weights[TIME].dtype), **{name: -weights[name] for name in LAST}}
+
+
+KINDS: dict[tuple[str, int], tuple[str, Callable[[Weights, int, int], Weights] | None]] = {
+    ("dit", 2): ("ddpm", None),
+    ("dit", 1): ("ddpm", None),
+    ("sit", 2): ("linear", first_half),
+    ("sit", 1): ("linear", None),
+    ("repa", 1): ("linear", turn_time),
+    ("groupdiff", 2): ("ddpm", None),
+    ("groupdiff", 1): ("linear", turn_time),
+}
+"""By format and number of predictions for a channel: our path, and what changes besides the layout.
+
+DiT is facebookresearch/DiT; SiT is willisma/SiT, where t = 1 is data, as here. REPA is sihyun-yu/REPA, from which
+GroupDiff's SiT goes on: x_t = (1 - t) x + t noise, and the network predicts noise - x. The published weights are of
+the linear path; those that were trained on another one (REPA's cosine is our gvp) convert alike.
+"""
+FORMATS = tuple(dict.fromkeys(name for name, _ in KINDS))
+
+
+def recognise(weights: Weights) -> str:
+    """One of FORMATS, or "ours". DiT and SiT differ in values alone: the half that SiT drops is never trained, hence 0.
+    ValueError if it cannot be told."""
+    for kind, mark in (PREFIX | BESIDES).items():
+        if any(name.startswith(mark) for name in weights):
+            return kind
+    if PATCHES in weights and weights[PATCHES].dim() == 2:
+        return "ours"
+    patch, channels, predictions = _sizes(weights, "dit, sit, repa or groupdiff")
+    if predictions == 1:
+        raise ValueError(f"{LAST[0]} predicts no variance, as dit, sit and repa may: say --from which it is")
+    return "dit" if _by_channel(weights[LAST[0]], patch, channels)[:, 1].any() else "sit"
+
+
+def convert(weights: Weights, kind: str) -> Published:
+    """Weights of one of FORMATS as ours. A sample embedding that is not there becomes one row of zeros. ValueError
+    names the first tensor that is missing, unexpected, or of a wrong shape."""
+    prefix, besides = PREFIX.get(kind, ""), BESIDES.get(kind)
+    for name in weights:
+        if not name.startswith(prefix) and name != SLOTS:
+            raise ValueError(f"{name} is unexpected in weights of {kind}, whose names begin with {prefix}")
+    kept = {name: tensor for name, tensor in weights.items() if not (besides and name.startswith(besides))}
+    found = _join_blocks({name.removeprefix(prefix): tensor for name, tensor in kept.items()})
+
+    patch, channels, predictions = _sizes(found, kind)
+    if (kind, predictions) not in KINDS:
+        raise ValueError(f"{LAST[0]} predicts {predictions} numbers a channel; weights of {kind} do not")
+    path, change = KINDS[kind, predictions]
+    found[PATCHES] = found[PATCHES].flatten(1)
+    found.setdefault(SLOTS, torch.zeros(1, len(found[PATCHES])))
+    positions = found.pop(POSITIONS, None)
+    model = _describe(found, patch)
+    if model["width"] % 4:
+        raise ValueError(f"{PATCHES} has {model['width']} rows; the width must be a multiple of 4")
+    _check(found, ModelConfig(**model, heads=1), channels, predictions, kind)
+
+    data = {"channels": channels}
+    if positions is not None:
+        data["side"] = patch * _cells(positions, model["width"])
+    found |= change(found, patch, channels) if change else {}
+    about = {"name": path} | ({"learns_variance": predictions == 2} if path == "ddpm" else {})
+    config = {"path": about, "data": data, "model": _as_config(model)}
+    return Published({name: tensor.contiguous() for name, tensor in found.items()}, config)
+
+
+def _by_channel(tensor: Tensor, patch: int, channels: int) -> Tensor:
+    """The last layer's weight or bias as (cells of a patch, predictions for a channel, channels, ...)."""
+    return tensor.unflatten(0, (patch * patch, -1, channels))
+
+
+def _join_blocks(weights: Weights) -> Weights:
+    """REPA's older files count the blocks after the projectors anew, as decoder_blocks."""
+    first = len(_blocks(weights))
+
+    def joined(name: str) -> str:
+        return re.sub(r"^decoder_blocks\.(\d+)", lambda found: f"blocks.{int(found[1]) + first}", name)
+
+    return {joined(name): tensor for name, tensor in weights.items()}
+
+
+def _blocks(weights: Weights) -> set[str]:
+    return {found[1] for name in weights if (found := re.match(r"blocks\.(\d+)\.", name))}
+
+
+def _rows(weights: Weights, name: str) -> int:
+    return max(len(weights[name]), 1) if name in weights and weights[name].dim() else 1
+
+
+def _sizes(weights: Weights, kind: str) -> tuple[int, int, int]:
+    """(side of a patch, channels of an image, predictions for each)."""
+    for name in (PATCHES, LAST[0]):
+        if name not in weights:
+            raise ValueError(f"{name} is missing: not weights of {kind}")
+    shape = tuple(weights[PATCHES].shape)
+    if len(shape) != 4 or shape[2] != shape[3] or 0 in shape:
+        raise ValueError(f"{PATCHES} is {shape}; weights of {kind} have a convolution, (width, channels, patch, patch)")
+    _, channels, patch, _ = shape
+    predictions, rest = divmod(_rows(weights, LAST[0]), channels * patch * patch)
+    if rest or predictions not in (1, 2):
+        rows = channels * patch * patch
+        raise ValueError(f"{LAST[0]} is {tuple(weights[LAST[0]].shape)}; must have {rows} or {2 * rows} rows")
+    return patch, channels, predictions
+
+
+def _describe(weights: Weights, patch: int) -> dict:
+    """The fields of ModelConfig that weights tell: all but the heads."""
+    width, depth = len(weights[PATCHES]), max(len(_blocks(weights)), 1)
+    ratio = _rows(weights, "blocks.0.mlp.fc1.weight") / width
+    slots = _rows(weights, SLOTS)
+    return {"depth": depth, "width": width, "patch": patch, "mlp_ratio": ratio, "max_group_size": slots}
+
+
+def _as_config(model: dict) -> dict:
+    """With the published size instead of depth and width, if it is one: that tells the heads as well."""
+    sizes = {(values["depth"], values["width"]): size for size, values in SIZES["dit"].items()}
+    size = sizes.get((model["depth"], model["width"]))
+    if size:
+        model = {"size": size} | {name: value for name, value in model.items() if name not in ("depth", "width")}
+    return model | {"time_scale": 1.0}  # all of them embed the path's own times
+
+
+def _check(weights: Weights, config: ModelConfig, channels: int, predictions: int, kind: str) -> None:
+    """ValueError names the first tensor that is not as in our network."""
+    with torch.device("meta"):
+        network = DiT(config, channels, config.patch, _rows(weights, CLASSES) - 1, predictions * channels)
+    expected = network.state_dict()
+    for name in expected | weights:
+        if name not in weights:
+            raise ValueError(f"{name} is missing in these weights of {kind}")
+        if name not in expected:
+            raise ValueError(f"{name} is unexpected in weights of {kind}")
+        if (found := tuple(weights[name].shape)) != (wanted := tuple(expected[name].shape)):
+            raise ValueError(f"{name} is {found}, must be {wanted} beside the others of these weights of {kind}")
+
+
+def _cells(positions: Tensor, width: int) -> int:
+    """Patches along a side of the image. ValueError unless the positions are DiT's of a square."""
+    cells = math.isqrt(positions.numel() // width)
+    ours = sincos_positions(width, cells)
+    fits = cells > 0 and positions.numel() == ours.numel()
+    if not (fits and (positions.reshape(ours.shape) - ours).abs().max() <= ROUNDING):
+        shape = tuple(positions.shape)
+        raise ValueError(f"{POSITIONS} {shape} is not DiT's of {cells} x {cells} patches: of another resolution")
+    return cells
+
+
+OUTSIDE = {
+    "pos_embed.proj": "x_embedder.proj",
+    "proj_out_1": "final_layer.adaLN_modulation.1",
+    "proj_out_2": "final_layer.linear",
+}
+IN_BLOCK = {
+    "norm1.linear": "adaLN_modulation.1",
+    "attn1.to_out.0": "attn.proj",
+    "ff.net.0.proj": "mlp.fc1",
+    "ff.net.2": "mlp.fc2",
+}
+IN_EACH_BLOCK = {
+    "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+}
+"""diffusers' name of a layer: ours. Each block of diffusers has its own copy of the embeddings of time and class."""
+EQUAL = "for block in transformer.transformer_blocks: block.norm1.emb.time_proj.downscale_freq_shift = 0"
+"""What makes diffusers' class embed time as DiT does: without, its frequencies are 10000^(-i/127), not ^(-i/128)."""
+
+
+def to_diffusers(weights: Weights, config: ModelConfig, path: PathConfig, side: int) -> tuple[dict, Weights]:
+    """(arguments, weights) of diffusers' DiTTransformer2DModel that is this network once EQUAL is done to it. The one
+    row of the sample embedding is added to the classes'. ValueError for networks that it cannot be."""
+    for name, value, wanted in (
+        ("path", path.name, "ddpm"),
+        ("model.backbone", config.backbone, "dit"),
+        ("model.max_group_size", config.max_group_size, 1),
+        ("model.mlp_ratio", config.mlp_ratio, 4.0),
+        ("model.time_scale", config.time_scale, 1.0),
+    ):
+        if value != wanted:
+            raise ValueError(f"{name}={value}: diffusers' DiT is for {wanted} alone; use the .safetensors file instead")
+    cell, predictions = config.patch**2, 2 if path.learns_variance else 1
+    channels = weights[PATCHES].shape[-1] // cell if PATCHES in weights else 1
+    _check(weights, config, channels, predictions, "ours")
+    classes = weights[CLASSES] + weights[SLOTS]
+    arguments = {
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.width // config.heads,
+        "in_channels": channels,
+        "out_channels": predictions * channels,
+        "num_layers": config.depth,
+        "sample_size": side,
+        "patch_size": config.patch,
+        "num_embeds_ada_norm": len(classes) - 1,
+        "norm_eps": 1e-6,
+    }
+    layers, out = dict(OUTSIDE), {}
+    for i in range(config.depth):
+        theirs, ours = f"transformer_blocks.{i}.", f"blocks.{i}."
+        layers |= {theirs + name: ours + own for name, own in IN_BLOCK.items()}
+        layers |= {theirs + name: own for name, own in IN_EACH_BLOCK.items()}
+        out[f"{theirs}norm1.emb.class_embedder.embedding_table.weight"] = classes
+        for kind in ("weight", "bias"):
+            qkv = weights[f"{ours}attn.qkv.{kind}"].chunk(3)
+            out |= {f"{theirs}attn1.to_{name}.{kind}": part for name, part in zip("qkv", qkv, strict=True)}
+    out |= {f"{name}.{kind}": weights[f"{own}.{kind}"] for name, own in layers.items() for kind in ("weight", "bias")}
+    out["pos_embed.proj.weight"] = weights[PATCHES].unflatten(1, (-1, config.patch, config.patch))
+    return arguments, out
