@@ -27,6 +27,7 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
     micro_batch: int | None = Field(None, ge=1)  # most images a rank passes through the network at once
     log_every: int = Field(12_800, ge=1)  # images between two log entries (every step is in metrics.jsonl)
     sample_every: int = Field(0, ge=0)  # images between two sample grids in TensorBoard; 0: none
+    score_every: int = Field(1_280_000, ge=0)  # images between two scores of the attention in groups; 0: none
     timeout: float = Field(1800, gt=0)  # seconds after which a rank gives up waiting for others
 
 

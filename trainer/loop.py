@@ -9,6 +9,7 @@ import torch
 
 from models.objective import denoising_loss
 from models.paths import make_path
+from trainer.attention_scores import step_scores
 from trainer.batches import make_batches
 from trainer.build import build_network, initial_network, open_data
 from trainer.checkpoint import CHECKPOINTS, SNAPSHOTS
@@ -61,6 +62,7 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
 
         saver = closing.enter_context(Saver(folder, config.checkpoint, config.train.timeout))
         vote = StopVote(lambda: stop_requested() or saver.failed(), config.train.timeout)
+        score_due = False
         for step, micro_batches in enumerate(batches, start=first):
             vote.begin()
 
@@ -93,6 +95,12 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
                 if ranks.rank == 0:
                     pixels = to_uint8(make_decoder(images.vae, images.shape[0], ranks.device)(samples))
                     monitor.picture("samples", grid(pixels, config.sample.group_size, enlarge=4), position)
+            score_due |= bool(config.train.score_every) and _passed(config.train.score_every, before, position)
+            if score_due and any(micro.group_size > 1 for micro in micro_batches):
+                with engine.ema_weights():
+                    scores = step_scores(engine, path, micro_batches, ranks.device)
+                monitor.attention(scores, config.groups.size, position)
+                score_due = False
             if saving or snapping:
                 state = engine.state()
                 states = {CHECKPOINTS: state} if saving else {}

@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data.plan import Plan
+from trainer.attention_scores import Scores
 from trainer.errors import RunError
 from trainer.ranks import Ranks
 
@@ -104,6 +105,15 @@ class Monitor:
         """An image (height, width, channels) uint8 for TensorBoard."""
         if self._writes:
             self._board.add_image(name, picture, position, dataformats="HWC")
+
+    def attention(self, scores: Scores, group_size: int, position: int) -> None:
+        """How images of a group attend to one another: means over layers and noise levels, and a map of them."""
+        if self._writes:
+            from trainer.attention_plots import picture, score_map  # matplotlib takes a second to import
+
+            self._board.add_scalar("attention/s_cross", scores.mean_score, position)
+            self._board.add_scalar("attention/cross_share", scores.mean_cross_share, position)
+            self.picture("attention/by_layer_and_level", picture(score_map(scores, group_size)), position)
 
     def say(self, message: str) -> None:
         """A line above the progress bar."""

@@ -26,6 +26,7 @@ _FREE = (
     "train.micro_batch",
     "train.log_every",
     "train.sample_every",
+    "train.score_every",
     "train.timeout",
     "data.workers",
 )

@@ -1,0 +1,95 @@
+"""How the attention of a group spreads over its images: Group Diffusion's cross-sample attention score (arXiv
+2512.10954), and the share of attention that leaves an image.
+
+Everything that joins an image's attention counts as that image: with JiT also its tokens of the class.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+BLOCK = 2**22  # numbers of attention matrices that exist at a time
+
+
+class _Observer(TorchFunctionMode):
+    """Sees the calls of this thread, whatever is laid around the network: FSDP, DDP, recomputation, autocast."""
+
+    def __init__(self, see: Callable[[int, Tensor, Tensor], None]) -> None:
+        super().__init__()
+        self.see, self.layers = see, count()
+
+    def __torch_function__(self, func: Callable, types: list, args: tuple = (), kwargs: dict | None = None) -> Tensor:
+        if func is F.scaled_dot_product_attention:
+            self.see(next(self.layers), *args[:2])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def observing(see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    """While this is open, `see(layer, q, k)` is called for each attention, from layer 0 on, with the very queries and
+    keys (groups, heads, N * L, head width) that it is computed of; open it for one call of a network. That computes as
+    ever, but without torch.compile, which would not let anybody see."""
+    with torch.compiler.set_stance("force_eager"), _Observer(see):
+        yield
+
+
+@torch.no_grad()
+def attention_mass(q: Tensor, k: Tensor, group_size: int) -> Tensor:
+    """P (groups, N, N), fp32: the attention that image i sends to image j of its group, itself included, averaged over
+    heads and over the tokens of i. Rows sum to 1. q and k are (groups, heads, N * L, head width).
+
+    Computed block by block, of whole groups or of rows of one: at most BLOCK numbers of attention at a time, or a row.
+    """
+    heads, tokens = q.shape[1:3]
+    at_once = max(BLOCK // (heads * tokens * tokens), 1)
+    rows = max(BLOCK // (at_once * heads * tokens), 1)
+    masses = []
+    for some_q, some_k in zip(q.split(at_once), k.split(at_once), strict=True):
+        blocks = [_attention(block, some_k) for block in some_q.split(rows, dim=2)]
+        to_image = torch.cat([_per_image(block, group_size).sum(-1).mean(1) for block in blocks], dim=1)
+        masses.append(_per_image(to_image.mT, group_size).mean(-1).mT)
+    return torch.cat(masses)
+
+
+@torch.no_grad()
+def token_attention(q: Tensor, k: Tensor, group_size: int, token: int) -> Tensor:
+    """What one of a group's N * L tokens sends to each, averaged over heads: (groups, N, L), fp32; each sums to 1."""
+    return _per_image(_attention(q[:, :, token : token + 1], k)[:, :, 0].mean(1), group_size)
+
+
+def _attention(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(head width)) in fp32 whatever the types."""
+    with torch.autocast(q.device.type, enabled=False):
+        return ((q.float() * q.shape[-1] ** -0.5) @ k.float().mT).softmax(dim=-1)
+
+
+def _per_image(x: Tensor, group_size: int) -> Tensor:
+    """(..., N * L) -> (..., N, L)."""
+    return x.unflatten(-1, (group_size, -1))
+
+
+def cross_score(mass: Tensor) -> Tensor:
+    """S_cross = (P_max - P_mean) / P_max of each image, over the other images of its group: P (..., N, N) -> (..., N).
+    0: evenly spread, as always for N = 2; at most 1 - 1 / (N - 1): all to one neighbour; 0 also if none gets any."""
+    others = _others(mass)
+    most = others.amax(dim=-1)
+    return (most - others.mean(dim=-1)) / most.clamp(min=torch.finfo(most.dtype).tiny)
+
+
+def cross_share(mass: Tensor) -> Tensor:
+    """Share of its attention that each image sends to others: P (..., N, N) -> (..., N). Uniform attention has
+    (N - 1) / N."""
+    return _others(mass).sum(dim=-1)
+
+
+def _others(mass: Tensor) -> Tensor:
+    """P without its diagonal, (..., N, N - 1)."""
+    size = mass.shape[-1]
+    if size < 2:
+        raise ValueError(f"group_size={size}: an image alone sends no attention to others; give groups of 2 or more")
+    return mass[..., ~torch.eye(size, dtype=torch.bool, device=mass.device)].unflatten(-1, (size, size - 1))

@@ -1,0 +1,44 @@
+"""Claims of the method, run again: `python tools/ablate.py CONFIG --axis groups.size=1,2,4,8 --seeds 3`.
+
+For each value of each axis and each seed: train, sample along a guidance curve, measure. One table and plots come out.
+Here in some processes, or on Slurm as a job array; kill it at any time, the same command goes on.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from preprocessing import add_process_options, positive, run_in_processes, run_tool
+
+from trainer.ablation import correlation, plan_cells, run_cells, summarise, table
+
+
+def main(arguments: list[str]) -> None:
+    """Run what is missing, and write ablation.json, .md and .svg."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="+", metavar="CONFIG field=value", help="of all runs")
+    parser.add_argument("--axis", action="append", required=True, metavar="FIELD=A,B", help="each on its own")
+    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--guidance", default="1,1.5,2,3", help="weights at which each run is measured")
+    parser.add_argument("--out", type=Path, required=True, help="where runs and results go")
+    add_process_options(parser)
+    args = parser.parse_intermixed_args(arguments)
+    out, guidance = args.out.absolute(), tuple(float(weight) for weight in args.guidance.split(","))
+    cells, configs = plan_cells(Path(args.words[0]), args.words[1:], args.axis, args.seeds, out)
+    run_in_processes(args, run_cells, configs=configs, guidance=guidance, out=out)
+    missing = sum(not (out / f"{name}.json").exists() for name in configs)
+    if missing:
+        print(f"{out}: {missing} of {len(configs)} runs are missing; the same command goes on with them")
+        return
+    from trainer.ablation_plots import plot_ablation  # matplotlib is slow to import
+
+    rows = summarise(cells, out)
+    r = correlation(rows)
+    (out / "ablation.json").write_text(json.dumps({"rows": rows, "score_frechet_r": r}, indent=1) + "\n")
+    (out / "ablation.md").write_text(table(rows))
+    plot_ablation(rows, r, out / "ablation.svg")
+    print(table(rows) + f"r of S_cross and Frechet distance: {r}")
+
+
+if __name__ == "__main__":
+    run_tool(main)

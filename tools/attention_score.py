@@ -1,0 +1,96 @@
+"""How images of a group attend to one another: `python tools/attention_score.py RUN` writes JSON and pictures."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data.errors import DataError
+from trainer import attention_plots as plots
+from trainer import checkpoint
+from trainer.attention_checkpoint import data_scores, form, load, one_group, sampling_scores
+from trainer.attention_scores import as_record
+from trainer.config import parse_config
+from trainer.errors import RunError
+from trainer.run_folder import read_config
+from trainer.weights import find_checkpoint
+
+
+def main(arguments: list[str]) -> None:
+    """Measure a checkpoint and write attention_score.json, .png, attention_images.png and attention_patch.png."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="a run folder (its newest checkpoint) or a checkpoint folder")
+    parser.add_argument("--during", choices=("data", "sampling"), default="data", help="noisy real groups, or sampling")
+    parser.add_argument("--query", choices=("similarity", "class", "random"), help="default: as trained")
+    parser.add_argument(
+        "--groups", type=_positive, default=256, metavar="N", help="at most so many groups; default: 256"
+    )
+    parser.add_argument(
+        "--patch",
+        type=int,
+        nargs=4,
+        metavar=("GROUP", "IMAGE", "ROW", "COLUMN"),
+        help="whose attention is shown; default: in the middle of the first image",
+    )
+    parser.add_argument("--log-snr", type=float, default=0.0, help="at which the patch is shown; default: 0")
+    parser.add_argument("--out", type=Path, help="where to write; default: RUN/attention/QUERY, or /sampling")
+    parser.add_argument("--raw", action="store_true", help="the weights themselves instead of their EMA")
+    parser.add_argument("--weights", type=Path, help="those of this file, as tools/reconstruct_ema.py writes")
+    args = parser.parse_args(arguments)
+
+    folder = find_checkpoint(args.run)
+    tree = read_config(folder).model_dump()
+    tree["groups"]["query"] = args.query or tree["groups"]["query"]
+    config = parse_config(tree)
+    query = config.groups.query
+    if not args.out and folder.parent.name != "checkpoints":
+        raise RunError(f"{folder}: a checkpoint outside a run; say where to write with --out")
+    out = args.out or folder.parent.parent / "attention" / (query if args.during == "data" else "sampling")
+
+    loaded = load(folder, config, args.raw, args.weights)
+    groups = form(loaded, args.groups)
+    middle = loaded.images.shape[-1] // config.model.patch // 2
+    patch = args.patch or (0, 0, middle, middle)
+    shown = one_group(loaded, groups, patch, args.log_snr)
+    with tqdm(unit="img", desc="attention") as bar:
+        if args.during == "data":
+            size, scores = config.groups.size, data_scores(loaded, groups, bar.update)
+        else:
+            size, scores = config.sample.group_size, sampling_scores(loaded, args.groups, bar.update)
+
+    out.mkdir(parents=True, exist_ok=True)
+    plots.save(plots.score_map(scores, size), out / "attention_score.png")
+    plots.save(plots.image_map(shown, f"group {patch[0]}, query {query}"), out / "attention_images.png")
+    plots.save(plots.patch_map(shown, *patch[1:]), out / "attention_patch.png")
+    record = {
+        "checkpoint": str(folder),
+        "position": checkpoint.read_manifest(folder)["position"],
+        "weights": str(args.weights) if args.weights else "model" if args.raw else "ema",
+        "during": args.during,
+        "groups": int(scores.groups.sum()) if args.during == "data" else args.groups,
+        "group_size": size,
+    }
+    if args.during == "data":
+        record |= {"query": query, "fallbacks": groups.fallbacks}
+    else:
+        record |= {"sample": config.sample.model_dump()}
+    record |= as_record(scores, size)
+    (out / "attention_score.json").write_text(json.dumps(record, indent=1) + "\n")
+    uniform = f"{record['uniform_cross_share']:.4f} if uniform"
+    print(f"{out}: N={size}: S_cross {scores.mean_score:.4f}, cross share {scores.mean_cross_share:.4f} ({uniform})")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (DataError, RunError) as error:
+        sys.exit(f"error: {error}")

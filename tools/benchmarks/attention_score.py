@@ -1,0 +1,60 @@
+"""What the attention score costs in training: one measurement with its picture, over the steps between two of them."""
+
+import statistics
+import time
+
+import torch
+
+from benchmarks import Figures, Targets
+from benchmarks.group import step_seconds
+from data.batch import Batch
+from models.dit import DiT
+from models.flows import LinearFlow
+from models.model_config import ModelConfig
+from trainer.attention_plots import picture, score_map
+from trainer.attention_scores import step_scores
+from trainer.config import TrainConfig
+from trainer.engine_config import EngineConfig, OptimConfig
+from trainer.engines import build_engine
+from trainer.ranks import process_group
+
+GROUP_SIZE, ROUNDS = 4, 7
+
+
+def measure() -> tuple[Figures, Targets]:
+    """DiT-S/2, 8 images (DiT-XL/2, 64 images, bf16 on a GPU) in groups, beside a step of as many images alone, the
+    cheaper kind. They take turns. A measurement is of one step's images, so a larger batch has the same ratio, and the
+    share is that of the default batch and interval; the picture's time does not grow."""
+    gpu = torch.cuda.is_available()
+    images, size = (64, "XL") if gpu else (8, "S")
+    seconds: dict[str, list[float]] = {"step": [], "score": [], "picture": []}
+    with process_group() as ranks:
+        network = DiT(ModelConfig(size=size), channels=4, side=32, num_classes=1000).to(ranks.device)
+        config = EngineConfig(engine="single", precision="bf16" if gpu else "fp32")
+        engine, path, batch = build_engine(config, OptimConfig(), network, ranks), LinearFlow(), _batch(images)
+        for i in range(-1, ROUNDS):
+            step = step_seconds(network, images, (1,), 1)[1][0]
+            start = time.perf_counter()
+            with engine.ema_weights():
+                scores = step_scores(engine, path, [batch], ranks.device)  # ends on the CPU: nothing to wait for
+            scored = time.perf_counter()
+            picture(score_map(scores, GROUP_SIZE))
+            drawn = time.perf_counter()
+            if i >= 0:  # the first turn warms up
+                for name, value in (("step", step), ("score", scored - start), ("picture", drawn - scored)):
+                    seconds[name].append(value)
+    train = TrainConfig()
+    steps, larger = train.score_every / train.global_batch, train.global_batch / images
+    turns = zip(*seconds.values(), strict=True)
+    shares = [(score * larger + drawing) / (step * larger * steps) for step, score, drawing in turns]
+    figures: Figures = {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()}
+    ratios = [score / step for score, step in zip(seconds["score"], seconds["step"], strict=True)]
+    figures |= {"score_over_step": statistics.median(ratios), "share_of_training": statistics.median(shares)}
+    return figures, {"share_of_training": ("<", 0.01)}
+
+
+def _batch(images: int) -> Batch:
+    x, noise = torch.randn(2, images, 4, 32, 32).unbind()
+    number = torch.arange(images)
+    kind = torch.zeros(images, dtype=torch.bool)
+    return Batch(x, noise, torch.rand(images), number, number % GROUP_SIZE, kind, GROUP_SIZE, grouped=True)

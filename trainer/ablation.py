@@ -1,0 +1,160 @@
+"""Claims of the method, run again: for each value of an axis and each seed a run, its guidance curve, and its attention
+score."""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.claims import Claims
+from data.files import write_json
+from trainer import attention_checkpoint as attention
+from trainer.build import open_data
+from trainer.config import Config, load_config
+from trainer.config_file import to_yaml
+from trainer.errors import RunError
+from trainer.evaluate import make_evaluator
+from trainer.loop import train
+from trainer.samples import make_samples
+from trainer.weights import find_checkpoint
+
+GROUPS_SCORED = 64  # for the attention score of a run
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run: the value of an axis, a seed, and the run's name, which equal runs of two axes share."""
+
+    axis: str
+    value: str
+    seed: int
+    name: str
+
+
+def plan_cells(
+    path: Path, overrides: list[str], axes: list[str], seeds: int, out: Path
+) -> tuple[list[Cell], dict[str, Config]]:
+    """All runs that `axes` (as `groups.size=1,2,4`) ask for, each axis on its own, the rest as in the config; and the
+    configs by the runs' names."""
+    cells: list[Cell] = []
+    configs: dict[str, Config] = {}
+    known: dict[str, str] = {}
+    for axis in axes:
+        name, equals, values = axis.partition("=")
+        if not (name and equals and values):
+            raise RunError(f"--axis {axis}: write field=value,value, as groups.size=1,2,4")
+        for value in re.split(r",(?![^\[]*\])", values):  # not at the commas inside of [...]
+            for seed in range(seeds):
+                label = f"{name}={value},seed={seed}".replace("/", "_")
+                config = load_config(
+                    path, [*overrides, f"{name}={value}", f"seed={seed}", f"run={out / 'runs' / label}"]
+                )
+                content = to_yaml(config.model_copy(update={"run": ""}))
+                first = known.setdefault(content, label)
+                configs.setdefault(first, config)
+                cells.append(Cell(name, value, seed, first))
+    return cells, configs
+
+
+def run_cells(
+    configs: dict[str, Config], guidance: tuple[float, ...], out: Path, process: int = 0, processes: int = 1
+) -> None:
+    """Train, sample and measure the runs that nobody else does; each leaves NAME.json in `out`. What was killed goes on
+    from its newest checkpoint."""
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")  # a run in this process alone
+    names = list(configs)
+    claims = Claims(out, [f"{name}.json" for name in names], process * len(names) // processes)
+    for number in claims:
+        result = measure_run(configs[names[number]], guidance)
+        write_json(out / f"{names[number]}.json", result)
+        claims.release(number)
+
+
+def measure_run(config: Config, guidance: tuple[float, ...]) -> dict:
+    """{"curve": measures of trainer.evaluate at each weight of guidance, "score": S_cross or None}."""
+    train(config)
+    checkpoint = find_checkpoint(Path(config.run))
+    evaluate = make_evaluator(*(open_data(config, split) for split in ("train", "heldout")))
+    curve = []
+    for weight in guidance:
+        sample = config.sample.model_copy(update={"guidance": (weight,)})
+        pixels, label, _ = make_samples(checkpoint, config.model_copy(update={"sample": sample}))
+        curve.append({"guidance": weight, **evaluate(pixels.reshape(-1, *pixels.shape[2:]), label.ravel())})
+    return {"curve": curve, "score": attention_score(checkpoint, config)}
+
+
+def attention_score(checkpoint: Path, config: Config) -> float | None:
+    """S_cross on groups of the data with noise as in training, over layers and noise levels; None without groups."""
+    if config.groups.size < 2:
+        return None
+    loaded = attention.load(checkpoint, config)
+    return attention.data_scores(loaded, attention.form(loaded, GROUPS_SCORED)).mean_score
+
+
+def summarise(cells: list[Cell], out: Path) -> list[dict]:
+    """A row per axis and value: each measure as (mean, standard deviation) over the seeds, at every weight of guidance
+    (`curve`) and at the weight that is best by Frechet distance for each seed (`best`); and the attention score."""
+    rows = []
+    for axis, value in dict.fromkeys((cell.axis, cell.value) for cell in cells):
+        runs = [json.loads((out / f"{c.name}.json").read_text()) for c in cells if (c.axis, c.value) == (axis, value)]
+        curves = [run["curve"] for run in runs]
+        best = [min(curve, key=lambda point: point["frechet"]) for curve in curves]
+        scores = [run["score"] for run in runs if run["score"] is not None]
+        rows.append(
+            {
+                "axis": axis,
+                "value": value,
+                "seeds": len(runs),
+                "best": _statistics(best),
+                "curve": [_statistics(points) for points in zip(*curves, strict=True)],
+                "score": _mean_std(scores) if scores else None,
+            }
+        )
+    return rows
+
+
+def correlation(rows: list[dict]) -> float | None:
+    """Pearson's r of attention score and best Frechet distance over the rows with groups of 3 or more, whose score says
+    something; None of fewer than three."""
+    points = {(row["score"][0], row["best"]["frechet"][0]) for row in rows if row["score"] and row["score"][0] > 0}
+    return float(np.corrcoef(np.array(list(points)).T)[0, 1]) if len(points) > 2 else None
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: the best point of each guidance curve."""
+    head = ["axis", "value", "Frechet distance", "at w", "class accuracy", "precision", "recall", "S_cross"]
+    lines = [" | ".join(head), " | ".join(["---"] * len(head))]
+    for row in rows:
+        best, score = row["best"], row["score"]
+        lines.append(
+            " | ".join(
+                [
+                    f"`{row['axis']}`",
+                    row["value"],
+                    _shown(best["frechet"], 2),
+                    _shown(best["guidance"], 1),
+                    _shown([100 * x for x in best["class_accuracy"]], 1) + " %",
+                    _shown(best["precision"], 3),
+                    _shown(best["recall"], 3),
+                    _shown([100 * x for x in score], 1) + " %" if score else "",
+                ]
+            )
+        )
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def _statistics(points: Iterable[dict]) -> dict[str, tuple[float, float]]:
+    points = list(points)
+    return {name: _mean_std([point[name] for point in points]) for name in points[0]}
+
+
+def _mean_std(values: list[float]) -> tuple[float, float]:
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def _shown(value: tuple[float, float] | list[float], digits: int) -> str:
+    return f"{value[0]:.{digits}f} ± {value[1]:.{digits}f}"

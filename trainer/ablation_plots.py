@@ -1,0 +1,39 @@
+"""Pictures of an ablation."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+
+def plot_ablation(rows: list[dict], r: float | None, path: Path) -> None:
+    """For each axis the guidance curves and the best Frechet distance by value, with the standard deviation over seeds;
+    and attention score against distance, whose correlation is `r`."""
+    axes = list(dict.fromkeys(row["axis"] for row in rows))
+    figure = Figure(figsize=(11, 3.4 * (len(axes) + 1)), layout="constrained")  # without pyplot: needs no display
+    panels = figure.subplots(len(axes) + 1, 2, squeeze=False)
+    for (left, right), axis in zip(panels, axes, strict=False):
+        chosen = [row for row in rows if row["axis"] == axis]
+        for row in chosen:
+            x, y = (
+                list(zip(*(point[name] for point in row["curve"]), strict=True))
+                for name in ("class_accuracy", "frechet")
+            )
+            left.errorbar(x[0], y[0], y[1], x[1], marker="o", markersize=4, capsize=2, label=row["value"])
+        left.set(xlabel="class accuracy", ylabel="Frechet distance", title=f"{axis}: guidance curves", yscale="log")
+        left.legend(fontsize=8)
+        best = [row["best"]["frechet"] for row in chosen]
+        right.errorbar(range(len(chosen)), [b[0] for b in best], [b[1] for b in best], fmt="o", capsize=4)
+        right.set_xticks(range(len(chosen)), [row["value"] for row in chosen])
+        right.set(ylabel="Frechet distance", title=f"{axis}: best of each curve", xlim=(-0.5, len(chosen) - 0.5))
+    left, right = panels[-1]
+    scored = [row for row in rows if row["score"] and row["score"][0] > 0]
+    left.errorbar(
+        [row["score"][0] for row in scored],
+        [row["best"]["frechet"][0] for row in scored],
+        [row["best"]["frechet"][1] for row in scored],
+        [row["score"][1] for row in scored],
+        fmt="o",
+    )
+    left.set(xlabel="S_cross", ylabel="Frechet distance", title="" if r is None else f"r = {r:.2f}")
+    right.axis("off")
+    figure.savefig(path)

@@ -1,0 +1,182 @@
+"""The attention between the images of groups in a checkpoint: on noisy groups of its run's data, or while sampling."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import Batch, MicroBatch, make_batch
+from data.images import Images
+from data.neighbors import nearest_neighbors
+from data.plan import form_groups
+from data.streamed_latents import Pool, StreamedLatents
+from models.attention_score import observing, token_attention
+from models.objective import denoising_loss
+from models.path import Path as NoisePath
+from models.paths import make_path
+from trainer.attention_scores import Scores, keep_masses, mean_scores, watched
+from trainer.batches import shares_attention
+from trainer.build import open_data
+from trainer.config import Config
+from trainer.decode import make_decoder
+from trainer.errors import RunError
+from trainer.generate import Networks, generate_groups, to_uint8
+from trainer.ranks import local_device
+from trainer.samples import load_networks
+
+LEVELS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # log-SNR at which the attention of one group is shown
+
+
+class Loaded(NamedTuple):
+    """A checkpoint's networks, on a device, and what they are used with."""
+
+    config: Config
+    images: Images
+    networks: Networks
+    device: torch.device
+
+
+class Groups(NamedTuple):
+    """Numbers (groups, N) of images of `source`, and how many of the groups the query could not fill."""
+
+    source: Images | Pool
+    numbers: np.ndarray
+    fallbacks: int
+
+
+class OneGroup(NamedTuple):
+    """A group of N images, clean, and their attention. `mass` (levels, N, N) is P at log-SNRs `levels` (levels,),
+    averaged over layers; `patch` (layers, N, cells, cells) what one patch sends to each at the log-SNR `level`. NaN
+    where groups share no attention."""
+
+    pixels: np.ndarray
+    label: np.ndarray
+    levels: np.ndarray
+    mass: np.ndarray
+    level: float
+    patch: np.ndarray
+
+
+def load(folder: Path, config: Config, raw: bool = False, file: Path | None = None) -> Loaded:
+    """A checkpoint with its EMA weights, its `raw` ones, or those of a `file`. RunError if its run has no groups."""
+    if config.groups.size < 2:
+        raise RunError(f"groups.size={config.groups.size}: a run without groups; give one with groups of 2 or more")
+    if config.model.group_layers == ():
+        raise RunError("model.group_layers=[]: no layer of this run has groups; give one whose layers share attention")
+    images = open_data(config)
+    device = local_device()
+    return Loaded(config, images, load_networks(folder, config, images, device, raw, file), device)
+
+
+def form(loaded: Loaded, number: int) -> Groups:
+    """At most so many groups, as the config's query forms them; of streamed latents, in the first window of shards."""
+    config, source, graph = loaded.config.groups, loaded.images, None
+    if isinstance(source, StreamedLatents):
+        source = source.read_shards(tuple(range(min(loaded.config.data.window, len(source.counts)))))
+    number = min(number, len(source.label) // config.size)
+    if config.query == "similarity" and isinstance(source, Pool):
+        graph = nearest_neighbors(source.features, min(config.neighbors, len(source.label) - 1))
+    elif config.query == "similarity":
+        graph = source.neighbors(config.neighbors)
+    rng = np.random.default_rng([loaded.config.seed, 0])
+    numbers, fallback = form_groups(config, source.label, graph, number, rng)
+    return Groups(source, numbers, int(fallback.sum()))
+
+
+def data_scores(loaded: Loaded, groups: Groups, progress: Callable[[int], object] = lambda images: None) -> Scores:
+    """Of groups with noise, timesteps, slots and classes as training draws them."""
+    config, path, sums = loaded.config, make_path(loaded.config.path), []
+    network = watched(loaded.networks.network, path, sums)
+    numbers = np.arange(len(groups.numbers))
+    for part in np.array_split(numbers, -(-len(numbers) // max(config.sample.batch // config.groups.size, 1))):
+        batch = _batch(loaded, groups, part)
+        with _inference(loaded):
+            denoising_loss(network, path, batch)
+        progress(len(batch.x))
+    return mean_scores(torch.stack(sums).sum(dim=0))
+
+
+def sampling_scores(loaded: Loaded, number: int, progress: Callable[[int], object] = lambda images: None) -> Scores:
+    """Of so many groups, of each class in turn, while they are sampled as the config says: of all calls with groups."""
+    config, sums = loaded.config, []
+    network, weaker, small = loaded.networks
+    networks = Networks(watched(network, make_path(config.path), sums), weaker, small)
+    numbers, size = np.arange(number), config.sample.group_size
+    for part in np.array_split(numbers, -(-number // max(config.sample.batch // size, 1))):
+        classes = part % loaded.images.num_classes
+        with _inference(loaded):
+            generate_groups(networks, config, loaded.images.shape, part, classes, loaded.device)
+        progress(len(part) * size)
+    if not sums:
+        raise RunError(
+            f"sample.uncond_group_size={config.sample.uncond_group_size}: no image sees another while sampling; the run"
+            " must be sampled with groups of 2 or more, and with guidance where they are the unconditional ones"
+        )
+    return mean_scores(torch.stack(sums).sum(dim=0))
+
+
+def one_group(loaded: Loaded, groups: Groups, chosen: tuple[int, int, int, int], log_snr: float) -> OneGroup:
+    """Of the chosen (group, image in it, row and column of a patch), at about this log-SNR; P at LEVELS as well."""
+    config, path, network = loaded.config, make_path(loaded.config.path), loaded.networks.network
+    size, cells = config.groups.size, loaded.images.shape[-1] // config.model.patch
+    for name, value, limit in zip(
+        ("group", "image", "row", "column"), chosen, (len(groups.numbers), size, cells, cells), strict=True
+    ):
+        if not 0 <= value < limit:
+            raise RunError(f"patch: {name} {value} is not there; choose from 0 to {limit - 1}")
+    group, image, row, column = chosen
+    batch = _batch(loaded, groups, np.array([group]))
+    masses: list[Tensor] = []
+    maps: list[Tensor] = []
+
+    def see_patch(layer: int, q: Tensor, k: Tensor) -> None:
+        if len(q) == size:
+            return maps.append(torch.full((size, cells, cells), torch.nan, device=q.device))
+        tokens = q.shape[2] // size
+        context = tokens - cells**2  # tokens of the class come before the patches
+        token = image * tokens + context + row * cells + column
+        maps.append(token_attention(q, k, size, token)[0, :, context:].unflatten(-1, (cells, cells)))
+
+    def run(see: Callable[[int, Tensor, Tensor], None], wanted: float) -> float:
+        share, level = _share_at(path, wanted)
+        with _inference(loaded), observing(see):
+            denoising_loss(network, path, replace(batch, t=torch.full_like(batch.t, share), sharing=None))
+        return level
+
+    levels = [run(keep_masses(masses, size, size), level) for level in LEVELS]
+    level = run(see_patch, log_snr)
+    mass = torch.stack(masses).unflatten(0, (len(LEVELS), -1)).nanmean(dim=1)[:, 0]
+    pixels = to_uint8(make_decoder(loaded.images.vae, loaded.images.shape[0], loaded.device)(batch.x.cpu()))
+    arrays = (batch.label, torch.tensor(levels), mass, torch.stack(maps))
+    label, levels, mass, patch = (array.cpu().numpy() for array in arrays)
+    return OneGroup(pixels, label, levels, mass, level, patch)
+
+
+def _batch(loaded: Loaded, groups: Groups, chosen: np.ndarray) -> Batch:
+    """Neighbouring groups, on the device."""
+    config = loaded.config
+    numbers = groups.numbers[chosen].ravel()
+    where = MicroBatch(int(chosen[0]) * config.groups.size, numbers, grouped=True)
+    settings = config.groups, config.model.max_group_size, config.seed
+    return make_batch(groups.source, *settings, where, shares_attention(config)).to(loaded.device)
+
+
+@contextmanager
+def _inference(loaded: Loaded) -> Iterator[None]:
+    """Without gradients, in the run's precision."""
+    bf16 = loaded.config.precision == "bf16"
+    with torch.no_grad(), torch.autocast(loaded.device.type, torch.bfloat16, enabled=bf16):
+        yield
+
+
+def _share_at(path: NoisePath, log_snr: float) -> tuple[float, float]:
+    """The share of the path's distribution of timesteps with the log-SNR nearest to this one; and that log-SNR."""
+    shares = torch.linspace(-16, 16, 3201).sigmoid()  # as fine at both ends as float32 is
+    found = path.log_snr(path.timestep(shares))
+    nearest = (found - log_snr).abs().argmin()
+    return float(shares[nearest]), float(found[nearest])

@@ -1,0 +1,108 @@
+"""The cross-sample attention score by layer and noise level, of the groups of a training step or of a sampler."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.batch import Batch
+from models.attention_score import attention_mass, cross_score, cross_share, observing
+from models.guidance import Network
+from models.objective import denoising_loss
+from models.path import Path
+from trainer.engines import Engine
+
+EDGES = (-5.0, -3.0, -1.0, 1.0, 3.0, 5.0)  # of log-SNR, between buckets of noise levels
+BUCKETS = len(EDGES) + 1
+
+
+class Scores(NamedTuple):
+    """S_cross and share of attention that leaves an image, each (layers, buckets): means over groups, NaN where none
+    shares attention. `groups` (buckets,) counts them. The other two are means over all groups and layers."""
+
+    score: Tensor
+    cross_share: Tensor
+    groups: Tensor
+    mean_score: float
+    mean_cross_share: float
+
+
+def step_scores(engine: Engine, path: Path, micro_batches: list[Batch], device: torch.device) -> Scores:
+    """Of the groups of a training step, some of whose micro-batches are of groups, with the noise that they were
+    trained with; over all ranks. All ranks call it; it computes no gradients and leaves everything as it is."""
+    sums: list[Tensor] = []
+    with torch.no_grad():
+        for micro in (micro for micro in micro_batches if micro.group_size > 1):
+            denoising_loss(watched(engine, path, sums), path, micro.to(device))
+    total = torch.stack(sums).sum(dim=0)
+    dist.all_reduce(total)
+    return mean_scores(total)
+
+
+def watched(network: Network, path: Path, sums: list[Tensor]) -> Network:
+    """The network; each call with groups adds to `sums` what `mean_scores` takes. In such a call all groups share
+    attention, but those beyond the first `grouped` images, which should not, do not count."""
+
+    def forward(
+        x: Tensor, t: Tensor, label: Tensor, slot: Tensor, group_size: int = 1, grouped: int | None = None
+    ) -> Tensor:
+        if group_size == 1:
+            return network(x, t, label, slot)
+        masses: list[Tensor] = []
+        with observing(keep_masses(masses, len(x), group_size)):
+            out = network(x, t, label, slot, group_size)
+        mass, log_snr = torch.stack(masses), path.log_snr(t[::group_size])
+        counted = torch.arange(len(log_snr), device=x.device) < (len(x) if grouped is None else grouped) // group_size
+        sums.append(_sums(mass, log_snr, counted))
+        return out
+
+    return forward
+
+
+def keep_masses(masses: list[Tensor], images: int, group_size: int) -> Callable[[int, Tensor, Tensor], None]:
+    """For `observing`: puts P (groups, N, N) of each layer into `masses`; NaN, where images attend to themselves."""
+
+    def see(layer: int, q: Tensor, k: Tensor) -> None:
+        if len(q) == images:
+            masses.append(torch.full((images // group_size, group_size, group_size), torch.nan, device=q.device))
+        else:
+            masses.append(attention_mass(q, k, group_size))
+
+    return see
+
+
+def _sums(mass: Tensor, log_snr: Tensor, counted: Tensor) -> Tensor:
+    """(3, layers, buckets) float64: scores, cross shares and number of groups; P (layers, groups, N, N), log-SNR and
+    whether it counts (groups,). A group goes into one bucket."""
+    bucket = torch.bucketize(log_snr, torch.tensor(EDGES, dtype=log_snr.dtype, device=log_snr.device))
+    chosen = torch.nn.functional.one_hot(bucket, BUCKETS).double() * counted[:, None]
+    of_groups = torch.stack([cross_score(mass), cross_share(mass), torch.ones_like(mass[..., 0])]).mean(dim=-1)
+    return of_groups.double() @ chosen
+
+
+def mean_scores(sums: Tensor) -> Scores:
+    """From the sums over batches and ranks."""
+    score, share, groups = sums
+    shared = groups.where(score.isfinite(), 0).sum()
+    means = (float(part.nansum() / shared) for part in (score, share))
+    return Scores((score / groups).cpu(), (share / groups).cpu(), groups[0].long().cpu(), *means)
+
+
+def as_record(scores: Scores, group_size: int) -> dict:
+    """For JSON; null where groups share no attention, or there are none."""
+    return {
+        "s_cross": _or_null(scores.mean_score),
+        "cross_share": _or_null(scores.mean_cross_share),
+        "uniform_cross_share": 1 - 1 / group_size,
+        "log_snr": list(zip((None, *EDGES), (*EDGES, None), strict=True)),
+        "groups_by_level": scores.groups.tolist(),
+        "s_cross_by_layer_and_level": [list(map(_or_null, row)) for row in scores.score.tolist()],
+        "cross_share_by_layer_and_level": [list(map(_or_null, row)) for row in scores.cross_share.tolist()],
+    }
+
+
+def _or_null(value: float) -> float | None:
+    return None if math.isnan(value) else value
