@@ -24,7 +24,8 @@ demo: install
 # Slurm's tests wait for most of their time, so they run beside the others; what they said comes last.
 test: install
 	@mkdir -p runs
-	@$(BIN)/python -m pytest tests/slurm -p no:cacheprovider > runs/slurm-tests.log 2>&1 & slurm=$$!; \
+	@export OMP_NUM_THREADS=1; \
+	$(BIN)/python -m pytest tests/slurm -p no:cacheprovider > runs/slurm-tests.log 2>&1 & slurm=$$!; \
 	$(BIN)/python -m pytest --ignore tests/slurm; others=$$?; \
 	wait $$slurm; slurm=$$?; cat runs/slurm-tests.log; exit $$((others || slurm))
 

@@ -4,7 +4,7 @@ It is made for the global batch, knows no world size, and is a pure function of 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field, model_validator
@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, model_validator
 from data.groups import class_groups, similar_groups
 from data.neighbors import NeighborGraph
 
+Level = Annotated[float, Field(allow_inf_nan=False)]
 SHARES = {"none": 0.0, "light": 0.1, "full": 1.0}
 
 
@@ -32,7 +33,7 @@ class GroupsConfig(BaseModel, extra="forbid", frozen=True):
     mixing: Literal["by_step", "within_step"] = "by_step"  # a step is all single or all groups; or holds both
     splits: int = Field(8, ge=1)  # within_step: world sizes that divide it can train the run
     spread: float = Field(0.0, ge=0, le=1)  # of the timesteps in a group, around the first image's
-    window: tuple[float | None, float | None] | None = None  # of log-SNR, where groups share attention; null: no end
+    window: tuple[Level | None, Level | None] | None = None  # of log-SNR, where groups share attention; null: no end
 
     @model_validator(mode="before")
     @classmethod

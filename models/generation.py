@@ -78,8 +78,9 @@ def sample_images(
     denoise = guided(network, path, label, slot, weight, *sizes, *how)
     if small:
         noisiest = int(config.small_share * config.steps + 1e-9)  # 0.29 * 100 is 28.999...
-        switch = log_snr_at(path, times[noisiest]) if noisiest < config.steps else torch.inf
-        denoise = stitched(guided(small, path, label, slot, weight, *sizes, *how), denoise, path, switch)
+        first = guided(small, path, label, slot, weight, *sizes, *how)
+        whole = noisiest == config.steps  # also at the data, whose log-SNR is below no switch
+        denoise = first if whole else stitched(first, denoise, path, log_snr_at(path, times[noisiest]))
     evaluations = 0
 
     def counted(x: Tensor, t: float) -> Tensor:

@@ -2,8 +2,10 @@
 different networks; and where groups act."""
 
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from models.embeddings import NULL_LABEL
@@ -11,7 +13,8 @@ from models.path import Path
 from models.samplers import Denoise
 
 Network = Callable[..., Tensor]
-Interval = tuple[float | None, float | None]  # of log-SNR, closed; null: no end
+Level = Annotated[float, Field(allow_inf_nan=False)]
+Interval = tuple[Level | None, Level | None]  # of log-SNR, closed; null: no end
 
 
 def inside(log_snr: float, interval: Interval | None) -> bool:
@@ -57,7 +60,7 @@ def guided(
         if unguided or not inside(log_snr, interval):
             return prediction
         other = weaker(x, time, label, slot, c) if weaker else network(x, time, null, slot, uc)
-        first = channels or x.shape[1]
+        first = min(channels or x.shape[1], x.shape[1])  # beyond them lies the variance
         other = other[:, :first].to(x.dtype)
         mixed = other + factor * (prediction[:, :first] - other)
         return torch.cat([mixed, prediction[:, first:]], dim=1)

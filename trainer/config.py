@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from data.images import DataConfig
 from data.plan import GroupsConfig, group_quantum
+from models.ddpm import respaced
 from models.generation import SampleConfig
 from models.model_config import ModelConfig
 from models.path import PathConfig
@@ -66,6 +67,8 @@ class Config(EngineConfig, extra="forbid", frozen=True):
             )
         if self.path.name == "ddpm" and self.model.time_scale != 1:
             raise ValueError(f"model.time_scale={self.model.time_scale}: the times of path=ddpm are 0 to 999; set 1")
+        if self.path.name == "ddpm":
+            respaced(self.sample.steps)  # which says how many there may be
         sampler, fitting = self.sample.sampler, [name for name, s in SAMPLERS.items() if self.path.name in s.paths]
         if sampler not in fitting:
             raise ValueError(f"sample.sampler={sampler}: not for path={self.path.name}; set {' or '.join(fitting)}")

@@ -47,7 +47,12 @@ def describe(folder: Path | None, config: Config, raw: bool, file: Path | None) 
     """How samples are made: what two results must share to be compared."""
     position = checkpoint.read_manifest(folder)["position"] if folder else None
     weights = str(file) if file else "model" if raw else "ema"
-    about = {"checkpoint": folder and str(folder), "position": position, "weights": weights, "precision": config.precision}
+    about = {
+        "checkpoint": folder and str(folder),
+        "position": position,
+        "weights": weights,
+        "precision": config.precision,
+    }
     return about | {"path": config.path.name, "group_layers": config.model.group_layers} | config.sample.model_dump()
 
 
@@ -77,8 +82,14 @@ def _load_other(name: str, config: Config, images: Images) -> nn.Module | None:
     if source is None:
         return None
     own = read_config(find_checkpoint(Path(source))) if Path(source).is_dir() else config
-    if own.path != config.path:
-        raise RunError(f"sample.{name}={source}: was trained on path={own.path.name}; give one on {config.path.name}")
+    about = ("name", "learns_variance", "noise_scale")
+    if any(getattr(own.path, field) != getattr(config.path, field) for field in about):
+        raise RunError(f"sample.{name}={source}: was trained on another path ({own.path.name}); give one on the run's")
+    if own.model.max_group_size < config.model.max_group_size:
+        raise RunError(
+            f"sample.{name}={source}: has model.max_group_size={own.model.max_group_size}, the run"
+            f" {config.model.max_group_size}; give one with as many or more"
+        )
     network = build_network(own, images)
     start_from(network, read_weights(source), str(source))
     return network

@@ -1,4 +1,4 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import numpy as np
@@ -178,8 +178,49 @@ def test_slots_of_a_group_are_distinct_and_all_equally_likely(size, rows, groupe
         assert chisquare(np.bincount(member, minlength=rows)).pvalue > 1e-4
 
 
+@given(
+    st.sampled_from(["light", "full"]),
+    st.integers(1, 6),
+    st.integers(0, 8),
+    st.integers(0, 2**40),
+    st.integers(0, 2**40),
+)
+@settings(max_examples=60, deadline=None)
+def test_groups_in_the_window_come_first_and_every_image_keeps_what_is_its_own(variant, size, groups, position, seed):
+    """The batch is that without a window, its groups in another order: each side in the order of the stream."""
+    number, config = size * groups, config_of(variant, size, spread=0.3)
+    micro, asked = MicroBatch(position, np.random.default_rng(seed).permutation(number), True, fallbacks=3), []
+
+    def in_window(t):
+        asked.append(t)
+        return (t * 1000 % 1) < 0.5
+
+    plain = make_batch(points(number), config, SLOTS, seed, micro)
+    batch = make_batch(points(number), config, SLOTS, seed, micro, in_window)
+    assert len(asked) == 1 and torch.equal(asked[0], plain.t[::size])  # a group goes by its first image
+    inside = in_window(plain.t[::size]).repeat_interleave(size)
+    order = torch.cat([inside.nonzero().flatten(), (~inside).nonzero().flatten()])
+    assert batch.sharing == inside.sum()
+    for name, tensor in tensors(batch).items():
+        assert torch.equal(tensor, tensors(plain)[name][order]), name
+    assert replace(batch, sharing=None, **tensors(plain)) == replace(plain, **tensors(plain))
+
+
+@pytest.mark.parametrize("variant", ["none", "light"])
+def test_images_alone_have_no_window(variant):
+    def in_window(t):
+        raise AssertionError("asked for images that share nothing")
+
+    micro = MicroBatch(0, np.arange(8), False)
+    batch = make_batch(points(8), config_of(variant), SLOTS, 0, micro, in_window)
+    plain = make_batch(points(8), config_of(variant), SLOTS, 0, micro)
+    assert batch.sharing is None
+    assert all(torch.equal(tensor, tensors(plain)[name]) for name, tensor in tensors(batch).items())
+
+
 def test_a_batch_moves_as_a_whole():
     batch = long_batch(config_of("full"), True, number=8)
+    assert replace(batch, sharing=4).to(torch.device("cpu")).sharing == 4
     moved = batch.to(torch.device("cpu"))
     assert all(torch.equal(tensor, tensors(batch)[name]) for name, tensor in tensors(moved).items())
     assert (moved.group_size, moved.grouped) == (4, True)

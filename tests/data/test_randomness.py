@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from data.randomness import Stream, draw, generators
+from data.randomness import Stream, draw, generators, step_noise
 
 SEEDS = st.integers(0, 2**63 - 2)
 POSITIONS = st.integers(0, 2**62)
@@ -70,3 +70,51 @@ def test_each_image_of_a_group_takes_any_slot_with_equal_chance(size, rows):
     slots = draw(7, Stream.TRAINING, np.arange(200 * rows * size), (1,), size, rows).slot.reshape(-1, size)
     for column in slots.T:
         assert chisquare(np.bincount(column, minlength=rows)).pvalue > 1e-4
+
+
+@given(SEEDS, POSITIONS, st.integers(1, 16), st.booleans(), st.booleans())
+def test_the_numbers_of_an_image_come_in_this_order_whatever_else_is_drawn_for_it(
+    seed, position, rows, posterior, mirrored
+):
+    """Uniform ones first, that of the mirror image last; then noise, then the posterior's: runs that go on need it."""
+    drawn = draw(seed, Stream.TRAINING, np.array([position]), (2, 3), 1, rows, posterior, mirrored)
+    key = np.array([seed, Stream.TRAINING], np.uint64)
+    rng = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, position]))
+    uniform = rng.random(3 + rows + mirrored)
+    assert (drawn.uniform[0] == uniform[:3]).all()
+    assert drawn.slot[0] == uniform[3 : 3 + rows].argmin()
+    assert (drawn.noise[0] == rng.standard_normal((2, 3), np.float32)).all()
+    assert (drawn.posterior is None) != posterior and (drawn.flip is None) != mirrored
+    if posterior:
+        assert (drawn.posterior[0] == rng.standard_normal((2, 3), np.float32)).all()
+    if mirrored:
+        assert drawn.flip[0] == (uniform[-1] < 0.5)
+
+
+@given(SEEDS, st.lists(POSITIONS, min_size=1, max_size=5), st.integers(0, 999))
+def test_the_noise_of_a_step_belongs_to_the_sample_and_the_step(seed, positions, step):
+    positions = np.array(positions)
+    noise = step_noise(seed, positions, (2, 3), step)
+    assert noise.dtype == np.float32 and noise.shape == (len(positions), 2, 3)
+    for position, own in zip(positions, noise, strict=True):
+        assert (step_noise(seed, np.array([position]), (2, 3), step)[0] == own).all()
+        others = [step_noise(seed, np.array([position]), (2, 3), step + 1)[0]]
+        others += [step_noise(seed, np.array([position + 1]), (2, 3), step)[0]]
+        others += [step_noise(seed + 1, np.array([position]), (2, 3), step)[0]]
+        others += [draw(seed, stream, np.array([position]), (2, 3), 1, 4).noise[0] for stream in Stream]
+        assert all((other != own).all() for other in others)
+
+
+def test_the_noise_of_steps_is_standard_normal_and_unrelated_between_steps_and_to_the_start():
+    positions = np.arange(300)
+    noise = np.stack([step_noise(1, positions, (8, 8), step) for step in range(4)])
+    noise = np.concatenate([noise, draw(1, Stream.SAMPLING, positions, (8, 8), 1, 4).noise[None]]).reshape(5, -1)
+    assert abs(noise.mean(axis=1)).max() < 5 / noise.shape[1] ** 0.5
+    assert abs(np.cov(noise) - np.eye(5)).max() < 8 / noise.shape[1] ** 0.5
+
+
+@given(SEEDS, POSITIONS, st.integers(0, 2**40))
+def test_a_part_of_a_position_has_2_to_the_128_numbers_before_the_next_begins(seed, position, part):
+    rng = next(generators(seed, Stream.SAMPLING, [position], part))
+    rng.bit_generator.advance(2**128)
+    assert (rng.random(8) == next(generators(seed, Stream.SAMPLING, [position], part + 1)).random(8)).all()

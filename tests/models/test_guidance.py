@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from models.embeddings import NULL_LABEL
-from models.guidance import guided_velocity
-from models.paths import LinearFlow
-from models.samplers import euler, heun
+from models.guidance import guided as guided_on
+from models.paths import PATHS, LinearFlow
+from models.samplers import SAMPLERS, SamplerConfig
 
 SEEDS = range(4)
 LABEL = torch.tensor([3, 3, 3, 3, 1, 1, 1, 1])
@@ -31,11 +31,11 @@ def group_mean(x, t, label, slot, group_size):
 
 
 def noise(seed):
-    return torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
 
 
-def guided(network, weight, c=1, uc=1, interval=None):
-    return guided_velocity(network, LinearFlow(), LABEL, SLOT, weight, c, uc, interval)
+def guided(network, weight, c=1, uc=1, interval=None, **others):
+    return guided_on(network, LinearFlow(), LABEL, SLOT, weight, c, uc, interval, **others)
 
 
 def expected(x, t, weight, c, uc):
@@ -54,13 +54,25 @@ def test_guidance_is_the_line_through_both_predictions(seed, c, uc, weight):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_each_image_is_guided_by_its_own_weight(seed):
+    x, t, weight = noise(seed), 0.3, torch.tensor([0.0, 1.0, 1.5, 4.0, 1.0, 2.0, 0.3, 1.0])
+    out = guided(group_mean, weight, 2, 4)(x, t)
+    for i, own in enumerate(weight.tolist()):
+        torch.testing.assert_close(out[i], expected(x, t, own, 2, 4)[i])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("weight", [1, 1.0, torch.ones(8)])
 @pytest.mark.parametrize(("c", "uc"), [(1, 4), (4, 4), (8, 2)])
-def test_weight_1_is_the_conditional_prediction_alone(seed, c, uc):
-    network = Recorder(group_mean)
+def test_weight_1_is_the_conditional_prediction_alone(seed, c, uc, weight):
+    network, weaker = Recorder(group_mean), Recorder(group_mean)
     x = noise(seed)
-    out = guided(network, 1, c, uc)(x, 0.5)
-    assert torch.equal(out, group_mean(x, torch.full((8,), 0.5), LABEL, SLOT, c))
-    assert network.calls == [(LABEL.tolist(), SLOT.tolist(), c, [0.5] * 8)]
+    for others in ({}, {"weaker": weaker}):
+        network.calls.clear()
+        out = guided(network, weight, c, uc, **others)(x, 0.5)
+        assert torch.equal(out, group_mean(x, torch.full((8,), 0.5), LABEL, SLOT, c))
+        assert network.calls == [(LABEL.tolist(), SLOT.tolist(), c, [0.5] * 8)]
+    assert not weaker.calls
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -81,6 +93,46 @@ def test_each_prediction_gets_its_own_group_size_and_labels(c, uc):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_a_weaker_network_takes_the_place_of_the_unconditional_prediction(seed):
+    """With the label, and at group size C."""
+    network, x, t = Recorder(group_mean), noise(seed), 0.4
+    weaker = Recorder(lambda *args: group_mean(*args).cos())
+    out = guided(network, 1.7, 2, 8, weaker=weaker)(x, t)
+    call = (LABEL.tolist(), SLOT.tolist(), 2, torch.full((8,), t).tolist())
+    assert network.calls == weaker.calls == [call]
+    strong = group_mean(x, torch.full((8,), t), LABEL, SLOT, 2)
+    torch.testing.assert_close(out, strong.cos() + 1.7 * (strong - strong.cos()))
+
+
+@pytest.mark.parametrize("channels", [None, 1, 2, 3, 4, 6, 100])
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("weaker", [None, lambda *args: twice(*args).cos()])
+def test_only_the_first_channels_are_guided_and_a_variance_never(channels, learns, weaker):
+    """Also where as many channels are asked for as the network has with those of the variance, or more."""
+
+    def network(*args):
+        return twice(*args) if learns else group_mean(*args)
+
+    def guide(*args):
+        return weaker(*args)[:, : 6 if learns else 3] if weaker else None
+
+    x, t = noise(0), torch.full((8,), 400.0)
+    path = PATHS["ddpm"]()
+    out = guided_on(network, path, LABEL, SLOT, 2.5, 1, 4, channels=channels, weaker=guide if weaker else None)(x, 400)
+    c, u = network(x, t, LABEL, SLOT, 1), network(x, t, torch.full((8,), NULL_LABEL), SLOT, 4)
+    u = guide(x, t, LABEL, SLOT, 1) if weaker else u
+    first = min(channels or 3, 3)
+    torch.testing.assert_close(out[:, :first], (u + 2.5 * (c - u))[:, :first])
+    assert torch.equal(out[:, first:], c[:, first:])
+    assert out.shape == c.shape
+
+
+def twice(*args):
+    """A network that learns its variance."""
+    return torch.cat([group_mean(*args), group_mean(*args).sin()], dim=1)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_group_sizes_change_nothing_for_a_network_that_ignores_its_group(seed):
     def network(x, t, label, slot, group_size):
         return group_mean(x, t, label, slot, 1)
@@ -91,15 +143,29 @@ def test_group_sizes_change_nothing_for_a_network_that_ignores_its_group(seed):
     assert all(not torch.allclose(a, b) for i, a in enumerate(other) for b in other[:i])
 
 
+def test_a_bf16_network_is_guided_in_fp32():
+    x = noise(0)
+    out = guided(lambda *args: group_mean(*args).bfloat16(), 2.5, 1, 4)(x, 0.3)
+    time = torch.full((8,), 0.3)
+    c = group_mean(x, time, LABEL, SLOT, 1).bfloat16().float()
+    u = group_mean(x, time, torch.full((8,), NULL_LABEL), SLOT, 4).bfloat16().float()
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, u + 2.5 * (c - u), rtol=1e-6, atol=1e-6)
+
+
 def guided_times(weight, interval, sampler, steps):
     """The times at which the sampler's evaluations were guided, and all times."""
-    network = Recorder(group_mean)
-    sampler(guided(network, weight, 1, 4, interval), noise(0), steps)
+    network, path = Recorder(group_mean), LinearFlow()
+    times = SAMPLERS[sampler].times(path, steps, SamplerConfig())
+    SAMPLERS[sampler].run(guided(network, weight, 1, 4, interval), path, noise(0), times, None, SamplerConfig())
     unconditional = [times[0] for label, _, _, times in network.calls if label[0] == NULL_LABEL]
     return unconditional, [times[0] for label, _, _, times in network.calls if label[0] != NULL_LABEL]
 
 
-@pytest.mark.parametrize("sampler", [euler, heun])
+BOTH = pytest.mark.parametrize("sampler", ["euler", "heun"])
+
+
+@BOTH
 def test_only_within_the_interval_of_log_snr_there_is_guidance(sampler):
     low, high = 2 * math.log(0.25 / 0.75), 2 * math.log(0.75 / 0.25)  # SiT guides for t in [0.25, 0.75]
     with_guidance, times = guided_times(2.5, (low - 1e-6, high + 1e-6), sampler, 8)
@@ -107,7 +173,7 @@ def test_only_within_the_interval_of_log_snr_there_is_guidance(sampler):
     assert len(with_guidance) < len(times)
 
 
-@pytest.mark.parametrize("sampler", [euler, heun])
+@BOTH
 def test_an_interval_of_low_log_snr_guides_the_noisy_end_and_one_of_high_the_clean_end(sampler):
     noisy, times = guided_times(2.5, (-math.inf, -0.5), sampler, 10)
     assert noisy == [t for t in times if t < 0.43]
@@ -138,9 +204,9 @@ def test_both_ends_of_the_interval_are_guided(steps):
 
 
 def test_no_interval_guides_everywhere():
-    with_guidance, times = guided_times(2.5, None, heun, 4)
+    with_guidance, times = guided_times(2.5, None, "heun", 4)
     assert with_guidance == times
-    with_guidance, times = guided_times(2.5, (-math.inf, math.inf), heun, 4)
+    with_guidance, times = guided_times(2.5, (-math.inf, math.inf), "heun", 4)
     assert with_guidance == times
 
 

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data.images import DataConfig, open_images
 from trainer.build import build_network
 from trainer.config import load_config
-from trainer.generate import generate, grid, to_uint8
+from trainer.generate import Networks, generate, grid, to_uint8
 from trainer.ranks import Ranks
 from trainer.samples import make_samples
 from trainer.weights import find_checkpoint
@@ -134,7 +134,8 @@ def test_how_many_images_are_made_at_once_does_not_matter(per_class, batch, step
     torch.manual_seed(0)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    a, b = (generate(count, config, images, Ranks(0, 1, torch.device("cpu"))) for config in configs)
+    one, networks = Ranks(0, 1, torch.device("cpu")), Networks(count)
+    a, b = (generate(networks, config, images, one)[0] for config in configs)
     assert a.shape == (10, per_class, 1, 8, 8)
     assert torch.allclose(a, b, atol=1e-5)
     assert min(sizes) <= max(batch, 4), "a group is the least that is made at once"

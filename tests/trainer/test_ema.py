@@ -6,7 +6,7 @@ from data.images import DataConfig, open_images
 from trainer.build import build_network
 from trainer.config import load_config
 from trainer.ema import EMA
-from trainer.generate import generate, to_uint8
+from trainer.generate import Networks, generate, to_uint8
 from trainer.ranks import Ranks
 from trainer.samples import make_samples
 from trainer.weights import find_checkpoint
@@ -58,5 +58,5 @@ def test_samples_come_from_the_ema_weights(launcher, tensors, tmp_path):
     network = build_network(config, images)
     ema = {n.removeprefix("ema."): v for n, v in tensors(checkpoint).items() if n.startswith("ema.")}
     network.load_state_dict(ema)
-    expected = to_uint8(generate(network, config, images, Ranks(0, 1, torch.device("cpu"))))
+    expected = to_uint8(generate(Networks(network), config, images, Ranks(0, 1, torch.device("cpu")))[0])
     assert (pixels == expected).all()
