@@ -43,9 +43,8 @@ def status(folder: Path) -> str:
     parts = []
     for run in runs_in(folder):
         job = job_of(run)
-        parts.append(
-            describe(run, read_state(run)) + f"\n  job {job}: {queue_state(job) or 'not in the queue'}" * bool(job)
-        )
+        queued = f"\n  job {job}: {queue_state(job) or 'not in the queue'}" if job else ""  # Slurm may not be here
+        parts.append(describe(run, read_state(run)) + queued)
     return "\n".join(parts)
 
 

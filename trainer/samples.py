@@ -30,8 +30,9 @@ def make_samples(
     file: Path | None = None,
     progress: Callable[[int], object] = lambda number: None,
 ) -> tuple[np.ndarray, np.ndarray, dict]:
-    """(images (classes, per_class, H, W, C) uint8, labels (classes, per_class), record of how they were made) from the
-    EMA weights of a checkpoint, its `raw` ones, or those of a `file` (with or without a checkpoint), in this process."""
+    """(images (classes, per_class, H, W, C) uint8, labels (classes, per_class), record of how they were made), by the
+    EMA weights of a checkpoint, its `raw` ones, or those of a `file` (then there need be no checkpoint), in this process.
+    """
     images = open_data(config)
     device = local_device()
     decode = make_decoder(images.vae, images.shape[0], device)
