@@ -8,25 +8,39 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field, model_validator
 
-from data import digits
+from data import digits, glyphs
 from data.errors import DataError
 from data.latents import Latents
 from data.neighbors import NeighborGraph, nearest_neighbors
+from data.pixels import Pixels
 from data.randomness import Draws
 from data.streamed_latents import StreamedLatents
 
+ARRAYS = {"digits": digits.load, "glyphs": glyphs.load}  # images that fit in memory
+OF_STORES = {
+    "latents": ("latents",),
+    "pixels": ("pixels",),
+    "neighbors": ("latents", "pixels"),
+    "channels": ("latents", "pixels"),
+    "side": ("latents", "pixels"),
+    "scaling": ("latents",),
+    "vae": ("latents",),
+    "streaming": ("latents",),
+}  # fields of DataConfig that not every kind of images has, and the names of those that do
+
 
 class DataConfig(BaseModel, extra="forbid", frozen=True):
-    """Which images, and how they are read. What stands in it of channels, side and scaling must be true of the latents;
-    null accepts whatever they have."""
+    """Which images, and how they are read. What stands in it of channels, side and scaling must be true of the latents
+    or pixels; null accepts whatever they have."""
 
-    name: Literal["digits", "latents"] = "digits"
+    name: Literal["digits", "glyphs", "latents", "pixels"] = "digits"
     latents: str | None = None  # folder made by tools/precompute_latents.py or tools/cluster_latents.py
+    pixels: str | None = None  # folder made by tools/precompute_pixels.py
     neighbors: str | None = None  # folder made by tools/build_neighbors.py of the same images (not for streaming)
-    channels: int | None = Field(None, ge=1)  # of a latent
-    side: int | None = Field(None, ge=1)  # of a latent, in its own pixels
+    channels: int | None = Field(None, ge=1)  # of a latent, or of pixels
+    side: int | None = Field(None, ge=1)  # of a latent in its own pixels, or of an image
     scaling: float | None = Field(None, gt=0)  # of latents by the VAE
-    flip: bool = True  # half of the latents, at random, of the mirror image
+    flip: bool = True  # half of the latents or pixels, at random, of the mirror image
     vae: str | None = None  # to show samples; null: the one that the latents name
     streaming: bool = False  # read whole shards in turn instead of images at random: see README
     window: int = Field(8, ge=1)  # shards that a rank has in memory and forms groups in (for streaming)
@@ -34,23 +48,25 @@ class DataConfig(BaseModel, extra="forbid", frozen=True):
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
-        if self.name == "latents" and not self.latents:
-            raise ValueError("latents=null: name=latents needs a folder made by tools/precompute_latents.py")
-        if self.name == "digits":
-            given = {"latents": self.latents, "neighbors": self.neighbors, "vae": self.vae, "streaming": self.streaming}
-            for name, value in given.items():
-                if value:
-                    raise ValueError(f"{name}={value}: is for name=latents; set that, or leave {name} out")
+        if self.name in ("latents", "pixels") and not getattr(self, self.name):
+            tool = f"tools/precompute_{self.name}.py"
+            raise ValueError(f"{self.name}=null: name={self.name} needs a folder made by {tool}")
+        for field, names in OF_STORES.items():
+            value = getattr(self, field)
+            if value and self.name not in names:
+                raise ValueError(f"{field}={value}: is for name={' or '.join(names)}; set that, or leave {field} out")
         return self
 
 
 class Images(Protocol):
-    """n images by number. `posterior` tells whether an image is a distribution to draw from, and may be mirrored."""
+    """n images by number. `posterior` tells whether an image is a distribution to draw from, `mirrored` whether reading
+    it may give its mirror image: `draws` then hold the numbers for that."""
 
     label: np.ndarray  # (n,) class numbers
     num_classes: int
     shape: tuple[int, int, int]  # C, H, W of one
     posterior: bool
+    mirrored: bool
     vae: str | None  # what decodes them; None: they are pixels
     identity: str  # tells these images from others, wherever they lie
 
@@ -74,7 +90,7 @@ class ArrayImages:
     label: np.ndarray
     features: np.ndarray
     num_classes: int
-    posterior = False
+    posterior = mirrored = False
     vae = None
 
     def __len__(self) -> int:
@@ -105,11 +121,14 @@ class ArrayImages:
 
 def open_images(config: DataConfig, split: Literal["train", "heldout"] = "train") -> Images:
     """The images of a config; "heldout" are those that training never sees. DataError if there are none."""
-    if config.name == "digits":
-        return ArrayImages(*digits.load(split))
+    if config.name in ARRAYS:
+        return ArrayImages(*ARRAYS[config.name](split))
     if split != "train":
         raise DataError(f"data.name={config.name}: has no held-out images")
-    expected = {"channels": config.channels, "side": config.side, "scaling": config.scaling}
+    expected = {"channels": config.channels, "side": config.side}
+    if config.name == "pixels":
+        return Pixels(config.pixels, config.neighbors, config.flip, expected)
+    expected |= {"scaling": config.scaling}
     if config.streaming:
         return StreamedLatents(config.latents, config.vae, config.flip, expected)
     return Latents(config.latents, config.neighbors, config.vae, config.flip, expected)

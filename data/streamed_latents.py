@@ -15,7 +15,7 @@ from data.randomness import Draws
 class StreamedLatents:
     """A store of latents of which only the manifest is read; see data.images.Images. `open` its shards in windows."""
 
-    posterior = True
+    posterior = mirrored = True
 
     def __init__(self, folder: str, vae: str | None, flip: bool, expected: dict) -> None:
         self.format = LatentFormat(folder, expected)
@@ -59,7 +59,7 @@ class Pool:
     moments: np.ndarray
     label: np.ndarray
     features: np.ndarray | None
-    posterior = True
+    posterior = mirrored = True
 
     @property
     def shape(self) -> tuple[int, int, int]:

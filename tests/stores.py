@@ -7,6 +7,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from data.precompute_pixels import precompute_pixels
 from data.store import Store, read_manifest
 from trainer.errors import RunError
 from trainer.precompute import precompute_features, precompute_latents
@@ -55,6 +56,12 @@ def latents(images, out, vae, **changes):
 def features(images, out, encoder, **changes):
     options = {"precision": "fp32", "part_size": 5, "batch": 3, "workers": 0, "max_rejects": 0, **changes}
     return precompute_features(images, out, str(encoder), **options)
+
+
+def pixels(images, out, **changes):
+    return precompute_pixels(
+        images, out, **{"image_size": 16, "part_size": 5, "workers": 0, "max_rejects": 0, **changes}
+    )
 
 
 def stored(out, field="moments", kind="latents"):

@@ -6,13 +6,22 @@ any number of processes.
 
 import argparse
 
-from preprocessing import add_image_options, add_process_options, report, run_in_processes, run_tool, verify
+from preprocessing import (
+    add_image_options,
+    add_network_options,
+    add_process_options,
+    report,
+    run_in_processes,
+    run_tool,
+    verify,
+)
 
 
 def main(arguments: list[str]) -> None:
     """Make the shards, or verify them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_image_options(parser)
+    add_network_options(parser)
     parser.add_argument(
         "--encoder", default="facebook/dinov2-large", help="DINOv2, CLIP, SigLIP, ...: local folder or hub name"
     )

@@ -6,13 +6,23 @@ number of processes.
 
 import argparse
 
-from preprocessing import add_image_options, add_process_options, positive, report, run_in_processes, run_tool, verify
+from preprocessing import (
+    add_image_options,
+    add_network_options,
+    add_process_options,
+    positive,
+    report,
+    run_in_processes,
+    run_tool,
+    verify,
+)
 
 
 def main(arguments: list[str]) -> None:
     """Make the shards, or verify them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_image_options(parser)
+    add_network_options(parser)
     parser.add_argument("--vae", default="stabilityai/sd-vae-ft-ema", help="an AutoencoderKL: local folder or hub name")
     parser.add_argument("--size", type=positive, default=256, help="pixels a side of the centre crop")
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="of the stored moments")

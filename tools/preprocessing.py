@@ -22,25 +22,32 @@ from slurm.options import load_options
 from trainer.errors import RunError
 
 
-def add_process_options(parser: argparse.ArgumentParser) -> None:
-    """Where the tool runs."""
+def add_process_options(parser: argparse.ArgumentParser, gpus: bool = True) -> None:
+    """Where the tool runs, and whether it has a use for GPUs."""
     parser.add_argument("--nodes", type=int, help="Slurm nodes: a job array of as many jobs, which share the work")
     parser.add_argument("--procs", type=int, help="processes per node; default: one per GPU (on Slurm: 8)")
-    parser.add_argument("--cpu", action="store_true", help="ask Slurm for no GPUs")
+    if gpus:
+        parser.add_argument("--cpu", action="store_true", help="ask Slurm for no GPUs")
+    else:
+        parser.set_defaults(cpu=True)
     parser.add_argument("--site", help="a file of options of the cluster, or its name in configs/cluster/")
     parser.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="as --slurm partition=gpu")
 
 
-def add_image_options(parser: argparse.ArgumentParser) -> None:
+def add_image_options(parser: argparse.ArgumentParser, shard_size: int = 2048) -> None:
     """Which images become which shards."""
     parser.add_argument("--images", type=Path, required=True, help="a tree of class folders, or a folder of tar shards")
     parser.add_argument("--out", type=Path, required=True, help="where the shards go; on a shared file system")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of the network's arithmetic")
-    parser.add_argument("--batch", type=positive, default=32, help="images the network takes at once")
     parser.add_argument("--workers", type=int, default=4, help="processes that decode images, for each GPU")
-    parser.add_argument("--shard-size", type=positive, default=2048, help="images of a shard (of class folders)")
+    parser.add_argument("--shard-size", type=positive, default=shard_size, help="images of a shard (of class folders)")
     parser.add_argument("--max-rejects", type=int, default=0, help="images that may be damaged; see rejected.jsonl")
     parser.add_argument("--verify", action="store_true", help="only prove that all is there, once and unharmed")
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """How the network that encodes the images computes."""
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of the network's arithmetic")
+    parser.add_argument("--batch", type=positive, default=32, help="images the network takes at once")
 
 
 def positive(text: str) -> int:

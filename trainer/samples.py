@@ -31,7 +31,7 @@ def make_samples(
     progress: Callable[[int], object] = lambda number: None,
 ) -> tuple[np.ndarray, np.ndarray, dict]:
     """(images (classes, per_class, H, W, C) uint8, labels (classes, per_class), record of how they were made), by the
-    EMA weights of a checkpoint, its `raw` ones, or those of a `file` (then there need be no checkpoint), in this process.
+    EMA weights of a checkpoint, its `raw` ones, or those of a `file` (then no checkpoint is needed), in this process.
     """
     images = open_data(config)
     device = local_device()

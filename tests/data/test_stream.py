@@ -193,7 +193,7 @@ def test_from_any_step_on_a_new_reader_gives_the_rest_bit_for_bit(uneven, settin
 def test_ranks_have_the_same_kinds_of_micro_batches_and_all_positions_once(uneven, settings, world_size):
     """Where in the stream an image stands is known by the noise that belongs there."""
     config, batch, steps = GroupsConfig(**settings), 32, 12
-    expected = draw(0, Purpose.TRAINING, np.arange(batch * steps), SHAPE, 1, 8, posterior=True)
+    expected = draw(0, Purpose.TRAINING, np.arange(batch * steps), SHAPE, 1, 8, posterior=True, mirrored=True)
     place = {noise.tobytes(): position for position, noise in enumerate(expected.noise)}
     for micro in (None, config.size, 2 * config.size):
         ranks = [

@@ -7,8 +7,8 @@ import torch
 
 from benchmarks import Figures, Targets
 from models.dit import DiT
-from models.model_config import ModelConfig
 from models.flops import forward_multiply_adds
+from models.model_config import ModelConfig
 
 SIZES, ROUNDS = (1, 2, 4, 8), 7
 
