@@ -1,37 +1,134 @@
-"""How good the samples of a run are: `python tools/evaluate.py RUN` writes report.json (run tools/sample.py first)."""
+"""How good samples are.
+
+    evaluate.py RUN                                            digits, glyphs: by a small classifier of the real ones
+    evaluate.py RUN --detector FILE --reference PATH           FID and its kin, by the features of a network
+    evaluate.py --images PATH --detector FILE --reference PATH the same of any images
+    evaluate.py RUN --sweep sample.guidance=1,1.5,2 ...        samples and measures of every combination, and a plot
+
+Run tools/sample.py first, but for --sweep. With a detector, `torchrun --nproc_per_node=N tools/evaluate.py ...` shares
+the work.
+"""
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from trainer.build import open_data
 from trainer.errors import RunError
-from trainer.evaluate import evaluate
+from trainer.evaluate import make_evaluator
+from trainer.image_sets import open_npz
+from trainer.ranks import Ranks, process_group
 from trainer.run_folder import read_config
+from trainer.score import open_detector, score
+from trainer.weights import find_checkpoint
 
 
 def main(arguments: list[str]) -> None:
-    """Evaluate the samples.npz of a run folder."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="a run folder with samples.npz")
+    """Print the report; write RUN/report.json, or with a detector a line of RUN/evaluations.jsonl."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, nargs="?", help="a run folder with samples.npz")
+    parser.add_argument("overrides", nargs="*", metavar="sample.field=value", help="for --sweep: of all its samples")
+    parser.add_argument("--detector", help="TorchScript file as inception-2015-12-05.pt, or DINOv2 by folder or name")
+    parser.add_argument(
+        "--reference", type=Path, help="ADM's .npz, or real images: .npz with arr_0, a folder, tar shards"
+    )
+    parser.add_argument("--metrics", help="as fid,sfid,is,kid,precision,recall; default: all that the detector offers")
+    parser.add_argument("--images", type=Path, help="what to measure instead of the run's samples: .npz or folder")
+    parser.add_argument("--cache", type=Path, help="for statistics of references; default: a folder beside each")
+    parser.add_argument("--sweep", action="append", metavar="FIELD=V,V", help="sample.field, or weights=ema,raw,FILE")
+    parser.add_argument("--out", type=Path, help="folder of a sweep; default: RUN/sweep")
     args = parser.parse_intermixed_args(arguments)
+    _check(args)
+    with process_group() as ranks:
+        if args.sweep:
+            _sweep(args, ranks)
+            return
+        if args.detector:
+            report = _by_detector(args, ranks, args.images, args.run)
+        else:
+            report = _by_classifier(_evaluator(args.run), args.run)
+    if ranks.rank == 0:
+        if args.run and args.detector:
+            with (args.run / "evaluations.jsonl").open("a") as file:
+                file.write(json.dumps(report) + "\n")
+        elif args.run:
+            (args.run / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        print(json.dumps(report, indent=1))
 
-    config = read_config(args.run)
-    if config.data.name != "digits":
-        raise RunError(f"data.name={config.data.name}: only samples of digits can be evaluated as yet")
-    samples, record = args.run / "samples.npz", args.run / "samples.json"
+
+def _check(args: argparse.Namespace) -> None:
+    if not args.run and not args.images:
+        raise RunError("RUN: give a run folder, or --images with a file or folder of images")
+    if args.images and not args.detector:
+        raise RunError(f"--images {args.images}: needs --detector and --reference")
+    if bool(args.detector) != bool(args.reference):
+        raise RunError("--detector, --reference: give both, or none of them")
+    if args.overrides and not args.sweep:
+        raise RunError(f"{args.overrides[0]}: is for --sweep; otherwise give it to tools/sample.py")
+
+
+def _evaluator(run: Path) -> Callable[[np.ndarray, np.ndarray], dict]:
+    """By the images that the run was trained on."""
+    config = read_config(run)
+    try:
+        return make_evaluator(*(open_data(config, split) for split in ("train", "heldout")))
+    except RunError as error:
+        raise RunError(f"{error}; give --detector and --reference") from None
+
+
+def _by_classifier(evaluate: Callable[[np.ndarray, np.ndarray], dict], folder: Path) -> dict:
+    """Of samples.npz in a folder."""
+    samples, record = _samples(folder)
+    with open_npz(samples) as arrays:
+        return evaluate(arrays["arr_0"], arrays["arr_1"]) | {"samples": record}
+
+
+def _by_detector(args: argparse.Namespace, ranks: Ranks, images: Path | None, folder: Path | None) -> dict | None:
+    """Of `images`, or of samples.npz in a folder."""
+    beside = images and images.parent / "samples.json"
+    record = json.loads(beside.read_text()) if images and images.name == "samples.npz" and beside.is_file() else None
+    if not images:
+        images, record = _samples(folder)
+    detector = open_detector(args.detector, ranks)
+    metrics = args.metrics.split(",") if args.metrics else None
+    with tqdm(unit="img", desc="evaluate", disable=ranks.rank > 0) as bar:
+        report = score(detector, images, args.reference, metrics, ranks, args.cache, bar.update)
+    return report and report | {"samples": record}
+
+
+def _sweep(args: argparse.Namespace, ranks: Ranks) -> None:
+    from trainer.plots import plot_sweep  # matplotlib is slow to import
+    from trainer.sweep import parse_axes, run_sweep
+
+    if not args.run or args.images or ranks.world_size > 1:
+        raise RunError("--sweep: give a run folder, without --images, to one process")
+    checkpoint = find_checkpoint(args.run)
+    out, axes = args.out or args.run / "sweep", parse_axes(args.sweep)
+    evaluate = None if args.detector else _evaluator(args.run)
+
+    def measure(folder: Path) -> dict:
+        return _by_classifier(evaluate, folder) if evaluate else _by_detector(args, ranks, None, folder)
+
+    with tqdm(unit="img", desc="sample") as bar:
+        rows = run_sweep(checkpoint, axes, args.overrides, out, measure, bar.update)
+    plot_sweep(rows, out / "sweep.png")
+    for row in rows:
+        print(*(f"{name}={value}" for name, value in row["axes"].items()), end="  ")
+        print(*(f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float)))
+    print(f"{out / 'sweep.jsonl'} {out / 'sweep.png'}")
+
+
+def _samples(folder: Path) -> tuple[Path, dict]:
+    samples, record = folder / "samples.npz", folder / "samples.json"
     for file in (samples, record):
         if not file.is_file():
-            raise RunError(f"{file}: not there; make it with: python tools/sample.py {args.run}")
-    arrays = np.load(samples)
-    images = (open_data(config, split) for split in ("train", "heldout"))
-    report = evaluate(arrays["arr_0"], arrays["arr_1"], *images)
-    report["samples"] = json.loads(record.read_text())
-    (args.run / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report, indent=1))
+            raise RunError(f"{file}: not there; make it with: python tools/sample.py {folder}")
+    return samples, json.loads(record.read_text())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How good generated images are, by a small classifier of the real ones."""
 
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -8,16 +9,24 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
 from data.images import ArrayImages
+from trainer.errors import RunError
 from trainer.frechet import frechet_distance
 from trainer.generate import to_uint8
+from trainer.metrics import NEIGHBOURS, kernel_distance, precision_and_recall
 
 
 def evaluate(generated: np.ndarray, label: np.ndarray, train: ArrayImages, heldout: ArrayImages) -> dict[str, float]:
-    """Measures of uint8 images (n, H, W, C) that were asked to be of class `label` (n,).
+    """`make_evaluator` for one set of images."""
+    return make_evaluator(train, heldout)(generated, label)
 
-    frechet: Frechet distance to the held-out images in the last hidden layer of a classifier trained on `train`;
-    class_accuracy: the share of images that this classifier takes for the class asked for. Beside them, to compare
-    with, the same of real images: frechet_train (training to held-out images) and heldout_accuracy.
+
+def make_evaluator(train: ArrayImages, heldout: ArrayImages) -> Callable[[np.ndarray, np.ndarray], dict[str, float]]:
+    """A function that gives measures of uint8 images (n, H, W, C) that were asked to be of class `label` (n,).
+
+    In the last hidden layer of a classifier trained on `train`, beside the held-out images: frechet, the Frechet
+    distance; kid, precision, recall as in trainer/metrics.py. class_accuracy: the share of images that this classifier
+    takes for the class asked for. Beside them, to compare with, the same of real images: frechet_train (training to
+    held-out images) and heldout_accuracy. RunError if the images are not of the form of the real ones.
     """
 
     def pixels(images: ArrayImages) -> np.ndarray:
@@ -25,13 +34,29 @@ def evaluate(generated: np.ndarray, label: np.ndarray, train: ArrayImages, heldo
 
     classifier = _fit(pixels(train), train.label)
     reference = _features(classifier, pixels(heldout))
-    return {
-        "frechet": frechet_distance(_features(classifier, generated), reference),
-        "class_accuracy": float(np.mean(classifier.predict(_flat(generated)) == label)),
+    real = {
         "frechet_train": frechet_distance(_features(classifier, pixels(train)), reference),
         "heldout_accuracy": float(np.mean(classifier.predict(_flat(pixels(heldout))) == heldout.label)),
-        "images": len(generated),
     }
+    form = (*heldout.shape[1:], heldout.shape[0])
+
+    def measure(generated: np.ndarray, label: np.ndarray) -> dict[str, float]:
+        if generated.dtype != np.uint8 or generated.shape[1:] != form or len(generated) <= NEIGHBOURS:
+            size = ", ".join(map(str, form))
+            raise RunError(f"images {generated.dtype} {generated.shape}: give uint8 (n, {size}), n > {NEIGHBOURS}")
+        features = _features(classifier, generated)
+        precision, recall = precision_and_recall(features, reference)
+        return {
+            "frechet": frechet_distance(features, reference),
+            "kid": kernel_distance(features, reference),
+            "precision": precision,
+            "recall": recall,
+            "class_accuracy": float(np.mean(classifier.predict(_flat(generated)) == label)),
+            **real,
+            "images": len(generated),
+        }
+
+    return measure
 
 
 def _flat(images: np.ndarray) -> np.ndarray:

@@ -3,7 +3,8 @@ import pytest
 from scipy.linalg import sqrtm
 
 from data.images import DataConfig, open_images
-from trainer.evaluate import evaluate
+from trainer.errors import RunError
+from trainer.evaluate import make_evaluator
 from trainer.frechet import frechet_distance
 
 
@@ -41,16 +42,33 @@ def as_uint8(x):
     return np.rint((x + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
-def test_real_digits_are_near_and_noise_and_wrong_classes_are_not(splits):
+@pytest.fixture(scope="module")
+def evaluate(splits):
+    return make_evaluator(*splits)
+
+
+def test_real_digits_are_near_and_noise_and_wrong_classes_are_not(splits, evaluate):
     train, heldout = splits
-    real = evaluate(as_uint8(train.x), train.label, *splits)
+    real = evaluate(as_uint8(train.x), train.label)
     assert real["frechet"] == pytest.approx(real["frechet_train"], rel=1e-6)
     assert real["class_accuracy"] > 0.99 and real["heldout_accuracy"] > 0.94
-    assert evaluate(as_uint8(heldout.x), heldout.label, *splits)["frechet"] == pytest.approx(0, abs=1e-6)
+    assert real["precision"] > 0.8 and real["recall"] > 0.8
+    itself = evaluate(as_uint8(heldout.x), heldout.label)
+    assert itself["frechet"] == pytest.approx(0, abs=1e-6) and (itself["precision"], itself["recall"]) == (1, 1)
 
-    wrong = evaluate(as_uint8(train.x), (train.label + 1) % 10, *splits)
+    wrong = evaluate(as_uint8(train.x), (train.label + 1) % 10)
     assert wrong["class_accuracy"] < 0.01
     noise = np.random.default_rng(0).integers(0, 256, (500, 8, 8, 1), dtype=np.uint8)
-    assert evaluate(noise, np.zeros(500), *splits)["frechet"] > 10 * real["frechet"]
+    noisy = evaluate(noise, np.zeros(500))
+    assert noisy["frechet"] > 10 * real["frechet"] and noisy["kid"] > 10 * abs(real["kid"]) and noisy["precision"] < 0.1
     one_class = train.label == 3
-    assert evaluate(as_uint8(train.x[one_class]), train.label[one_class], *splits)["frechet"] > 10 * real["frechet"]
+    narrow = evaluate(as_uint8(train.x[one_class]), train.label[one_class])
+    assert narrow["frechet"] > 10 * real["frechet"] and narrow["precision"] > 0.8 and narrow["recall"] < 0.3
+
+
+@pytest.mark.parametrize("shape", [(9, 8, 8, 3), (9, 1, 8, 8), (3, 8, 8, 1), (9, 8, 8)])
+def test_images_of_another_form_are_refused(evaluate, shape):
+    with pytest.raises(RunError, match=r"images uint8 .*: give uint8 \(n, 8, 8, 1\), n > 3"):
+        evaluate(np.zeros(shape, np.uint8), np.zeros(shape[0]))
+    with pytest.raises(RunError, match="images float32 "):
+        evaluate(np.zeros((9, 8, 8, 1), np.float32), np.zeros(9))

@@ -1,0 +1,37 @@
+"""Pictures of measures."""
+
+from contextlib import suppress
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+TRADED = (("recall", "precision"), ("class_accuracy", "frechet"))  # by guidance, for each other: x, y
+COLUMNS = 4
+
+
+def plot_sweep(rows: list[dict], path: Path) -> None:
+    """Each measure of trainer.sweep's rows against the first axis, a line for each combination of the others; and those
+    that guidance trades for each other, one against the other."""
+    first, *others = rows[0]["axes"]
+    measures = [name for name, value in rows[0].items() if isinstance(value, float)]
+    measures = [name for name in measures if len({row[name] for row in rows}) > 1]  # others say nothing here
+    panels = [(first, name) for name in measures] + [pair for pair in TRADED if set(pair) <= set(measures)]
+    lines: dict[str, list[dict]] = {}
+    for row in rows:
+        lines.setdefault(", ".join(f"{name}={row['axes'][name]}" for name in others), []).append(row)
+    height = -(-len(panels) // COLUMNS)
+    figure = Figure(figsize=(4 * COLUMNS, 3.2 * height), layout="constrained")  # without pyplot: needs no display
+    for place, (x, y) in enumerate(panels, 1):
+        panel = figure.add_subplot(height, COLUMNS, place, xlabel=x, ylabel=y)
+        for label, line in lines.items():
+            _draw(panel, [row["axes"][x] if x == first else row[x] for row in line], [row[y] for row in line], label)
+    if others:
+        figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=COLUMNS)
+    figure.savefig(path)
+
+
+def _draw(panel: Axes, x: list[str] | list[float], y: list[float], label: str) -> None:
+    with suppress(ValueError):  # names, as of weights, stay what they are
+        x = [float(value) for value in x]
+    panel.plot(x, y, marker="o", label=label)

@@ -1,0 +1,82 @@
+"""Samples of one checkpoint by every combination of some settings of sampling, each measured, as a table."""
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.config import Config, parse_config
+from trainer.config_file import set_dotted
+from trainer.errors import RunError
+from trainer.run_folder import read_config
+from trainer.samples import make_samples, write_samples
+
+WEIGHTS = "weights"  # the axis of which weights: ema, raw, or a file as tools/reconstruct_ema.py writes
+Axes = dict[str, list[str]]  # values of each swept setting
+
+
+def parse_axes(sweeps: list[str]) -> Axes:
+    """`sample.guidance=1,1.5,2` and the like. RunError for what is no setting of sampling."""
+    axes = {}
+    for sweep in sweeps:
+        name, equals, values = sweep.partition("=")
+        if not (equals and all(values.split(","))):
+            raise RunError(f"--sweep {sweep}: write field=value,value, as sample.guidance=1,1.5,2")
+        if name != WEIGHTS and not name.startswith("sample."):
+            raise RunError(f"--sweep {sweep}: only sample.* and {WEIGHTS} (ema, raw, a file) can be swept here")
+        axes[name] = values.split(",")
+    return axes
+
+
+def run_sweep(
+    checkpoint: Path,
+    axes: Axes,
+    overrides: list[str],
+    out: Path,
+    measure: Callable[[Path], dict],
+    progress: Callable[[int], object] = lambda number: None,
+) -> list[dict]:
+    """A row {"axes", measures} for each combination, which is also a line of `out`/sweep.jsonl.
+
+    Samples stand in a folder each below `out`; those that are there, of the same settings, are not made again, so the
+    same call goes on where one was killed. `measure` takes such a folder.
+    """
+    chosen = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    configs = [_config(checkpoint, overrides, choice) for choice in chosen]  # what is wrong is said before the work
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    with (out / "sweep.jsonl").open("w") as file:
+        for choice, config in zip(chosen, configs, strict=True):
+            folder = out / ",".join(f"{name}={value}" for name, value in choice.items()).replace("/", "_")
+            weights = choice.get(WEIGHTS, "ema")
+            if not _there(folder, checkpoint, config, weights):
+                named = Path(weights) if weights not in ("ema", "raw") else None
+                made = make_samples(checkpoint, config, weights == "raw", named, progress)
+                write_samples(folder, *made, config.sample.group_size)
+            rows.append({"axes": choice, **measure(folder)})
+            file.write(json.dumps(rows[-1]) + "\n")
+            file.flush()
+    return rows
+
+
+def _config(checkpoint: Path, overrides: list[str], choice: dict[str, str]) -> Config:
+    tree = read_config(checkpoint).model_dump()
+    for setting in (*overrides, *(f"{name}={value}" for name, value in choice.items() if name != WEIGHTS)):
+        if not setting.startswith("sample."):
+            raise RunError(f"{setting}: only sample.* can be set here; the rest is what the run was trained with")
+        set_dotted(tree, setting)
+    return parse_config(tree)
+
+
+def _there(folder: Path, checkpoint: Path, config: Config, weights: str) -> bool:
+    """Whether the folder has the samples that these settings make; from a file of weights they are always made again,
+    because it may be another one by now."""
+    if weights not in ("ema", "raw") or not (folder / "samples.json").is_file():
+        return False
+    stored = json.loads((folder / "samples.json").read_text())
+    expected = {
+        **json.loads(config.sample.model_dump_json()),
+        "checkpoint": str(checkpoint),
+        "weights": {"ema": "ema", "raw": "model"}[weights],
+    }
+    return all(stored.get(name) == value for name, value in expected.items())
