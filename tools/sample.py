@@ -24,9 +24,7 @@ FREE = ("sample.", "model.group_layers=", "precision=", "data.")  # what need no
 def main(arguments: list[str]) -> None:
     """Generate and write samples.npz (or image files), samples.json and, without --num, samples.png."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "run", type=Path, help="a run folder (its newest checkpoint), a checkpoint or a .yaml"
-    )
+    parser.add_argument("run", type=Path, help="a run folder (its newest checkpoint), a checkpoint or a .yaml")
     parser.add_argument("overrides", nargs="*", metavar="sample.field=value", help="as sample.guidance=2")
     parser.add_argument("--out", type=Path, help="where to write; default: the run folder, or samples-N in it")
     parser.add_argument("--raw", action="store_true", help="the weights themselves instead of their EMA")

@@ -288,7 +288,11 @@ def test_the_continued_recipe_takes_the_weights_of_the_plain_one():
 
     plain, continued = (load_config(f"configs/imagenet256/sit-xl-2{x}.yaml") for x in ("", "-light-4-continued"))
     assert continued.init_from == plain.run
-    assert continued.model == plain.model.model_copy(update={"max_group_size": 16}) and continued.path == plain.path and continued.data.side == plain.data.side
+    assert (
+        continued.model == plain.model.model_copy(update={"max_group_size": 16})
+        and continued.path == plain.path
+        and continued.data.side == plain.data.side
+    )
     assert continued.groups == load_config("configs/imagenet256/sit-xl-2-light-4.yaml").groups
     with torch.device("meta"):
         a, b = (build_network(config, Latents()) for config in (plain, continued))
