@@ -7,14 +7,11 @@ execute code.
 
 import json
 import os
-import pickle
 import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import is_dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -23,32 +20,17 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, Field
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from trainer.checkpoint_files import Damaged, Sums, Writer, check_file, check_size, damaged, written
+from trainer.checkpoint_reader import Reader
 from trainer.errors import RunError, first_line
 
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"  # in the run folder
 INCOMPLETE, DAMAGED = ".incomplete", ".damaged"
 MANIFEST = "manifest.json"
-CHUNK = 1 << 22  # bytes
 T = TypeVar("T")
-_METADATA = "torch.distributed.checkpoint.metadata"
-_INDEX_CLASSES = {
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-    ("torch", "Size"),
-    ("torch", "bfloat16"),
-    ("torch", "float32"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    (_METADATA, "ChunkStorageMetadata"),
-    (_METADATA, "Metadata"),
-    (_METADATA, "MetadataIndex"),
-    (_METADATA, "StorageMeta"),
-    (_METADATA, "TensorProperties"),
-    (_METADATA, "TensorStorageMetadata"),
-    (_METADATA, "_MEM_FORMAT_ENCODING"),
-}
 
 
 class CheckpointConfig(BaseModel, extra="forbid", frozen=True):
@@ -89,19 +71,16 @@ def save(
     try:
         if any(_everywhere(group, lambda: rank == 0 and _begin(partial, final))):
             return
-        writer = dcp.FileSystemWriter(partial, sync_files=False)  # below, while they are read again
-        torch.serialization.set_crc32_options(False)  # of each tensor; our manifest has those of the files
+        writer = Writer(partial)
         dcp.save(state, storage_writer=writer, process_group=group)
-        parts = _everywhere(group, lambda: _sync_and_sum(partial.glob(f"__{rank}_*")))
+        parts = _everywhere(group, lambda: writer.sums)
 
         def finish() -> None:
-            _write_synced(partial / "config.yaml", config)
-            files = _sync_and_sum([partial / "config.yaml", partial / ".metadata"])
-            for part in parts:
-                files |= part
+            files = {name: sums for part in parts for name, sums in part.items()}
+            _write(partial / "config.yaml", config, files)
             fields = {"position": position, "world_size": dist.get_world_size(), "data": data}
             fields |= {"metrics": metrics or {}, "files": dict(sorted(files.items()))}
-            _write_synced(partial / MANIFEST, _manifest_text(fields))
+            _write(partial / MANIFEST, _manifest_text(fields), {})
             _sync(partial)
             partial.rename(final)
             _sync(folder)
@@ -109,15 +88,16 @@ def save(
         _everywhere(group, lambda: rank or finish())
     except (RunError, CheckpointException) as error:
         if isinstance(error, CheckpointException):
-            error = _cause(error)
+            error = _causes(error)[0]
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)  # what can be: it takes room, and is nothing to go on from
         free = shutil.disk_usage(folder).free >> 20 if folder.is_dir() else 0
         raise RunError(f"{final}: cannot be written: {first_line(error)} ({free} MB free); make room there") from error
 
 
-def _cause(error: CheckpointException) -> BaseException:
-    return next(cause for cause, _ in error.failures.values())
+def _causes(error: CheckpointException) -> list[BaseException]:
+    """By rank."""
+    return [cause for _, (cause, _) in sorted(error.failures.items())]
 
 
 def _begin(partial: Path, final: Path) -> bool:
@@ -143,26 +123,6 @@ def _everywhere(group: dist.ProcessGroup | None, function: Callable[[], T]) -> l
     return [result for result, _ in found]
 
 
-def _sync_and_sum(files: Iterable[Path]) -> dict[str, list[int]]:
-    """{name: [bytes, CRC-32]}; the disk writes the files while they are read from the cache."""
-    found = {}
-    with ThreadPoolExecutor(1) as disk:
-        for file in files:
-            written = disk.submit(_sync, file)
-            found[file.name] = [file.stat().st_size, _checksum(file)]
-            written.result()
-    return found
-
-
-def _checksum(file: Path) -> int:
-    total, buffer = 0, bytearray(CHUNK)
-    with file.open("rb", buffering=0) as stream:
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)  # the disk reads on while we sum
-        while size := stream.readinto(buffer):
-            total = zlib.crc32(memoryview(buffer)[:size], total)
-    return total
-
-
 def _manifest_text(fields: dict) -> str:
     return json.dumps({**fields, "crc32": zlib.crc32(json.dumps(fields).encode())}, indent=1)
 
@@ -173,45 +133,50 @@ def find(folder: Path) -> tuple[list[Path], list[Path]]:
     return complete, sorted(folder.glob("*" + INCOMPLETE))
 
 
-def verify(checkpoint: Path, part: int = 0, parts: int = 1) -> None:
-    """RunError if a file of the checkpoint is missing or not as it was written. Reads every `parts`-th file, from the
-    `part`-th on, so that ranks can share the work."""
-    for name, (size, checksum) in list(read_manifest(checkpoint)["files"].items())[part::parts]:
-        file = checkpoint / name
-        found = file.stat().st_size if file.is_file() else "no file"
-        if found != size:
-            raise RunError(f"{file}: {found}, should be {size} bytes; {_damaged(checkpoint)}")
-        if _checksum(file) != checksum:
-            raise RunError(f"{file}: its checksum is not that of the manifest; {_damaged(checkpoint)}")
+def verify(checkpoint: Path) -> None:
+    """Damaged if a file of the checkpoint is missing or not as it was written."""
+    for name, (size, checksum) in read_manifest(checkpoint)["files"].items():
+        check_file(checkpoint / name, size, checksum)
 
 
-def _damaged(checkpoint: Path) -> str:
-    return f"it is damaged: remove {checkpoint}, or set resume.fallback=true, to continue from the one before it"
+def check_index(checkpoint: Path) -> None:
+    """Damaged if a file is missing or of another length, or what tells what the files hold is not as it was written."""
+    for name, (size, checksum) in read_manifest(checkpoint)["files"].items():
+        if name.endswith(DEFAULT_SUFFIX):
+            check_size(checkpoint / name, size)
+        else:
+            check_file(checkpoint / name, size, checksum)
 
 
 def load(checkpoint: Path, state: dict[str, dict]) -> int:
-    """Fill the tensors of `state` in place and return the position. RunError if one is missing or of another shape, or
-    what is stored is no tensor."""
+    """Fill the tensors of `state` in place and return the position. All files are verified on the way: Damaged, when
+    tensors may have been filled, if one is not as it was written. RunError if a tensor is missing or of another shape,
+    or what is stored is no tensor."""
+    check_index(checkpoint)
     _check_shapes(checkpoint, state)
+    manifest = read_manifest(checkpoint)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-            dcp.load(state, storage_reader=Reader(checkpoint))
+            dcp.load(state, storage_reader=Reader(checkpoint, manifest["files"]))
     except CheckpointException as error:
-        cause = _cause(error)
+        causes = _causes(error)
+        cause = next((one for one in causes if isinstance(one, Damaged)), causes[0])
+        if isinstance(cause, Damaged):
+            raise cause from None
         if isinstance(cause, OSError):
             raise  # of the file system, which may work when the run is started again
         says = first_line(cause).partition(". ")[0]
         raise RunError(f"{checkpoint}: cannot be read: {says}; use another checkpoint") from error
-    return read_manifest(checkpoint)["position"]
+    return manifest["position"]
 
 
 def read_manifest(checkpoint: Path) -> dict:
     """position, world_size (ranks that wrote it), data (which images), metrics, files (name -> [bytes, CRC-32]).
-    RunError if there is none, or it is damaged."""
+    Damaged if there is none, or it is not as it was written."""
     file = checkpoint / MANIFEST
     if not file.is_file():
-        raise RunError(f"{file}: no such file; {checkpoint} is no checkpoint of ours: remove it")
+        raise Damaged(f"{file}: no such file; {checkpoint} is no checkpoint of ours: remove it")
     try:
         text = file.read_text()
         fields = json.loads(text)
@@ -219,41 +184,8 @@ def read_manifest(checkpoint: Path) -> dict:
     except (ValueError, KeyError, AttributeError, TypeError):
         text, fields = None, {}
     if text != _manifest_text(fields):
-        raise RunError(f"{file}: not as it was written; {_damaged(checkpoint)}")
+        raise damaged(file, "not as it was written")
     return fields
-
-
-class Reader(dcp.FileSystemReader):
-    """DCP's reader, whose pickled index may name nothing but the classes that an index consists of."""
-
-    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
-        """The index. RunError if it is none, or names anything else: unpickling that would execute code."""
-        path = Path(self.path) / ".metadata"
-        with path.open("rb") as file:
-            try:
-                metadata = _IndexUnpickler(file).load()
-                metadata.storage_meta.load_id = self.load_id
-            except OSError:
-                raise
-            except Exception as error:  # at foreign bytes an unpickler raises whatever it likes
-                says = error if isinstance(error, RunError) else f"no index of a checkpoint ({first_line(error)})"
-                raise RunError(f"{path}: {says}; use another checkpoint") from None
-        return metadata
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) not in _INDEX_CLASSES:
-            raise RunError(f"refused, for {module}.{name} in it would execute code")
-        found = super().find_class(module, name)
-        if not callable(found):
-            return found
-
-        def make(_: type, *arguments: object) -> object:
-            return found.__new__(found, *arguments) if is_dataclass(found) else found(*arguments)
-
-        # what makes such objects, not the class itself: a pickle can also set attributes of a class that it gets
-        return type(name, (), {"__new__": make})
 
 
 def stored_sizes(checkpoint: Path) -> dict[str, torch.Size]:
@@ -313,11 +245,9 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint.rename(checkpoint.with_suffix(INCOMPLETE)), ignore_errors=True)
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def _write(path: Path, text: str, sums: Sums) -> None:
+    with written(path, sums) as stream:
+        stream.write(text.encode())
 
 
 def _sync(path: Path) -> None:

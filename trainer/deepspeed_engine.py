@@ -3,6 +3,7 @@
 import logging
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import deepspeed
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from trainer.deepspeed_config import deepspeed_config
+from trainer.deepspeed_config import BUCKET, deepspeed_config
 from trainer.ema import make_averages
 from trainer.engine_config import EngineConfig, OptimConfig
 from trainer.engines import Engine, init_moments
@@ -52,6 +53,8 @@ class DeepSpeedEngine(Engine):
         self.engine, *_ = deepspeed.initialize(
             model=network, optimizer=adamw, config=deepspeed_config(config, optim), dist_init_required=False
         )
+        if self._stage == 0:  # it would copy all gradients into one buffer: no key of its configuration cuts that
+            self.engine.allreduce_gradients = partial(self.engine.allreduce_gradients, bucket_size=BUCKET)
         self._mesh = init_device_mesh(device, (dist.get_world_size(),))
         self._adamw = self.engine.optimizer.optimizer if self._stage else adamw
         for tensor in self._optimized():
@@ -131,7 +134,6 @@ class DeepSpeedEngine(Engine):
             parts = {key: self._cut(safe_get_full_optimizer_state(weight, key)) for key in MOMENTS}
         return {"step": step, **parts}
 
-    @torch.no_grad()
     @torch.no_grad()
     def load_state(self, state: dict[str, dict], steps: int) -> None:
         """Go on after so many steps from a `state()` whose tensors a checkpoint has filled."""

@@ -59,7 +59,7 @@ def _remove_incomplete(folder: Path) -> list[str]:
 def _damage(newest: Path) -> str | None:
     """What is wrong with its files; the same on all ranks."""
     try:
-        checkpoint.verify(newest, dist.get_rank(), dist.get_world_size())
+        checkpoint.verify(newest)
         mine = None
     except RunError as error:
         mine = str(error)

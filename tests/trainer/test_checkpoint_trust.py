@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from tests.trainer.forked import Forked, train_tiny
 from trainer import checkpoint
+from trainer.checkpoint_files import PIECE
 from trainer.errors import RunError
 from trainer.ranks import process_group
 
@@ -78,27 +79,64 @@ def names(folder):
     return found
 
 
-def shared_verification(folder, parts):
-    """What the parts say."""
-    said = []
-    for part in range(parts):
-        try:
-            checkpoint.verify(folder, part, parts)
-        except RunError as error:
-            said.append(str(error))
-    return said
+def verification(folder):
+    """What it says, if the checkpoint is damaged."""
+    try:
+        checkpoint.verify(folder)
+    except RunError as error:
+        return str(error)
 
 
-def test_a_flipped_bit_anywhere_is_found_and_its_file_named_however_the_files_are_shared_out(folder):
+def test_a_flipped_bit_anywhere_is_found_and_its_file_named(folder):
     for name in names(folder):
         kept = (folder / name).read_bytes()
-        for parts in (1, 1, 2, 3, 4, 5, 9, 64):
+        for _ in range(5):
             damage = flip(folder / name)
-            said = shared_verification(folder, parts)
-            assert len(said) == (parts if name == checkpoint.MANIFEST else 1), (damage, parts)
-            assert all(line.startswith(f"{folder / name}: ") and "resume.fallback" in line for line in said), damage
+            said = verification(folder)
+            assert said and said.startswith(f"{folder / name}: ") and "resume.fallback" in said, damage
             (folder / name).write_bytes(kept)
-    assert not shared_verification(folder, 3)
+    assert not verification(folder)
+
+
+def empty_state(folder):
+    state = {}
+    for key, entry in read_index(folder).state_dict_metadata.items():
+        part, _, name = key.partition(".")
+        state.setdefault(part, {})[name] = torch.zeros(entry.size)
+    return state
+
+
+def load_on_ranks(whole, folders, out):
+    """What each rank finds wrong with each checkpoint, and whether it has loaded what is stored in the whole one."""
+    expected, said = empty_state(whole), []
+    with process_group() as ranks:
+        checkpoint.load(whole, expected)
+        for folder in folders:
+            state, error = empty_state(whole), None
+            try:
+                checkpoint.load(folder, state)
+            except RunError as failed:
+                error = f"{type(failed).__name__} {failed}"
+            same = all(torch.equal(state[part][name], expected[part][name]) for part in state for name in state[part])
+            said.append([error, same])
+        (out / f"said-{ranks.world_size}-{ranks.rank}.json").write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_damage_is_found_on_loading_and_named_by_all_ranks_however_many_they_are(world, ranks, trained, tmp_path):
+    """Also where each rank needs all that is stored, but sums a part of the files."""
+    whole, files = trained("fsdp") / LAST, []
+    for name in names(whole):
+        for harm in (flip, flip, truncate, remove):
+            folder = shutil.copytree(whole, tmp_path / f"{len(files)}")
+            harm(folder / name)
+            files.append(folder / name)
+    ranks.run(world, load_on_ranks, whole, [whole, *(file.parent for file in files), whole], tmp_path)
+    said = [json.loads((tmp_path / f"said-{world}-{rank}.json").read_text()) for rank in range(world)]
+    assert all([error for error, _ in one] == [error for error, _ in said[0]] for one in said)
+    assert said[0][0] == said[0][-1] == [None, True]
+    for file, (error, _) in zip(files, said[0][1:-1], strict=True):
+        assert error and error.startswith(f"Damaged {file}: ") and "\n" not in error
 
 
 def test_the_checksums_are_of_all_bytes_also_of_large_files(tmp_path):
@@ -107,7 +145,7 @@ def test_the_checksums_are_of_all_bytes_also_of_large_files(tmp_path):
     contents = {path.name: path.read_bytes() for path in (tmp_path / "000000000001").iterdir()}
     files = json.loads(contents.pop(checkpoint.MANIFEST))["files"]
     assert files == {name: [len(content), zlib.crc32(content)] for name, content in contents.items()}
-    assert max(map(len, contents.values())) > 2 * checkpoint.CHUNK
+    assert max(map(len, contents.values())) > 2 * PIECE
 
 
 @pytest.mark.parametrize("harm", [truncate, lengthen, remove, replace_by_folder])
@@ -115,9 +153,9 @@ def test_a_file_of_another_length_or_none_is_found_and_named(harm, trained, tmp_
     for name in names(trained("fsdp") / LAST):
         folder = shutil.copytree(trained("fsdp") / LAST, tmp_path / name)
         damage = harm(folder / name)
-        said = shared_verification(folder, RANDOM.randint(1, 6))
-        assert said and said[0].startswith(f"{folder / name}: "), damage
-        assert "\n" not in said[0]
+        said = verification(folder)
+        assert said and said.startswith(f"{folder / name}: "), damage
+        assert "\n" not in said
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "null", "7", '"x"', "[1]", '{"crc32": 0}', "\xff", "\0" * 512])
@@ -281,6 +319,20 @@ def test_what_is_no_index_is_named(index, folder):
     with pytest.raises(RunError, match=r"\.metadata: ") as error:
         checkpoint.stored_sizes(folder)
     assert "\n" not in str(error.value)
+
+
+def test_an_index_whose_entries_overlap_or_lie_behind_the_file_is_refused(folder):
+    for move in (lambda length: 1, lambda length: -1, lambda length: 10 * length + (1 << 20)):
+        kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+        index = read_index(folder)
+        file = (folder / "__0_0.distcp").name
+        place = RANDOM.choice([place for place in index.storage_data.values() if place.relative_path == file][1:-1])
+        place.offset += move(place.length)
+        write_index(folder, index)
+        with pytest.raises(RunError, match="000000000640: cannot be read: what is stored overlaps"):
+            checkpoint.load(folder, empty_state(folder))
+        for name, content in kept.items():
+            (folder / name).write_bytes(content)
 
 
 def zip_of_evil(evil):

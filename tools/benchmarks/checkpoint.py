@@ -68,11 +68,6 @@ def _turns(folder: Path, state: dict[str, dict], tensors: list[torch.Tensor]) ->
     file = folder / f"file{rank}"
     buffers = [tensor.numpy().reshape(-1).view("u1").data for tensor in tensors]
 
-    def load() -> None:  # as trainer/restore.py does
-        checkpoint.verify(ours, rank, dist.get_world_size())
-        dist.barrier()
-        checkpoint.load(ours, state)
-
     def write(fill: Callable[[io.FileIO], None]) -> None:
         with file.open("wb", buffering=0) as stream:
             fill(stream)
@@ -83,7 +78,7 @@ def _turns(folder: Path, state: dict[str, dict], tensors: list[torch.Tensor]) ->
             list(map(stream.readinto, buffers))
 
     ways = {
-        "ours": (lambda: checkpoint.save(folder, 0, state, "", ""), load),
+        "ours": (lambda: checkpoint.save(folder, 0, state, "", ""), lambda: checkpoint.load(ours, state)),
         "plain": (lambda: write(lambda stream: stream.writelines(buffers)), read),
         "torch": (lambda: write(partial(torch.save, tensors)), lambda: torch.load(file)),
     }

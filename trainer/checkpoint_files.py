@@ -1,0 +1,211 @@
+"""The files of a checkpoint: written and summed in one pass, read ahead of whoever sums them or takes what they hold.
+
+Writing and reading is left to a thread, past the page cache where the file system can: no core is then busy with it,
+and the cache keeps what the training reads.
+"""
+
+import errno
+import os
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from fcntl import F_GETFL, F_SETFL, fcntl
+from itertools import cycle, islice
+from mmap import PAGESIZE, mmap
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+from trainer.errors import RunError
+
+PIECE = 1 << 22  # bytes that are read, summed or written at once
+AHEAD = 3  # buffers: one is summed while the others are read or written
+Sums = dict[str, list[int]]  # name -> [bytes, CRC-32]
+
+
+class Damaged(RunError):
+    """A checkpoint is not as it was written: its message names the file."""
+
+
+def damaged(file: Path, wrong: str) -> Damaged:
+    """The error about a file of a checkpoint."""
+    mend = f"remove {file.parent}, or set resume.fallback=true, to continue from the one before it"
+    return Damaged(f"{file}: {wrong}; it is damaged: {mend}")
+
+
+# writing
+
+
+class _Stream:
+    """What is written to it is copied into a buffer, summed there, and written to a file by the thread `disk`."""
+
+    def __init__(self, handle: int, disk: ThreadPoolExecutor) -> None:
+        self.size, self.checksum = 0, 0
+        self._handle, self._disk = handle, disk
+        self._buffers = deque(mmap(-1, PIECE) for _ in range(AHEAD))
+        self._writes: deque[Future] = deque()
+
+    def write(self, content: bytes | memoryview) -> int:
+        left = memoryview(content).cast("B")
+        while len(left):
+            filled = self.size % PIECE
+            now = left[: PIECE - filled]
+            self._buffers[0][filled : filled + len(now)] = now
+            self.size += len(now)
+            left = left[len(now) :]
+            if self.size % PIECE == 0:
+                self._hand_over(PIECE)
+        return memoryview(content).nbytes
+
+    def finish(self) -> None:
+        """Write what is left. It fills no page, so that it has to go through the cache."""
+        while self._writes:
+            self._writes.popleft().result()
+        fcntl(self._handle, F_SETFL, fcntl(self._handle, F_GETFL) & ~os.O_DIRECT)
+        self._hand_over(self.size % PIECE)
+        self._writes.popleft().result()
+
+    def _hand_over(self, size: int) -> None:
+        filled = memoryview(self._buffers[0])[:size]
+        self.checksum = zlib.crc32(filled, self.checksum)
+        self._writes.append(self._disk.submit(_write, self._handle, filled))
+        self._buffers.rotate(-1)
+        if len(self._writes) == AHEAD:
+            self._writes.popleft().result()  # of the buffer that is next
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        pass  # DCP does it after each tensor
+
+    def close(self) -> None:
+        pass  # DCP does it before the file is synced
+
+
+def _write(handle: int, content: memoryview) -> None:
+    while len(content):
+        content = content[os.write(handle, content) :]
+
+
+@contextmanager
+def written(path: Path, sums: Sums) -> Iterator[_Stream]:
+    """A stream to a new file, which is on disk, and in `sums`, when this closes."""
+    handle = _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    try:
+        with ThreadPoolExecutor(1) as disk:
+            stream = _Stream(handle, disk)
+            yield stream
+            stream.finish()
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    sums[path.name] = [stream.size, stream.checksum]
+
+
+def _open(path: Path, flags: int) -> int:
+    """Past the page cache, unless the file system cannot."""
+    try:
+        return os.open(path, flags | os.O_DIRECT, 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o666)
+
+
+class _Files(FileSystem):
+    """DCP's, with our streams."""
+
+    def __init__(self) -> None:
+        self.sums: Sums = {}
+
+    def create_stream(self, path: Path, mode: str) -> AbstractContextManager[_Stream]:
+        return written(path, self.sums)
+
+    def rename(self, path: Path, new_path: Path) -> None:
+        super().rename(path, new_path)
+        self.sums[new_path.name] = self.sums.pop(path.name)
+
+
+class Writer(dcp.FileSystemWriter):
+    """DCP's writer. When it is done, its files are on disk, and those that this rank wrote in `sums`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, sync_files=False)  # our streams do
+        torch.serialization.set_crc32_options(False)  # of each tensor: the file has one
+        self.fs = _Files()
+        self.sums = self.fs.sums
+
+
+# reading
+
+
+def check_size(file: Path, size: int) -> None:
+    """Damaged unless the file is there and has so many bytes."""
+    found = file.stat().st_size if file.is_file() else "no file"
+    if found != size:
+        raise damaged(file, f"{found}, should be {size} bytes")
+
+
+def check_file(file: Path, size: int, checksum: int) -> None:
+    """Damaged unless a file is as it was written."""
+    check_size(file, size)
+    total = 0
+    for _, content in read_ahead(file, cut([], size)):
+        total = zlib.crc32(content, total)
+    check_sum(file, total, checksum)
+
+
+def check_sum(file: Path, found: int, checksum: int) -> None:
+    """Damaged unless the CRC-32 that was found is that of the manifest."""
+    if found != checksum:
+        raise damaged(file, "its checksum is not that of the manifest")
+
+
+def cut(parts: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    """A file of `size` bytes cut into (start, stop) of a PIECE or more, such that the sorted parts stay whole."""
+    cuts, end = [], 0
+    for start, stop in [*parts, (size, size)]:
+        if start < end:
+            raise ValueError("what is stored overlaps, or lies behind the end of the file")
+        cuts += [*range(end + PIECE, start, PIECE), start, stop]
+        end = stop
+    spans, start = [], 0
+    for stop in cuts:
+        if stop - start >= PIECE or start < stop == size:
+            spans.append((start, stop))
+            start = stop
+    return spans
+
+
+def read_ahead(file: Path, spans: list[tuple[int, int]], cached: bool = False) -> Iterator[tuple[int, memoryview]]:
+    """(start, content) of each span of a file, through the page cache if it is to be `cached`. The content is gone when
+    the next is asked for."""
+    room = max((stop - start for start, stop in spans), default=0) + 2 * PAGESIZE
+    handle = os.open(file, os.O_RDONLY) if cached else _open(file, os.O_RDONLY)
+    try:
+        with ThreadPoolExecutor(1) as disk:
+            turns = zip(spans, cycle([mmap(-1, room) for _ in range(AHEAD)]), strict=False)
+            reads = deque(disk.submit(_read, handle, *turn) for turn in islice(turns, AHEAD - 1))
+            for start, _ in spans:
+                content = reads.popleft().result()
+                reads.extend(disk.submit(_read, handle, *turn) for turn in islice(turns, 1))
+                yield start, content
+    finally:
+        os.close(handle)
+
+
+def _read(handle: int, span: tuple[int, int], buffer: mmap) -> memoryview:
+    start = span[0] - span[0] % PAGESIZE  # whole pages, which is what can go past the cache
+    size = span[1] - start
+    pages, done = memoryview(buffer)[: size + -size % PAGESIZE], 0
+    while done < size:
+        count = os.preadv(handle, [pages[done:]], start + done)
+        if not count:
+            raise EOFError(f"ends at byte {start + done}")
+        done += count
+    return pages[span[0] - start : size]
