@@ -1,7 +1,6 @@
 """Scikit-learn's handwritten digits: 1,797 real 8x8 images of 10 classes that come inside the package."""
 
 import numpy as np
-import sklearn.datasets
 
 
 def load(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
@@ -9,6 +8,8 @@ def load(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
 
     Every third image is held out, so that both splits hold every writer and every class.
     """
+    import sklearn.datasets  # takes as long to import as all else but torch, and other images do not need it
+
     pixels, label = sklearn.datasets.load_digits(return_X_y=True)
     chosen = (np.arange(len(label)) % 3 == 2) == (split == "heldout")
     pixels, label = pixels[chosen], label[chosen].astype(np.int64)
