@@ -5,13 +5,15 @@ each file. It loads with any engine on any number of ranks, or without a process
 execute code.
 """
 
+import gc
 import json
 import os
 import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -72,7 +74,8 @@ def save(
         if any(_everywhere(group, lambda: rank == 0 and _begin(partial, final))):
             return
         writer = Writer(partial)
-        dcp.save(state, storage_writer=writer, process_group=group)
+        with _without_collections():
+            dcp.save(state, storage_writer=writer, process_group=group)
         parts = _everywhere(group, lambda: writer.sums)
 
         def finish() -> None:
@@ -98,6 +101,18 @@ def save(
 def _causes(error: CheckpointException) -> list[BaseException]:
     """By rank."""
     return [cause for _, (cause, _) in sorted(error.failures.items())]
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """The many small objects of DCP's plans would have the whole process searched for garbage, again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _begin(partial: Path, final: Path) -> bool:
@@ -153,12 +168,13 @@ def load(checkpoint: Path, state: dict[str, dict]) -> int:
     tensors may have been filled, if one is not as it was written. RunError if a tensor is missing or of another shape,
     or what is stored is no tensor."""
     check_index(checkpoint)
-    _check_shapes(checkpoint, state)
     manifest = read_manifest(checkpoint)
+    reader = Reader(checkpoint, manifest["files"])
+    _check_shapes(checkpoint, _sizes(reader), state)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_collections():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-            dcp.load(state, storage_reader=Reader(checkpoint, manifest["files"]))
+            dcp.load(state, storage_reader=reader)
     except CheckpointException as error:
         causes = _causes(error)
         cause = next((one for one in causes if isinstance(one, Damaged)), causes[0])
@@ -190,12 +206,15 @@ def read_manifest(checkpoint: Path) -> dict:
 
 def stored_sizes(checkpoint: Path) -> dict[str, torch.Size]:
     """The shape of each tensor of a checkpoint, by its name: model.*, ema.*, optimizer.*."""
-    stored = Reader(checkpoint).read_metadata().state_dict_metadata
+    return _sizes(Reader(checkpoint))
+
+
+def _sizes(reader: Reader) -> dict[str, torch.Size]:
+    stored = reader.read_metadata().state_dict_metadata
     return {key: value.size for key, value in stored.items() if isinstance(value, TensorStorageMetadata)}
 
 
-def _check_shapes(checkpoint: Path, state: dict[str, dict]) -> None:
-    sizes = stored_sizes(checkpoint)
+def _check_shapes(checkpoint: Path, sizes: dict[str, torch.Size], state: dict[str, dict]) -> None:
     for part in (part for part in state if part != "optimizer"):
         for name, tensor in state[part].items():
             found = sizes.get(f"{part}.{name}")

@@ -1,6 +1,6 @@
 """The files of a checkpoint: written and summed in one pass, read ahead of whoever sums them or takes what they hold.
 
-Writing and reading is left to a thread, past the page cache where the file system can: no core is then busy with it,
+Writing and reading is left to threads, past the page cache where the file system can: no core is then busy with it,
 and the cache keeps what the training reads.
 """
 
@@ -188,7 +188,7 @@ def read_ahead(file: Path, spans: list[tuple[int, int]], cached: bool = False) -
     room = max((stop - start for start, stop in spans), default=0) + 2 * PAGESIZE
     handle = os.open(file, os.O_RDONLY) if cached else _open(file, os.O_RDONLY)
     try:
-        with ThreadPoolExecutor(1) as disk:
+        with ThreadPoolExecutor(AHEAD - 1) as disk:
             turns = zip(spans, cycle([mmap(-1, room) for _ in range(AHEAD)]), strict=False)
             reads = deque(disk.submit(_read, handle, *turn) for turn in islice(turns, AHEAD - 1))
             for start, _ in spans:

@@ -6,6 +6,7 @@ import struct
 import zipfile
 import zlib
 from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 
@@ -48,14 +49,20 @@ class Reader(dcp.FileSystemReader):
         super().__init__(path)
         self._files = files or {}
         self._layouts: dict[bytes, tuple] = {}
+        self._index: Metadata | None = None
 
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
         """The index. RunError if it is none, or names anything else: unpickling that would execute code."""
+        self._index = self._index or self._read_index()
+        self._index.storage_meta.load_id = self.load_id  # a new one each time that something is loaded
+        return self._index
+
+    def _read_index(self) -> Metadata:
         path = Path(self.path) / ".metadata"
         with path.open("rb") as file:
             try:
                 metadata = _IndexUnpickler(file).load()
-                metadata.storage_meta.load_id = self.load_id
+                metadata.storage_meta.load_id = None  # it has one
             except OSError:
                 raise
             except Exception as error:  # at foreign bytes an unpickler raises whatever it likes
@@ -102,17 +109,18 @@ class Reader(dcp.FileSystemReader):
         spans, left = cut(list(parts), file.stat().st_size), deque(parts.items())
         if not summed:
             spans = [span for span in spans if any(span[0] <= start < span[1] for start, _ in parts)]
-        for start, content in read_ahead(file, spans, cached=not summed):  # which other ranks read as well
-            if summed:
-                total = zlib.crc32(content, total)
-            while left and left[0][0][0] < start + len(content) and not wrong:
-                (first, last), items = left.popleft()
-                try:
-                    stored = self._tensor(content[first - start : last - start])
-                    for item in items:
-                        self._fill(item, stored, planner)
-                except Exception as error:
-                    wrong = error  # of a damaged file, the checksum says it better
+        with ThreadPoolExecutor(1) as adder:
+            for start, content in read_ahead(file, spans, cached=not summed):  # which other ranks read as well
+                adding = adder.submit(zlib.crc32, content, total) if summed else None
+                while left and left[0][0][0] < start + len(content) and not wrong:
+                    (first, last), items = left.popleft()
+                    try:
+                        stored = self._tensor(content[first - start : last - start])
+                        for item in items:
+                            self._fill(item, stored, planner)
+                    except Exception as error:
+                        wrong = error  # of a damaged file, the checksum says it better
+                total = adding.result() if adding else 0
         if summed:
             check_sum(file, total, self._files[name][1])
         if wrong:

@@ -12,7 +12,7 @@ from models.paths import make_path
 from trainer.attention_scores import step_scores
 from trainer.batches import make_batches
 from trainer.build import build_network, initial_network, open_data
-from trainer.checkpoint import CHECKPOINTS, SNAPSHOTS
+from trainer.checkpoint import CHECKPOINTS, SNAPSHOTS, find
 from trainer.config import Config, check_world
 from trainer.config_file import to_yaml
 from trainer.decode import make_decoder
@@ -21,7 +21,7 @@ from trainer.engines import build_engine
 from trainer.generate import Networks, generate, grid, to_uint8
 from trainer.monitor import Monitor
 from trainer.ranks import from_rank_0, process_group
-from trainer.restore import choose, restore
+from trainer.restore import restore
 from trainer.run_folder import check_folder, sole_user, write_config
 from trainer.saving import Saver
 from trainer.stopping import StopVote
@@ -46,11 +46,11 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
 
         # what to train, from where
         from_rank_0(lambda: closing.enter_context(sole_user(folder)))
-        newest, notes = choose(folder / CHECKPOINTS, images, config.resume.fallback)
-        network = build_network(config, images) if newest else initial_network(config, images)
+        started = from_rank_0(lambda: bool(find(folder / CHECKPOINTS)[0]))
+        network = build_network(config, images) if started else initial_network(config, images)
         engine = build_engine(config, config.optim, network, ranks)
         path = make_path(config.path)
-        position = restore(newest, engine, batch) if newest else 0
+        position, notes = restore(folder / CHECKPOINTS, engine, images, batch, config.resume.fallback)
         first, last = position // batch, config.train.images // batch
         if ranks.rank == 0:
             write_config(config)

@@ -18,6 +18,7 @@ from trainer.errors import RunError
 
 GRACE = 3.0  # seconds that ranks have to notice a failure before they count as absent
 T = TypeVar("T")
+_kept: dict[str, dist.ProcessGroup] = {}
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
     if world_size > 1:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=limit))
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+    # so that DDP has not the last one: it frees it with the GIL held, and waits for threads that may wait for the GIL
+    _kept["group"] = dist.group.WORLD
     try:
         ones = torch.ones((), device=device)
         dist.all_reduce(ones)

@@ -27,8 +27,6 @@ def reconstruct(run: Path, std: float, out: Path, position: int | None = None) -
     kept = [(folder, one) for folder in folders for one in config.optim.power_ema]
     factors = coefficients([(one, int(folder.name) // batch) for folder, one in kept], std, position // batch)
     used = [(folder, one, factor) for (folder, one), factor in zip(kept, factors, strict=True) if factor]
-    for folder in {folder for folder, _, _ in used}:
-        checkpoint.verify(folder)
     parts = (read_part(folder, power_name(one)) for folder, one, _ in used)
     weights = combine(parts, np.array([factor for _, _, factor in used]))
     write_weights(weights, out, used[-1][0], f"{POWER}{std} at {position}")

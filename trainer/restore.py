@@ -8,36 +8,34 @@ from data.images import Images
 from data.streamed_latents import StreamedLatents
 from trainer import checkpoint
 from trainer.checkpoint import DAMAGED
+from trainer.checkpoint_files import Damaged
 from trainer.engines import Engine
 from trainer.errors import RunError
 from trainer.ranks import from_rank_0
 
 
-def choose(folder: Path, images: Images, fallback: bool) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint (None: there is none) of a run's folder, and what there is to say.
+def restore(folder: Path, engine: Engine, images: Images, batch: int, fallback: bool) -> tuple[int, list[str]]:
+    """Load the newest complete checkpoint of a run's folder into the engine: its position (0: there is none), and what
+    there is to say. All ranks call it.
 
-    RunError if it is damaged, unless `fallback` allows the one before it, or of other images. All ranks call it: each
-    reads a part of the files.
+    RunError if it is of another model, or of other images, or damaged, unless `fallback` allows the one before it.
     """
-    notes = from_rank_0(lambda: _remove_incomplete(folder))
+    notes, state = from_rank_0(lambda: _remove_incomplete(folder)), {}
     while newest := from_rank_0(lambda: next(reversed(checkpoint.find(folder)[0]), None)):
-        damage = _damage(newest)
-        if damage is None:
-            notes += from_rank_0(lambda: _differences(newest, images))
-            return newest, [*notes, f"continuing from {newest}"]
-        if not fallback or from_rank_0(lambda: len(checkpoint.find(folder)[0])) == 1:  # never from the very start
-            raise RunError(damage)
-        aside = from_rank_0(lambda: _set_aside(newest))
-        notes.append(f"{damage.partition(';')[0]}; it is {aside.name} now")
-    return None, notes
-
-
-def restore(newest: Path, engine: Engine, batch: int) -> int:
-    """Load a checkpoint into the engine; its position. RunError if it is of another model. All ranks call it."""
-    state = engine.state()
-    position = checkpoint.load(newest, state)
-    engine.load_state(state, position // batch)
-    return position
+        try:
+            _all_find_whole(newest)
+            differences = from_rank_0(lambda: _differences(newest, images))
+            state = state or engine.state()
+            position = checkpoint.load(newest, state)
+        except Damaged as damage:
+            if not fallback or from_rank_0(lambda: len(checkpoint.find(folder)[0])) == 1:  # never from the very start
+                raise
+            aside = from_rank_0(lambda: _set_aside(newest))
+            notes.append(f"{str(damage).partition(';')[0]}; it is {aside.name} now")
+        else:
+            engine.load_state(state, position // batch)
+            return position, [*notes, *differences, f"continuing from {newest}"]
+    return 0, notes
 
 
 def _set_aside(damaged: Path) -> Path:
@@ -56,16 +54,17 @@ def _remove_incomplete(folder: Path) -> list[str]:
     return [f"{path}: incomplete, left by a killed run; removed" for path in incomplete]
 
 
-def _damage(newest: Path) -> str | None:
-    """What is wrong with its files; the same on all ranks."""
+def _all_find_whole(newest: Path) -> None:
+    """Damaged, on all ranks, if one of them finds the index damaged or a file missing."""
     try:
-        checkpoint.verify(newest)
+        checkpoint.check_index(newest)
         mine = None
-    except RunError as error:
-        mine = str(error)
+    except Damaged as damage:
+        mine = str(damage)
     found: list = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
-    return next((damage for damage in found if damage), None)
+    for damage in filter(None, found):
+        raise Damaged(damage)
 
 
 def _differences(newest: Path, images: Images) -> list[str]:

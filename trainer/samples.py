@@ -71,7 +71,6 @@ def load_networks(
     if file:
         start_from(network, read_weights(file, raw), str(file))
     else:
-        checkpoint.verify(folder)
         checkpoint.load(folder, {"model" if raw else "ema": network.state_dict()})  # fills the network's own tensors
     others = [_load_other(name, config, images) for name in ("weaker", "small")]
     return Networks(*(net and net.to(device).eval() for net in (network, *others)))

@@ -31,11 +31,11 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def find_weights(path: str | Path) -> Path:
-    """The file, or the undamaged checkpoint, that a path means."""
+    """The file, or the checkpoint, that a path means."""
     path = Path(path)
     if path.is_dir():
         path = find_checkpoint(path)
-        checkpoint.verify(path)
+        checkpoint.check_index(path)  # the rest when it is loaded
     elif not path.is_file():
         raise RunError(f"{path}: no such file or folder; {_GIVE}")
     elif path.suffix not in (".safetensors", ".pt", ".pth"):

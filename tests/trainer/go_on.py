@@ -28,7 +28,6 @@ from trainer.build import build_network, open_data
 from trainer.config import load_config
 from trainer.engines import Engine, build_engine
 from trainer.ranks import process_group
-from trainer.restore import restore
 
 
 @cache
@@ -81,7 +80,9 @@ if __name__ == "__main__":
             engine = build_engine(config, config.optim, build_network(config, images), ranks)
             for source in sorted(Path(config.run).parent.glob("from-*")):
                 newest = checkpoint.find(source / "checkpoints")[0][-1]
-                first = restore(newest, engine, batch) // batch
+                state = engine.state()
+                first = checkpoint.load(newest, state) // batch
+                engine.load_state(state, first)
                 found, expected = flat(engine.state()), stored(newest)
                 differ = sorted(found.keys() ^ expected.keys())
                 differ += [k for k in expected if k in found and not torch.equal(whole(found[k]), expected[k])]
