@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, model_validator
 from data.groups import class_groups, similar_groups
 from data.neighbors import NeighborGraph
 
-Level = Annotated[float, Field(allow_inf_nan=False)]
+Level = Annotated[float, Field(ge=-np.inf)]  # not NaN
 SHARES = {"none": 0.0, "light": 0.1, "full": 1.0}
 
 

@@ -1,6 +1,7 @@
 """Guidance: two predictions combined, which see groups of different size (C and UC of Group Diffusion) or come from
 different networks; and where groups act."""
 
+import math
 from collections.abc import Callable
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from models.path import Path
 from models.samplers import Denoise
 
 Network = Callable[..., Tensor]
-Level = Annotated[float, Field(allow_inf_nan=False)]
+Level = Annotated[float, Field(ge=-math.inf)]  # not NaN
 Interval = tuple[Level | None, Level | None]  # of log-SNR, closed; null: no end
 
 

@@ -56,9 +56,10 @@ def main(arguments: list[str]) -> None:
 
 def find(args: argparse.Namespace) -> tuple[Path | None, Config]:
     """The checkpoint, if there is one, and the config, changed as the command line says."""
+    can_be = ", ".join(name.replace(".", ".*") if name.endswith(".") else name.rstrip("=") for name in FREE)
     for override in args.overrides:
         if not override.startswith(FREE):
-            raise RunError(f"{override}: only {', '.join(FREE)} can be set here; the rest is what it was trained with")
+            raise RunError(f"{override}: only {can_be} can be set here; the rest is what it was trained with")
     if args.run.suffix == ".yaml":
         if not args.weights:
             raise RunError(f"{args.run}: a config has no weights; give a file with --weights, or a run folder")

@@ -103,7 +103,7 @@ def test_a_size_can_be_named_and_group_sizes_of_sampling_follow_the_variant():
         ("path=lineal", ["path.name=lineal", "'linear'"]),
         ("path=ddpm model.time_scale=1 sample.sampler=ddpm sample.steps=1", ["sample.steps=1", "2 to 1000"]),
         ("sample.interval=[.nan, 2]", ["sample.interval.0"]),
-        ("groups.window=[.inf, null]", ["groups.window.0"]),
+        ("groups.window=[.nan, null]", ["groups.window.0"]),
         ("path.noise_scale=2", ["path.noise_scale=2", "jit"]),
         ("model.group_layers=[0,6]", ["model.group_layers=[0, 6]", "0 to 5"]),
         ("model.backbone=jit model.context_start=6", ["model.context_start=6", "depth=6"]),
