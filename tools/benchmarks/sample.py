@@ -18,7 +18,7 @@ SIZES = {
     "33M": {"size": "S"},
     "130M": {"size": "B"},
 }
-IMAGES, STEPS, ROUNDS = 8, 4, 3
+IMAGES, STEPS, ROUNDS = 4, 4, 3
 NOISIEST = [None, float(2 * np.log(0.4 / 0.6))]  # log-SNR of the noisiest 40 % of the steps of the linear path
 WINDOWS = {
     "none": (1, None),
@@ -48,7 +48,7 @@ def measure() -> tuple[Figures, Targets]:
     seconds: dict[str, list[float]] = {name: [] for name in WINDOWS}
     for _ in range(ROUNDS + 1):
         for name, (uncond, window) in WINDOWS.items():
-            sample = {"steps": 10, "sampler": "euler", "uncond_group_size": uncond, "group_window": window}
+            sample = {"steps": 5, "sampler": "euler", "uncond_group_size": uncond, "group_window": window}
             seconds[name].append(_seconds(network, _config(SIZES["12M"], sample), 16))
     cost = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     for size in ("uc4", "uc16"):
