@@ -27,7 +27,6 @@ from trainer.decode import make_decoder
 from trainer.errors import RunError
 from trainer.generate import Networks, generate_groups, to_uint8
 from trainer.ranks import local_device
-from trainer.ranks import local_device
 from trainer.samples import load_networks
 
 LEVELS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # log-SNR at which the attention of one group is shown
