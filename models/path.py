@@ -131,6 +131,14 @@ class Path:
         return weight.to(loss.dtype) * loss
 
 
+def share_at(path: Path, log_snr: float) -> tuple[float, float]:
+    """The share of the path's distribution of timesteps with the log-SNR nearest to this one; and that log-SNR."""
+    shares = torch.linspace(-16, 16, 3201).sigmoid()  # as fine at both ends as float32 is
+    found = path.log_snr(path.timestep(shares))
+    nearest = (found - log_snr).abs().argmin()
+    return float(shares[nearest]), float(found[nearest])
+
+
 def mean_of_image(x: Tensor) -> Tensor:
     """(B, ...) -> (B,)."""
     return x.flatten(1).mean(dim=1)

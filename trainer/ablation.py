@@ -4,7 +4,7 @@ score."""
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from data.claims import Claims
 from data.files import write_json
+from data.images import DataConfig
 from trainer import attention_checkpoint as attention
 from trainer.build import open_data
 from trainer.config import Config, load_config
@@ -68,17 +69,22 @@ def run_cells(
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")  # a run in this process alone
     names = list(configs)
     claims = Claims(out, [f"{name}.json" for name in names], process * len(names) // processes)
+    evaluators: dict[DataConfig, Callable] = {}  # which take longer to make than to ask
     for number in claims:
-        result = measure_run(configs[names[number]], guidance)
+        config = configs[names[number]]
+        if config.data not in evaluators:
+            evaluators[config.data] = make_evaluator(*(open_data(config, split) for split in ("train", "heldout")))
+        result = measure_run(config, guidance, evaluators[config.data])
         write_json(out / f"{names[number]}.json", result)
         claims.release(number)
 
 
-def measure_run(config: Config, guidance: tuple[float, ...]) -> dict:
+def measure_run(
+    config: Config, guidance: tuple[float, ...], evaluate: Callable[[np.ndarray, np.ndarray], dict[str, float]]
+) -> dict:
     """{"curve": measures of trainer.evaluate at each weight of guidance, "score": S_cross or None}."""
     train(config)
     checkpoint = find_checkpoint(Path(config.run))
-    evaluate = make_evaluator(*(open_data(config, split) for split in ("train", "heldout")))
     curve = []
     for weight in guidance:
         sample = config.sample.model_copy(update={"guidance": (weight,)})

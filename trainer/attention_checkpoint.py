@@ -17,7 +17,7 @@ from data.plan import form_groups
 from data.streamed_latents import Pool, StreamedLatents
 from models.attention_score import observing, token_attention
 from models.objective import denoising_loss
-from models.path import Path as NoisePath
+from models.path import share_at
 from models.paths import make_path
 from trainer.attention_scores import Scores, keep_masses, mean_scores, watched
 from trainer.batches import shares_attention
@@ -143,7 +143,7 @@ def one_group(loaded: Loaded, groups: Groups, chosen: tuple[int, int, int, int],
         maps.append(token_attention(q, k, size, token)[0, :, context:].unflatten(-1, (cells, cells)))
 
     def run(see: Callable[[int, Tensor, Tensor], None], wanted: float) -> float:
-        share, level = _share_at(path, wanted)
+        share, level = share_at(path, wanted)
         with _inference(loaded), observing(see):
             denoising_loss(network, path, replace(batch, t=torch.full_like(batch.t, share), sharing=None))
         return level
@@ -172,11 +172,3 @@ def _inference(loaded: Loaded) -> Iterator[None]:
     bf16 = loaded.config.precision == "bf16"
     with torch.no_grad(), torch.autocast(loaded.device.type, torch.bfloat16, enabled=bf16):
         yield
-
-
-def _share_at(path: NoisePath, log_snr: float) -> tuple[float, float]:
-    """The share of the path's distribution of timesteps with the log-SNR nearest to this one; and that log-SNR."""
-    shares = torch.linspace(-16, 16, 3201).sigmoid()  # as fine at both ends as float32 is
-    found = path.log_snr(path.timestep(shares))
-    nearest = (found - log_snr).abs().argmin()
-    return float(shares[nearest]), float(found[nearest])

@@ -32,6 +32,22 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
     timeout: float = Field(1800, gt=0)  # seconds after which a rank gives up waiting for others
 
 
+class EvaluateConfig(BaseModel, extra="forbid", frozen=True):
+    """How samples are measured while training, with the averaged weights and as `sample` says they are made."""
+
+    every: int = Field(0, ge=0)  # images between two evaluations; 0: none
+    per_class: int = Field(10, ge=1)  # samples of each class
+    detector: str | None = None  # as tools/evaluate.py takes it; null: a small classifier of digits or glyphs
+    reference: str | None = None  # real images or statistics, for the detector
+    metrics: tuple[str, ...] | None = None  # as [fid, is]; null: all that the detector offers
+
+    @model_validator(mode="after")
+    def _check(self) -> "EvaluateConfig":
+        if bool(self.detector) != bool(self.reference):
+            raise ValueError(f"reference={self.reference}: a detector and its reference go together; set both or none")
+        return self
+
+
 class Config(EngineConfig, extra="forbid", frozen=True):
     """A run. `load_config` reads it; `check_world` tells whether a world size fits it."""
 
@@ -47,6 +63,7 @@ class Config(EngineConfig, extra="forbid", frozen=True):
     checkpoint: CheckpointConfig = CheckpointConfig()
     resume: ResumeConfig = ResumeConfig()
     sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
@@ -57,6 +74,8 @@ class Config(EngineConfig, extra="forbid", frozen=True):
             raise ValueError(f"train.images={self.train.images}: less than one batch of {self.train.global_batch}")
         if self.checkpoint.snapshot_every and not self.optim.power_ema:
             raise ValueError("checkpoint.snapshot_every: there is nothing to snapshot; set optim.power_ema=[0.05,0.1]")
+        if self.evaluate.every and not self.evaluate.detector and self.data.name not in ("digits", "glyphs"):
+            raise ValueError(f"evaluate.detector=null: data.name={self.data.name} needs one, and evaluate.reference")
         if self.train.micro_batch and self.train.micro_batch % size:
             raise ValueError(f"train.micro_batch={self.train.micro_batch}: must be a multiple of groups.size={size}")
         quantum = group_quantum(self.groups, self.train.global_batch)
@@ -124,16 +143,18 @@ def check_world(config: Config, world_size: int) -> None:
     """RunError if the batches cannot be dealt to `world_size` ranks in whole groups."""
     if config.engine == "single" and world_size > 1:
         raise RunError(f"engine=single: cannot use {world_size} ranks; set engine=fsdp or engine=ddp")
-    if world_size > 1 and config.train.sample_every and config.sample.sampler == "dopri5":
-        raise RunError(
-            f"train.sample_every={config.train.sample_every}: with sample.sampler=dopri5 ranks would take different"
-            " numbers of steps and wait for ever; set another sampler, or sample_every=0"
-        )
-    for name in ("weaker", "small"):
-        if config.train.sample_every and getattr(config.sample, name):
+    for every in ("train.sample_every", "evaluate.every"):
+        part, name = every.split(".")
+        if not (value := getattr(getattr(config, part), name)):
+            continue
+        if world_size > 1 and config.sample.sampler == "dopri5":
             raise RunError(
-                f"sample.{name}={getattr(config.sample, name)}: not while training; set train.sample_every=0"
+                f"{every}={value}: with sample.sampler=dopri5 ranks would take different numbers of steps and wait for"
+                f" ever; set another sampler, or {every}=0"
             )
+        for other in ("weaker", "small"):
+            if file := getattr(config.sample, other):
+                raise RunError(f"sample.{other}={file}: not while training; set {every}=0")
     if config.engine == "deepspeed":
         deepspeed_config(config, config.optim)
     if config.shard_size and world_size % config.shard_size:

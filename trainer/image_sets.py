@@ -32,6 +32,10 @@ class ImageSet(Protocol):
     def read(self, start: int, stop: int) -> np.ndarray:
         """The images from `start` to `stop`, uint8 (stop - start, H, W, C). RunError if one cannot be read."""
 
+
+class StoredImages(ImageSet, Protocol):
+    """Those of files."""
+
     def checksum(self) -> str:
         """SHA-256 of the files' content."""
 
@@ -106,7 +110,7 @@ class Pictures:
         return center_crop(image, self._side) if self._side else np.asarray(image)
 
 
-def open_image_set(path: Path, side: int | None = None) -> ImageSet:
+def open_image_set(path: Path, side: int | None = None) -> StoredImages:
     """The images at `path`; those of a folder cropped to `side` pixels. RunError if there are none, or not such."""
     if path.is_file():
         return ArrayFile(path)

@@ -9,16 +9,14 @@ import torch
 
 from models.objective import denoising_loss
 from models.paths import make_path
-from trainer.attention_scores import step_scores
 from trainer.batches import make_batches
 from trainer.build import build_network, initial_network, open_data
 from trainer.checkpoint import CHECKPOINTS, SNAPSHOTS, find
 from trainer.config import Config, check_world
 from trainer.config_file import to_yaml
-from trainer.decode import make_decoder
 from trainer.ema import power_averages
 from trainer.engines import build_engine
-from trainer.generate import Networks, generate, grid, to_uint8
+from trainer.looks import Looks, has_passed
 from trainer.monitor import Monitor
 from trainer.ranks import from_rank_0, process_group
 from trainer.restore import restore
@@ -39,10 +37,7 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
 
         # what to train on
         images = open_data(config)
-        if config.train.sample_every:
-            from_rank_0(
-                lambda: bool(make_decoder(images.vae, images.shape[0], ranks.device))
-            )  # before hours have passed
+        looks = Looks(config, images, ranks)
 
         # what to train, from where
         from_rank_0(lambda: closing.enter_context(sole_user(folder)))
@@ -62,7 +57,6 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
 
         saver = closing.enter_context(Saver(folder, config.checkpoint, config.train.timeout))
         vote = StopVote(lambda: stop_requested() or saver.failed(), config.train.timeout)
-        score_due = False
         for step, micro_batches in enumerate(batches, start=first):
             vote.begin()
 
@@ -82,25 +76,14 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
             fallbacks = sum(m.fallbacks for m in micro_batches)
             monitor.note(step, position, step_loss, grad_norm, lr, grouped, fallbacks)
 
-            # now and then: log, show samples, save
+            # now and then: log, look, save
             stopping = vote.decided()
             ending, keep = step + 1 == last, config.checkpoint
-            saving = stopping or ending or _passed(keep.every, before, position)
-            snapping = keep.snapshot_every and (ending or _passed(keep.snapshot_every, before, position))
-            if saving or snapping or _passed(config.train.log_every, before, position):
+            saving = stopping or ending or has_passed(keep.every, before, position)
+            snapping = keep.snapshot_every and (ending or has_passed(keep.snapshot_every, before, position))
+            if saving or snapping or has_passed(config.train.log_every, before, position):
                 monitor.flush()  # raises if a loss is not finite, so that no such state is saved
-            if config.train.sample_every and _passed(config.train.sample_every, before, position):
-                with engine.ema_weights():
-                    samples, _ = generate(Networks(engine), config, images, ranks)
-                if ranks.rank == 0:
-                    pixels = to_uint8(make_decoder(images.vae, images.shape[0], ranks.device)(samples))
-                    monitor.picture("samples", grid(pixels, config.sample.group_size, enlarge=4), position)
-            score_due |= bool(config.train.score_every) and _passed(config.train.score_every, before, position)
-            if score_due and any(micro.group_size > 1 for micro in micro_batches):
-                with engine.ema_weights():
-                    scores = step_scores(engine, path, micro_batches, ranks.device)
-                monitor.attention(scores, config.groups.size, position)
-                score_due = False
+            looks.look(engine, path, before, position, micro_batches, monitor)
             if saving or snapping:
                 state = engine.state()
                 states = {CHECKPOINTS: state} if saving else {}
@@ -113,8 +96,3 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
 
         saver.wait()
         return "finished" if position >= last * batch else "stopped"
-
-
-def _passed(every: int, before: int, position: int) -> bool:
-    """Whether a multiple of `every` images lies in (before, position]."""
-    return position // every > before // every

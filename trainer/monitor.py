@@ -1,4 +1,5 @@
-"""What a run tells: metrics.jsonl (every step), TensorBoard, a progress bar, and that a loss is not finite."""
+"""What a run tells: metrics.jsonl (every step), measures.jsonl, TensorBoard, a progress bar, and that a loss is not
+finite."""
 
 import json
 import math
@@ -33,7 +34,8 @@ class Monitor:
         self._next_step = first_step
         self._unsaved: list[float] = []
         if self._writes:
-            self._metrics = _continue_metrics(folder / "metrics.jsonl", position)
+            self._metrics = _continue_rows(folder / "metrics.jsonl", position)
+            self._measures = _continue_rows(folder / "measures.jsonl", position)
             self._board = SummaryWriter(str(folder), purge_step=position + 1)
             self._bar = tqdm(total=images, initial=position, unit="img", unit_scale=True, desc="train", mininterval=0.5)
 
@@ -106,6 +108,15 @@ class Monitor:
         if self._writes:
             self._board.add_image(name, picture, position, dataformats="HWC")
 
+    def measures(self, record: dict, position: int) -> None:
+        """How good samples are: a line of measures.jsonl, and its numbers for TensorBoard."""
+        if self._writes:
+            self._measures.write(json.dumps({"position": position, **record}) + "\n")
+            self._measures.flush()
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(f"evaluate/{name}", value, position)
+
     def attention(self, scores: Scores, group_size: int, position: int) -> None:
         """How images of a group attend to one another: means over layers and noise levels, and a map of them."""
         if self._writes:
@@ -130,9 +141,10 @@ class Monitor:
             self._bar.close()
             self._board.close()
             self._metrics.close()
+            self._measures.close()
 
 
-def _continue_metrics(path: Path, position: int) -> TextIO:
+def _continue_rows(path: Path, position: int) -> TextIO:
     """The file, open for more rows, without those after `position`: steps of a killed run that will be done again."""
     kept = []
     if path.exists():

@@ -1,4 +1,4 @@
-"""A run is a folder: config.yaml, metrics.jsonl, TensorBoard events, checkpoints/, logs/, samples."""
+"""A run is a folder: config.yaml, metrics.jsonl, measures.jsonl, TensorBoard events, checkpoints/, logs/, samples."""
 
 import fcntl
 import warnings
@@ -30,7 +30,7 @@ _FREE = (
     "train.timeout",
     "data.workers",
 )
-_FREE_PARTS = ("deepspeed", "checkpoint.", "resume.", "sample.")
+_FREE_PARTS = ("deepspeed", "checkpoint.", "resume.", "sample.", "evaluate.")
 
 
 def check_folder(config: Config) -> None:

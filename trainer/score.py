@@ -4,12 +4,13 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from models.detector import Detector, load_detector
 from trainer.errors import NOT_LOADED, RunError, first_line
 from trainer.frechet import frechet, warn_if_few
-from trainer.image_sets import open_image_set
+from trainer.image_sets import ImageSet, open_image_set
 from trainer.metrics import NEIGHBOURS, kernel_distance, precision_and_recall
 from trainer.ranks import Ranks
 from trainer.reference import reference_statistics
@@ -48,16 +49,31 @@ def score(
     cache: Path | None = None,
     progress: Callable[[int], object] = lambda number: None,
 ) -> dict | None:
-    """The record of one evaluation, on rank 0: `metrics` (None: all that the detector offers) of the images, and what
-    they can be compared by. All ranks call it. RunError if an image, the reference or the detector is of a wrong form.
-    """
+    """make_scorer for one set of images, which stand in a file or folder; the record names it."""
     samples = open_image_set(images)
-    widths = {name: value.shape[1] for name, value in detect(detector, samples.read(0, 1), ranks).items()}
-    metrics = _choose(metrics, detector, widths)
-    wanted = {METRICS[name][0] for name in metrics}
     if len(samples) <= NEIGHBOURS:
         raise RunError(f"{images}: {len(samples)} images; give more than {NEIGHBOURS}")
-    height, width, _ = samples.shape
+    record = make_scorer(detector, samples.shape, reference, metrics, ranks, cache, progress)(samples)
+    return record and record | {"images": {"path": str(images), **record["images"]}}
+
+
+def make_scorer(
+    detector: Detector,
+    shape: tuple[int, int, int],
+    reference: Path,
+    metrics: list[str] | None,
+    ranks: Ranks,
+    cache: Path | None = None,
+    progress: Callable[[int], object] = lambda number: None,
+) -> Callable[[ImageSet], dict | None]:
+    """A function of more than 3 images of `shape` (H, W, C) that gives, on rank 0, the record of one evaluation:
+    `metrics` (None: all that the detector offers), and what they can be compared by. All ranks call both. RunError if
+    an image, the reference or the detector is of a wrong form.
+    """
+    widths = {name: value.shape[1] for name, value in detect(detector, np.zeros((1, *shape), np.uint8), ranks).items()}
+    metrics = _choose(metrics, detector, widths)
+    wanted = {METRICS[name][0] for name in metrics}
+    height, width, _ = shape
     if height != width and reference.is_dir():
         raise RunError(f"--reference {reference}: images are cropped to squares, those to measure are {width}x{height}")
     real, source = reference_statistics(
@@ -65,16 +81,20 @@ def score(
     )
     if real.images is not None and real.images <= NEIGHBOURS:
         raise RunError(f"--reference {reference}: {real.images} images; give more than {NEIGHBOURS}")
-    made = compute_statistics(detector, samples, wanted, ranks, progress=progress)
-    if ranks.rank:
-        return None
-    return {
-        **_values(metrics, made, real, ranks.device),
-        "images": {"path": str(images), "images": len(samples)},
-        "reference": source,
-        "detector": {"name": detector.name, "kind": detector.kind, "sha256": detector.sha256},
-        "version": {"group-diffusion": version("group-diffusion"), "torch": torch.__version__},
-    }
+
+    def measure(samples: ImageSet) -> dict | None:
+        made = compute_statistics(detector, samples, wanted, ranks, progress=progress)
+        if ranks.rank:
+            return None
+        return {
+            **_values(metrics, made, real, ranks.device),
+            "images": {"images": len(samples)},
+            "reference": source,
+            "detector": {"name": detector.name, "kind": detector.kind, "sha256": detector.sha256},
+            "version": {"group-diffusion": version("group-diffusion"), "torch": torch.__version__},
+        }
+
+    return measure
 
 
 def _choose(metrics: list[str] | None, detector: Detector, widths: dict[str, int]) -> list[str]:

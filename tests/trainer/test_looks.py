@@ -1,0 +1,156 @@
+"""Evaluation while training, on real ranks: what it measures, and that training does not notice."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.trainer import detectors
+from tests.trainer.detectors import Plain, save_images
+from tests.trainer.forked import TINY
+from trainer.build import open_data
+from trainer.config import check_world, load_config
+from trainer.errors import RunError
+from trainer.evaluate import evaluate
+from trainer.image_sets import open_image_set
+from trainer.looks import evaluated
+from trainer.ranks import process_group
+from trainer.samples import make_samples, write_samples
+from trainer.score import open_detector, score
+
+ENGINES = {  # name -> (ranks, overrides)
+    "single": (1, ["engine=single"]),
+    "fsdp": (2, ["engine=fsdp", "activation_checkpointing=1"]),
+    "zero3": (2, ["engine=deepspeed", "zero=3"]),
+}
+RUN = ["groups.size=4", "groups.splits=4", "train.images=192", "checkpoint.every=64"]
+FIGURES = ("fid", "kid", "precision", "recall")
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    """A detector, and images to compare with."""
+    folder = tmp_path_factory.mktemp("looks")
+    detectors.save(Plain(6), folder / "plain.pt")
+    save_images(folder / "real.npz", 230, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(module_launcher, there):
+    """Of each engine a run that is evaluated at 64, 128 and 192 images by a detector, and one that is not; and one by
+    the classifier."""
+    detector = [f"evaluate.detector={there}/plain.pt", f"evaluate.reference={there}/real.npz", "evaluate.per_class=3"]
+    of_engines = [
+        (ranks, [*RUN, *overrides, f"run={there}/{name}-{how}", *evaluation])
+        for name, (ranks, overrides) in ENGINES.items()
+        for how, evaluation in (("evaluated", ["evaluate.every=64", *detector]), ("plain", []))
+    ]
+    of_engines.append((2, [*RUN, "engine=ddp", f"run={there}/classified", "evaluate.every=128"]))
+    for world in (1, 2):
+        module_launcher.run(world, *(run for ranks, run in of_engines if ranks == world))
+    return there
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "measures.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_evaluation_leaves_training_as_it_is_bit_for_bit(runs, same, engine):
+    same(runs / f"{engine}-evaluated", runs / f"{engine}-plain", engine, "checkpoints/000000000192")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_it_measures_what_the_tools_measure_of_the_checkpoint(runs, tmp_path, engine):
+    """The samples of the averaged weights in the checkpoint of that position, made by one process."""
+    run = runs / f"{engine}-evaluated"
+    found = {row["position"]: row for row in rows(run)}
+    assert list(found) == [64, 128, 192]
+    config = evaluated(load_config(run / "config.yaml"))
+    for position in (64, 192):
+        pixels, label, record = make_samples(run / "checkpoints" / f"{position:012d}", config)
+        write_samples(tmp_path, pixels, label, record, config.sample.group_size)
+        with process_group() as ranks:
+            detector = open_detector(str(runs / "plain.pt"), ranks)
+            expected = score(detector, tmp_path / "samples.npz", runs / "real.npz", None, ranks)
+        for name in FIGURES:
+            assert found[position][name] == pytest.approx(expected[name], rel=1e-3, abs=1e-3), (position, name)
+        assert found[position]["images"]["images"] == len(open_image_set(tmp_path / "samples.npz")) == 30
+        assert found[position]["samples"]["position"] == position
+        assert {name: record[name] for name in ("guidance", "seed", "steps")}.items() <= found[position][
+            "samples"
+        ].items()
+        assert [found[position][name] for name in ("reference", "detector")] == [
+            expected[name] for name in ("reference", "detector")
+        ]
+
+
+def test_tensorboard_shows_the_figures(runs):
+    run = runs / "fsdp-evaluated"
+    events = EventAccumulator(str(run)).Reload()
+    for name in FIGURES:
+        shown = [(event.step, event.value) for event in events.Scalars(f"evaluate/{name}")]
+        assert shown == [(row["position"], pytest.approx(row[name], rel=1e-6)) for row in rows(run)]
+
+
+def test_without_a_detector_the_classifier_measures(runs):
+    (row,) = rows(runs / "classified")
+    config = evaluated(load_config(runs / "classified" / "config.yaml"))
+    pixels, label, _ = make_samples(runs / "classified" / "checkpoints" / "000000000128", config)
+    splits = [open_data(config, split) for split in ("train", "heldout")]
+    expected = evaluate(pixels.reshape(-1, *pixels.shape[2:]), label.ravel(), *splits)
+    assert row["images"] == expected["images"] == 100
+    for name in ("frechet", "class_accuracy", "heldout_accuracy"):
+        assert row[name] == pytest.approx(expected[name], rel=1e-3, abs=0.02), name
+
+
+def test_a_run_that_goes_on_from_an_older_checkpoint_has_each_evaluation_once(runs, launcher, tmp_path):
+    run = tmp_path / "run"
+    settings = [*RUN, "engine=single", f"run={run}", "evaluate.every=64", "checkpoint.every=128"]
+    launcher.run(1, settings)
+    whole = rows(run)
+    assert [row["position"] for row in whole] == [64, 128, 192]
+    newest = run / "checkpoints" / "000000000192"
+    newest.rename(tmp_path / "lost")  # as if the run had been killed before it
+    launcher.run(1, settings)
+    assert rows(run) == whole
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["evaluate.every=64", "evaluate.detector=x.pt"], ["evaluate.reference=None", "both or none"]),
+        (["evaluate.every=64", "data.name=latents", "data.latents=x"], ["evaluate.detector=null", "latents"]),
+        (["evaluate.every=64", "sample.sampler=dopri5"], ["dopri5", "evaluate.every=0"]),
+        (["evaluate.every=64", "sample.small=runs/x"], ["sample.small=runs/x", "evaluate.every=0"]),
+        (["evaluate.per_class=0"], ["evaluate.per_class"]),
+    ],
+)
+def test_bad_settings_are_one_line(overrides, words):
+    with pytest.raises(RunError) as raised:
+        check_world(load_config(TINY, overrides), 2)
+    assert all(word in str(raised.value) for word in words) and "\n" not in str(raised.value), raised.value
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["evaluate.detector=none.pt", "evaluate.reference={}/real.npz"], "none.pt: cannot be loaded"),
+        (["evaluate.detector={}/plain.pt", "evaluate.reference={}/none.npz"], "none.npz: not there"),
+        (["evaluate.detector={}/plain.pt", "evaluate.reference={}/real.npz", "evaluate.metrics=[is]"], "offers"),
+    ],
+)
+def test_what_would_fail_in_an_evaluation_fails_before_the_first_step(there, launcher, tmp_path, settings, message):
+    run = tmp_path / "run"
+    settings = [setting.format(there) for setting in settings]
+    code, said = launcher.finish(launcher.start(1, [*RUN, f"run={run}", "evaluate.every=64", *settings]))
+    assert code != 0 and re.search(message, said.splitlines()[-1]), said
+    assert not run.exists()
+
+
+def test_samples_are_the_same_numbers_of_every_class(there):
+    config = evaluated(load_config(TINY, ["evaluate.per_class=7"]))
+    assert config.sample.per_class == 7 and np.isclose(config.sample.guidance[0], load_config(TINY).sample.guidance[0])

@@ -1,0 +1,53 @@
+"""How much of the class a linear classifier reads from inside of the network: `python tools/probe.py RUN`.
+
+Logistic regression on the features of every layer at some noise levels, each image alone and without its class. Writes
+RUN/probe/probe.json and .png.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from preprocessing import positive, run_tool
+from tqdm import tqdm
+
+from trainer import checkpoint
+from trainer.attention_plots import save
+from trainer.probe import linear_probe, probe_map
+from trainer.run_folder import read_config
+from trainer.weights import find_checkpoint
+
+
+def main(arguments: list[str]) -> None:
+    """Probe a checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run folder (its newest checkpoint) or a checkpoint folder")
+    parser.add_argument("--log-snr", default="-4,-2,0,2,4", help="noise levels; default: -4,-2,0,2,4")
+    parser.add_argument("--images", type=positive, default=10_000, help="at most so many; default: 10,000")
+    parser.add_argument("--out", type=Path, help="where to write; default: RUN/probe")
+    parser.add_argument("--raw", action="store_true", help="the weights themselves instead of their EMA")
+    parser.add_argument("--weights", type=Path, help="those of this file, as tools/reconstruct_ema.py writes")
+    args = parser.parse_args(arguments)
+    folder, levels = find_checkpoint(args.run), [float(level) for level in args.log_snr.split(",")]
+    with tqdm(unit="img", desc="features") as bar:
+        probe = linear_probe(folder, read_config(folder), levels, args.images, args.raw, args.weights, bar.update)
+    out = args.out or args.run / "probe"
+    out.mkdir(parents=True, exist_ok=True)
+    record = {
+        "checkpoint": str(folder),
+        "position": checkpoint.read_manifest(folder)["position"],
+        "weights": str(args.weights) if args.weights else "model" if args.raw else "ema",
+        "train_images": probe.train_images,
+        "test_images": probe.test_images,
+        "log_snr": probe.levels.tolist(),
+        "accuracy_by_layer_and_level": probe.accuracy.tolist(),
+    }
+    (out / "probe.json").write_text(json.dumps(record, indent=1) + "\n")
+    save(probe_map(probe), out / "probe.png")
+    layer, level = divmod(int(probe.accuracy.argmax()), len(levels))
+    best = probe.accuracy[layer, level]
+    print(f"best: {best:.1%} after layer {layer} at log-SNR {probe.levels[level]:.1f}; {out / 'probe.png'}")
+
+
+if __name__ == "__main__":
+    run_tool(main)

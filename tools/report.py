@@ -1,0 +1,30 @@
+"""One HTML page of runs or ablations, which needs no other file: `python tools/report.py RUN... [--out PAGE.html]`.
+
+Shows what is there: curves, samples, measures, sweeps, attention maps, the linear probe, the config; several runs in
+the same curves.
+"""
+
+import argparse
+from pathlib import Path
+
+from preprocessing import run_tool
+
+from data.files import appearing
+from trainer.report import render
+
+
+def main(arguments: list[str]) -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folders, or --out of tools/ablate.py")
+    parser.add_argument("--out", type=Path, help="default: report.html in the first folder")
+    args = parser.parse_args(arguments)
+    out = args.out or args.folders[0] / "report.html"
+    page = render(args.folders)
+    with appearing(out) as file:
+        file.write(page.encode())
+    print(out)
+
+
+if __name__ == "__main__":
+    run_tool(main)

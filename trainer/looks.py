@@ -1,0 +1,127 @@
+"""What is looked at now and then while training, with the averaged weights: samples, their measures, and attention."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import Batch
+from data.images import Images
+from models.path import Path as NoisePath
+from trainer.attention_scores import step_scores
+from trainer.build import open_data
+from trainer.config import Config
+from trainer.decode import make_decoder
+from trainer.engines import Engine
+from trainer.errors import RunError
+from trainer.generate import Networks, generate, grid, to_uint8
+from trainer.metrics import NEIGHBOURS
+from trainer.monitor import Monitor
+from trainer.ranks import Ranks, from_rank_0
+from trainer.samples import describe
+
+
+class Looks:
+    """All ranks make each look, and training does not notice: it draws from no random stream of training, and computes
+    no gradients. What would fail in a look fails when this is made, before hours have passed."""
+
+    def __init__(self, config: Config, images: Images, ranks: Ranks) -> None:
+        self._config, self._images, self._ranks = config, images, ranks
+        self._score_due = False
+        if config.train.sample_every or config.evaluate.every:
+            from_rank_0(lambda: bool(self._decoder()))
+        self._measure = make_measure(config, images, ranks) if config.evaluate.every else None
+
+    def look(
+        self, engine: Engine, path: NoisePath, before: int, position: int, step: list[Batch], monitor: Monitor
+    ) -> None:
+        """After a step, given its micro-batches: what is due as the images seen go from `before` to `position`."""
+        config, train = self._config, self._config.train
+
+        def passed(every: int) -> bool:
+            return bool(every) and has_passed(every, before, position)
+
+        if passed(train.sample_every):
+            with engine.ema_weights():
+                samples, _ = generate(Networks(engine), config, self._images, self._ranks)
+            if self._ranks.rank == 0:
+                pixels = to_uint8(self._decoder()(samples))
+                monitor.picture("samples", grid(pixels, config.sample.group_size, enlarge=4), position)
+        if passed(config.evaluate.every):
+            with engine.ema_weights():
+                samples, _ = generate(Networks(engine), evaluated(config), self._images, self._ranks)
+            record = self._measure(samples)
+            if self._ranks.rank == 0:
+                about = describe(None, evaluated(config), raw=False, file=None) | {"position": position}
+                monitor.measures(record | {"samples": about}, position)
+        self._score_due |= passed(train.score_every)
+        if self._score_due and any(micro.group_size > 1 for micro in step):
+            with engine.ema_weights():
+                scores = step_scores(engine, path, step, self._ranks.device)
+            monitor.attention(scores, config.groups.size, position)
+            self._score_due = False
+
+    def _decoder(self) -> Callable[[Tensor], Tensor]:
+        return make_decoder(self._images.vae, self._images.shape[0], self._ranks.device)
+
+
+def has_passed(every: int, before: int, position: int) -> bool:
+    """Whether a multiple of `every` images lies in (before, position]."""
+    return position // every > before // every
+
+
+def evaluated(config: Config) -> Config:
+    """Which samples are measured: as the sample grids, but `evaluate.per_class` of each class."""
+    sample = config.sample.model_copy(update={"per_class": config.evaluate.per_class})
+    return config.model_copy(update={"sample": sample})
+
+
+def make_measure(config: Config, images: Images, ranks: Ranks) -> Callable[[Tensor], dict | None]:
+    """A function of samples (classes, per_class, C, H, W), the same on all ranks, that gives the record of evaluate.*
+    on rank 0: by evaluate.detector, or by a small classifier of the images. All ranks call both."""
+    settings, number = config.evaluate, images.num_classes * config.evaluate.per_class
+    if number <= NEIGHBOURS:
+        raise RunError(f"evaluate.per_class={settings.per_class}: {number} images; set more than {NEIGHBOURS}")
+    decode = make_decoder(images.vae, images.shape[0], ranks.device)
+    if settings.detector:
+        from trainer.score import make_scorer, open_detector  # its libraries are slow to import
+
+        metrics = list(settings.metrics) if settings.metrics else None
+        detector, shape = (
+            open_detector(settings.detector, ranks),
+            Generated(torch.zeros(1, *images.shape), decode).shape,
+        )
+        score = make_scorer(detector, shape, Path(settings.reference), metrics, ranks)
+        return lambda samples: score(Generated(samples.flatten(0, 1), decode))
+
+    from trainer.evaluate import make_evaluator
+
+    if ranks.rank:
+        return lambda samples: None
+    classify = make_evaluator(*(open_data(config, split) for split in ("train", "heldout")))
+
+    def measure(samples: Tensor) -> dict:
+        label = np.arange(images.num_classes).repeat(settings.per_class)
+        pixels = to_uint8(decode(samples))
+        return classify(pixels.reshape(-1, *pixels.shape[2:]), label)
+
+    return measure
+
+
+class Generated:
+    """An ImageSet of samples (n, C, H, W), latents or in [-1, 1], each decoded when it is read."""
+
+    def __init__(self, samples: Tensor, decode: Callable[[Tensor], Tensor]) -> None:
+        self._samples, self._decode, self._lock = samples, decode, threading.Lock()
+        self.shape = self.read(0, 1).shape[1:]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """As ImageSet.read; one thread at a time, because the decoder has the device's memory."""
+        with self._lock:
+            return to_uint8(self._decode(self._samples[start:stop]))

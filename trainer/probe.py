@@ -1,0 +1,124 @@
+"""Linear probe: how much of an image's class a linear classifier reads from features inside of the network, by layer
+and noise level (as in Yu et al., REPA, arXiv 2410.06940, sec. 3)."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+from data.batch import MicroBatch, make_batch
+from data.images import ARRAYS, Images
+from data.streamed_latents import Pool, StreamedLatents
+from models.objective import denoising_loss
+from models.path import share_at
+from models.paths import make_path
+from trainer.build import open_data
+from trainer.config import Config
+from trainer.errors import RunError
+from trainer.ranks import local_device
+from trainer.samples import load_networks
+
+TEST_SHARE = 0.2  # of images without held-out ones, to test on
+
+
+class Probe(NamedTuple):
+    """Share of test images whose class is found, (layers, levels), by features after each layer; and the log-SNRs."""
+
+    accuracy: np.ndarray
+    levels: np.ndarray
+    train_images: int
+    test_images: int
+
+
+def linear_probe(
+    folder: Path,
+    config: Config,
+    levels: list[float],
+    number: int,
+    raw: bool = False,
+    file: Path | None = None,
+    progress: Callable[[int], object] = lambda images: None,
+) -> Probe:
+    """Probe a checkpoint's EMA weights, its `raw` ones, or those of a `file`, on at most `number` images at these
+    log-SNRs.
+
+    Each image alone, without its class: nothing but its own noisy pixels can tell it. Tested on the held-out images, or
+    on a fifth of the images, where there are none. RunError if there are too few.
+    """
+    images, rng = open_data(config), np.random.default_rng([config.seed, 1])
+    network = load_networks(folder, config, images, local_device(), raw, file).network
+    if isinstance(images, StreamedLatents):
+        images = images.read_shards(tuple(range(min(config.data.window, len(images.counts)))))
+    chosen = rng.permutation(len(images.label))[:number]
+    if config.data.name in ARRAYS:
+        heldout = open_data(config, "heldout")
+        train, test = (images, chosen), (heldout, rng.permutation(len(heldout))[:number])
+    else:
+        cut = int(len(chosen) * TEST_SHARE)
+        train, test = (images, chosen[cut:]), (images, chosen[:cut])
+    labels = [source.label[numbers] for source, numbers in (train, test)]
+    if len(np.unique(labels[0])) < 2 or not len(labels[1]):
+        raise RunError(f"--images {number}: {len(labels[0])} to learn from, of one class, or none to test; give more")
+    path, accuracy, found = make_path(config.path), [], []
+    for wanted in levels:
+        share, level = share_at(path, wanted)
+        parts = [features(network, config, *part, share, progress) for part in (train, test)]
+        accuracy.append([_accuracy(*labels, *layer) for layer in zip(*parts, strict=True)])
+        found.append(level)
+    return Probe(np.array(accuracy).T, np.array(found), len(labels[0]), len(labels[1]))
+
+
+def features(
+    network: nn.Module,
+    config: Config,
+    images: Images | Pool,
+    numbers: np.ndarray,
+    share: float,
+    progress: Callable[[int], object] = lambda images: None,
+) -> np.ndarray:
+    """(layers, n, width) float32: after each block the mean over an image's patches, of the images `numbers` (n,) at
+    this share of the path's timesteps. An image's noise belongs to its place among them."""
+    device = next(network.parameters()).device
+    path, patches = make_path(config.path), (images.shape[-1] // config.model.patch) ** 2
+    found: list[list[Tensor]] = [[] for _ in network.blocks]
+
+    def keep(layer: int, tokens: Tensor) -> None:
+        found[layer].append(tokens[:, -patches:].float().mean(dim=1).cpu())  # without tokens of the class
+
+    settings = config.groups, config.model.max_group_size, config.seed
+    with ExitStack() as hooks, torch.no_grad():
+        hooks.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"))
+        for layer, block in enumerate(network.blocks):
+            hooks.callback(block.register_forward_hook(lambda *args, layer=layer: keep(layer, args[-1])).remove)
+        for start in range(0, len(numbers), config.sample.batch):
+            part = numbers[start : start + config.sample.batch]
+            batch = make_batch(images, *settings, MicroBatch(start, part, grouped=False))
+            batch = replace(batch, t=torch.full_like(batch.t, share), conditional=torch.zeros_like(batch.conditional))
+            denoising_loss(network, path, batch.to(device))
+            progress(len(part))
+    return torch.stack([torch.cat(parts) for parts in found]).numpy()
+
+
+def _accuracy(train_label: np.ndarray, test_label: np.ndarray, train: np.ndarray, test: np.ndarray) -> float:
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    return float(classifier.fit(train, train_label).score(test, test_label))
+
+
+def probe_map(probe: Probe) -> Figure:
+    """Layer x noise level."""
+    figure = Figure((1.2 + 0.8 * len(probe.levels), 1.6 + 0.3 * len(probe.accuracy)), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    shown = axes.imshow(100 * probe.accuracy, aspect="auto", origin="lower")
+    figure.colorbar(shown, ax=axes)
+    axes.set(xlabel="log-SNR (noisy to clean)", ylabel="after layer", title="linear probe: classes found, %")
+    axes.set_xticks(range(len(probe.levels)), [f"{level:.1f}" for level in probe.levels])
+    return figure
