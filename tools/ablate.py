@@ -8,7 +8,8 @@ import argparse
 import json
 from pathlib import Path
 
-from preprocessing import add_process_options, positive, run_in_processes, run_tool
+from command_line import positive, run_tool
+from preprocessing import add_process_options, run_in_processes
 
 from trainer.ablation import correlation, plan_cells, run_cells, summarise, table
 

@@ -2,12 +2,11 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
+from command_line import positive, run_tool
 from tqdm import tqdm
 
-from data.errors import DataError
 from trainer import attention_plots as plots
 from trainer import checkpoint
 from trainer.attention_checkpoint import data_scores, form, load, one_group, sampling_scores
@@ -25,7 +24,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--during", choices=("data", "sampling"), default="data", help="noisy real groups, or sampling")
     parser.add_argument("--query", choices=("similarity", "class", "random"), help="default: as trained")
     parser.add_argument(
-        "--groups", type=_positive, default=256, metavar="N", help="at most so many groups; default: 256"
+        "--groups", type=positive, default=256, metavar="N", help="at most so many groups; default: 256"
     )
     parser.add_argument(
         "--patch",
@@ -82,15 +81,5 @@ def main(arguments: list[str]) -> None:
     print(f"{out}: N={size}: S_cross {scores.mean_score:.4f}, cross share {scores.mean_cross_share:.4f} ({uniform})")
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
-
-
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (DataError, RunError) as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

@@ -7,7 +7,8 @@ import argparse
 import json
 from pathlib import Path
 
-from preprocessing import add_process_options, positive, report, run_in_processes, run_tool
+from command_line import positive, run_tool
+from preprocessing import add_process_options, report, run_in_processes
 
 from data.shards import MANIFEST
 from trainer.precompute import build_neighbors

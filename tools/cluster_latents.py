@@ -7,7 +7,8 @@ command goes on, in any number of processes.
 import argparse
 from pathlib import Path
 
-from preprocessing import add_process_options, positive, report, run_in_processes, run_tool, verify_against
+from command_line import positive, run_tool
+from preprocessing import add_process_options, report, run_in_processes, verify_against
 
 from data.clusters import StoredKeys, cluster_latents
 from data.store import Store, read_manifest

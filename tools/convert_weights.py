@@ -7,10 +7,10 @@ a file that this tool, export_weights.py or reconstruct_ema.py has written (--fr
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
 import yaml
+from command_line import run_tool
 from torch import Tensor
 
 from models.model_config import ModelConfig
@@ -99,7 +99,4 @@ def write_diffusers(weights: dict[str, Tensor], config: dict, out: Path, like: P
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except RunError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

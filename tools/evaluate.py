@@ -11,11 +11,11 @@ the work.
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from command_line import run_tool
 from tqdm import tqdm
 
 from trainer.build import open_data
@@ -132,7 +132,4 @@ def _samples(folder: Path) -> tuple[Path, dict]:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except RunError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

@@ -1,10 +1,10 @@
 """Weights as one file: `python tools/export_weights.py RUN_OR_CHECKPOINT OUT.safetensors [--raw]`."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from trainer.errors import RunError
+from command_line import run_tool
+
 from trainer.weights import export_weights
 
 
@@ -20,7 +20,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except RunError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

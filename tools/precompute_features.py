@@ -6,15 +6,8 @@ any number of processes.
 
 import argparse
 
-from preprocessing import (
-    add_image_options,
-    add_network_options,
-    add_process_options,
-    report,
-    run_in_processes,
-    run_tool,
-    verify,
-)
+from command_line import run_tool
+from preprocessing import add_image_options, add_network_options, add_process_options, report, run_in_processes, verify
 
 
 def main(arguments: list[str]) -> None:

@@ -6,7 +6,8 @@ same command goes on, in any number of processes.
 
 import argparse
 
-from preprocessing import add_image_options, add_process_options, positive, report, run_in_processes, run_tool, verify
+from command_line import positive, run_tool
+from preprocessing import add_image_options, add_process_options, report, run_in_processes, verify
 
 from data.precompute_pixels import precompute_pixels
 

@@ -1,8 +1,7 @@
-"""What the preprocessing tools have in common: their processes, here or on nodes, and how they end."""
+"""What the preprocessing tools have in common: their options, and their processes, here or on nodes."""
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -11,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import positive
 
-from data.errors import DataError
 from data.shards import MANIFEST
 from data.sources import Source, list_source
 from data.verify import verify_store
-from slurm.errors import LaunchError
 from slurm.launch import call_share, follow, make_executor, submit, submit_array
 from slurm.options import load_options
-from trainer.errors import RunError
 
 
 def add_process_options(parser: argparse.ArgumentParser, gpus: bool = True) -> None:
@@ -48,14 +45,6 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     """How the network that encodes the images computes."""
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of the network's arithmetic")
     parser.add_argument("--batch", type=positive, default=32, help="images the network takes at once")
-
-
-def positive(text: str) -> int:
-    """A whole number from 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
-    return value
 
 
 def run_in_processes(args: argparse.Namespace, function: Callable[..., Any], **arguments: Any) -> None:
@@ -87,15 +76,6 @@ def report(folder: Path) -> None:
         return
     manifest = json.loads(path.read_text())
     print(f"{folder}: complete, {manifest['images']} images, {manifest.get('rejected', 0)} rejected")
-
-
-def run_tool(main: Callable[[list[str]], None]) -> None:
-    """Call `main` with the command line; errors that the user can mend are one line, and the exit code is 1."""
-    try:
-        main(sys.argv[1:])
-    except (DataError, RunError, LaunchError) as error:
-        message = re.sub(r"^(data|trainer)\.errors\.\w+: ", "", str(error))
-        sys.exit(f"error: {message}")
 
 
 def verify(folder: Path, images: Path) -> None:

@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from preprocessing import positive, run_tool
+from command_line import positive, run_tool
 from tqdm import tqdm
 
 from trainer import checkpoint

@@ -4,10 +4,10 @@ The run must have been trained with optim.power_ema=[0.05,0.1] and checkpoint.sn
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from trainer.errors import RunError
+from command_line import run_tool
+
 from trainer.reconstruct import reconstruct
 
 
@@ -19,12 +19,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--std", type=float, required=True, help="width of the average, relative to the run's length")
     parser.add_argument("--position", type=int, help="images seen [the last snapshot]")
     args = parser.parse_args(arguments)
-    try:
-        number = reconstruct(args.run, args.std, args.out, args.position)
-    except RunError as error:
-        sys.exit(f"error: {error}")
+    number = reconstruct(args.run, args.std, args.out, args.position)
     print(f"{args.out}: from {number} snapshots")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_tool(main)

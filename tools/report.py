@@ -7,7 +7,7 @@ the same curves.
 import argparse
 from pathlib import Path
 
-from preprocessing import run_tool
+from command_line import run_tool
 
 from data.files import appearing
 from trainer.report import render

@@ -7,7 +7,8 @@ for metrics, by any number of processes; kill it at any time, the same command g
 import argparse
 from pathlib import Path
 
-from preprocessing import add_process_options, positive, run_in_processes, run_tool
+from command_line import positive, run_tool
+from preprocessing import add_process_options, run_in_processes
 from tqdm import tqdm
 
 from trainer.config import Config, load_config, parse_config

@@ -6,13 +6,12 @@ folder, or that of a sweep.
 """
 
 import argparse
-import sys
 import textwrap
 from pathlib import Path
 
 import torch
+from command_line import run_tool
 
-from data.errors import DataError
 from slurm.control import cancel, follow, runs_in, status
 from slurm.errors import LaunchError
 from slurm.options import ClusterOptions, load_options
@@ -21,7 +20,6 @@ from slurm.submission import Run, script, submit_runs
 from trainer.build import check_start, open_data
 from trainer.config import check_world, load_sweep
 from trainer.config_file import to_yaml
-from trainer.errors import RunError
 from trainer.estimate import estimate_table
 from trainer.loop import train
 from trainer.run_folder import LOCK, check_folder
@@ -145,7 +143,4 @@ def job(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        job(sys.argv[1:])
-    except (DataError, RunError, LaunchError) as error:
-        sys.exit(f"error: {error}")
+    run_tool(job)

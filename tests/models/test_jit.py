@@ -1,4 +1,3 @@
-import math
 import shutil
 import warnings
 
@@ -8,7 +7,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.embeddings import sincos_positions
-from models.flops import forward_multiply_adds
 from models.jit import JiT, RMSNorm, RotaryAttention, rotate, rotations
 from models.model_config import ModelConfig
 
@@ -330,86 +328,6 @@ def test_bf16_weights_and_autocast_are_near_fp32_and_warn_of_nothing(random_jit,
     for out in (cast, stored):
         assert out.dtype == torch.bfloat16
         assert (out.float() - exact).norm() < 0.05 * exact.norm()
-
-
-PUBLISHED = pytest.mark.parametrize(  # tables 5 to 8 of the paper
-    ("size", "patch", "side", "millions", "giga"),
-    [
-        ("B", 16, 256, 131, 25),
-        ("L", 16, 256, 459, 88),
-        ("H", 16, 256, 953, 182),
-        ("B", 32, 512, 133, 26),
-        ("L", 32, 512, 462, 89),
-        ("H", 32, 512, 956, 183),
-    ],
-)
-
-
-@PUBLISHED
-def test_sizes_have_the_published_parameters_and_multiply_adds(size, patch, side, millions, giga):
-    with torch.device("meta"):
-        net = JiT(ModelConfig(backbone="jit", size=size, patch=patch), 3, side, 1000)
-    assert all(value.is_meta for value in (*net.parameters(), *net.buffers()))
-    published = [p.numel() for name, p in net.named_parameters() if not name.startswith("sample_embedder")]
-    assert round(sum(published) / 1e6) == millions
-    assert round(forward_multiply_adds(net, 1, 3, side, 1) / 1e9) == giga
-
-
-def test_sharing_attention_adds_exactly_its_products():
-    config = ModelConfig(backbone="jit", depth=3, width=24, heads=3, patch=2, context_tokens=5, context_start=1)
-    with torch.device("meta"):
-        net = JiT(config, 3, 8, 10)
-    alone = forward_multiply_adds(net, 1, 3, 8, 1)
-    for group_size in (2, 16):
-        products = 2 * 24 * (group_size - 1) * (16**2 + 2 * (16 + 5) ** 2)
-        assert forward_multiply_adds(net, group_size, 3, 8, group_size) == group_size * (alone + products)
-
-
-@pytest.fixture(scope="module")
-def fresh():
-    torch.manual_seed(0)
-    config = ModelConfig(
-        backbone="jit", depth=2, width=192, heads=3, patch=4, bottleneck=64, context_tokens=40, context_start=1
-    )
-    return JiT(config, 3, 16, 500, out_channels=6)
-
-
-@pytest.mark.parametrize("group_size", [1, 4])
-def test_a_fresh_network_outputs_zeros(fresh, group_size):
-    x = torch.randn(4, 3, 16, 16)
-    out = fresh(x, torch.rand(4), torch.tensor([0, 499, -1, 7]), torch.arange(4), group_size)
-    assert out.shape == (4, 6, 16, 16)
-    assert not out.any()
-
-
-def test_a_fresh_network_is_gated_off_by_zeros_and_its_norms_are_ones(fresh):
-    layers = [fresh.final_layer.linear, *(part.adaLN_modulation[1] for part in (*fresh.blocks, fresh.final_layer))]
-    for layer in layers:
-        assert not layer.weight.any()
-    for name, value in fresh.named_parameters():
-        assert not name.endswith("bias") or not value.any()
-        assert "norm" not in name or (value == 1).all()
-    assert fresh.x_embedder.proj1.bias is None
-
-
-def test_embeddings_and_time_layers_start_normal_with_std_0_02(fresh):
-    time = fresh.t_embedder.mlp
-    tables = [part.weight for part in (fresh.y_embedder.embedding_table, fresh.sample_embedder.embedding_table)]
-    for weight in (*tables, time[0].weight, time[2].weight, fresh.in_context_posemb):
-        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
-        assert abs(weight.mean().item()) < 0.02 * 5 / weight.numel() ** 0.5
-        assert weight.abs().max() > 0.05  # a uniform distribution of this std ends at 0.035
-
-
-def test_other_layers_start_xavier_uniform(fresh):
-    layers = [fresh.x_embedder.proj1, fresh.x_embedder.proj2]
-    for block in fresh.blocks:
-        layers += [block.attn.qkv, block.attn.proj, block.mlp.w12, block.mlp.w3]
-    for layer in layers:
-        fan_out, fan_in = layer.weight.shape
-        bound = math.sqrt(6 / (fan_in + fan_out))
-        assert 0.98 * bound < layer.weight.abs().max() <= bound
-        assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
 
 
 @pytest.mark.parametrize("context_tokens", [0, 4])

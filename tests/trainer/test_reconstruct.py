@@ -60,7 +60,7 @@ def test_what_cannot_be_reconstructed_is_one_line(launcher, tmp_path, capsys):
         ([run, out, "--std", "0.1", "--position", "3200"], "step=100"),
         ([run, tmp_path / "out.pt", "--std", "0.1"], "ends in .safetensors"),
     ):
-        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        with pytest.raises(RunError, match=message):
             reconstruct_ema.main([str(argument) for argument in arguments])
         assert not out.exists()
     damaged = next((run / "snapshots/000000000096").glob("*.distcp"))

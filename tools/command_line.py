@@ -1,0 +1,27 @@
+"""How the tools end, and what their command lines have in common."""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+
+from data.errors import DataError
+from slurm.errors import LaunchError
+from trainer.errors import RunError
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
+    return value
+
+
+def run_tool(main: Callable[[list[str]], object]) -> None:
+    """Call `main` with the command line; errors that the user can mend are one line, and the exit code is 1."""
+    try:
+        main(sys.argv[1:])
+    except (DataError, RunError, LaunchError) as error:
+        message = re.sub(r"^(data|trainer)\.errors\.\w+: ", "", str(error))  # as a job of submitit gives it
+        sys.exit(f"error: {message}")
