@@ -18,7 +18,7 @@ COMPARE = {">=": operator.ge, "<=": operator.le, "<": operator.lt, "==": operato
 def main(arguments: list[str]) -> int:
     """Run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=BENCHMARKS)
+    parser.add_argument("name", choices=BENCHMARKS, type=lambda name: name.replace("-", "_"))
     parser.add_argument("--json", action="store_true", help="the JSON line alone")
     args = parser.parse_args(arguments)
     figures, targets = importlib.import_module(f"benchmarks.{args.name}").measure()

@@ -1,6 +1,7 @@
 """Claims of the method, run again: for each value of an axis and each seed a run, its guidance curve, and its attention
 score."""
 
+import itertools
 import json
 import os
 import re
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
 
 from data.claims import Claims
 from data.files import write_json
@@ -20,6 +23,7 @@ from trainer.config_file import to_yaml
 from trainer.errors import RunError
 from trainer.evaluate import make_evaluator
 from trainer.loop import train
+from trainer.ranks import local_device
 from trainer.samples import make_samples
 from trainer.weights import find_checkpoint
 
@@ -67,6 +71,9 @@ def run_cells(
     """Train, sample and measure the runs that nobody else does; each leaves NAME.json in `out`. What was killed goes on
     from its newest checkpoint."""
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")  # a run in this process alone
+    if local_device().type == "cpu":  # sums depend on the number of threads, which depends on that of processes
+        torch.set_num_threads(1)
+        threadpool_limits(1)  # of NumPy and scikit-learn, which evaluate
     names = list(configs)
     claims = Claims(out, [f"{name}.json" for name in names], process * len(names) // processes)
     evaluators: dict[DataConfig, Callable] = {}  # which take longer to make than to ask
@@ -103,12 +110,14 @@ def attention_score(checkpoint: Path, config: Config) -> float | None:
 
 def summarise(cells: list[Cell], out: Path) -> list[dict]:
     """A row per axis and value: each measure as (mean, standard deviation) over the seeds, at every weight of guidance
-    (`curve`) and at the weight that is best by Frechet distance for each seed (`best`); and the attention score."""
+    (`curve`) and at the weight that is best by Frechet distance for each seed (`best`); the Frechet distance where the
+    curve has the class accuracy of real images (`matched`; None if one does not); and the attention score."""
     rows = []
     for axis, value in dict.fromkeys((cell.axis, cell.value) for cell in cells):
         runs = [json.loads((out / f"{c.name}.json").read_text()) for c in cells if (c.axis, c.value) == (axis, value)]
         curves = [run["curve"] for run in runs]
         best = [min(curve, key=lambda point: point["frechet"]) for curve in curves]
+        matched = [at_real_accuracy(curve) for curve in curves]
         scores = [run["score"] for run in runs if run["score"] is not None]
         rows.append(
             {
@@ -117,10 +126,22 @@ def summarise(cells: list[Cell], out: Path) -> list[dict]:
                 "seeds": len(runs),
                 "best": _statistics(best),
                 "curve": [_statistics(points) for points in zip(*curves, strict=True)],
+                "matched": None if None in matched else _mean_std(matched),
                 "score": _mean_std(scores) if scores else None,
             }
         )
     return rows
+
+
+def at_real_accuracy(curve: list[dict]) -> float | None:
+    """The Frechet distance, by linear interpolation, where class accuracy first passes that of held-out real images as
+    guidance grows: samples of one weight may be nearer to the real ones only because guidance is weaker there."""
+    for low, high in itertools.pairwise(curve):
+        below, above = (point["class_accuracy"] - point["heldout_accuracy"] for point in (low, high))
+        if below <= 0 < above:
+            share = below / (below - above)
+            return (1 - share) * low["frechet"] + share * high["frechet"]
+    return None
 
 
 def correlation(rows: list[dict]) -> float | None:
@@ -131,8 +152,18 @@ def correlation(rows: list[dict]) -> float | None:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: the best point of each guidance curve."""
-    head = ["axis", "value", "Frechet distance", "at w", "class accuracy", "precision", "recall", "S_cross"]
+    """Markdown: the best point of each guidance curve, and the distance at the accuracy of real images."""
+    head = [
+        "axis",
+        "value",
+        "Frechet distance",
+        "at w",
+        "class accuracy",
+        "precision",
+        "recall",
+        "at real accuracy",
+        "S_cross",
+    ]
     lines = [" | ".join(head), " | ".join(["---"] * len(head))]
     for row in rows:
         best, score = row["best"], row["score"]
@@ -146,6 +177,7 @@ def table(rows: list[dict]) -> str:
                     _shown([100 * x for x in best["class_accuracy"]], 1) + " %",
                     _shown(best["precision"], 3),
                     _shown(best["recall"], 3),
+                    _shown(row["matched"], 2) if row["matched"] else "",
                     _shown([100 * x for x in score], 1) + " %" if score else "",
                 ]
             )

@@ -79,6 +79,7 @@ def _ablation(folder: Path) -> str:
             "value": row["value"],
             "seeds": row["seeds"],
             **{name: f"{mean:.4g} ± {deviation:.2g}" for name, (mean, deviation) in row["best"].items()},
+            "at real accuracy": "{:.4g} ± {:.2g}".format(*row["matched"]) if row["matched"] else "",
             "S_cross": "{:.4g} ± {:.2g}".format(*row["score"]) if row["score"] else "",
         }
         for row in content["rows"]

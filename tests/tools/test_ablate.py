@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.trainer.forked import TINY
-from trainer.ablation import Cell, correlation, plan_cells, summarise, table
+from trainer.ablation import Cell, at_real_accuracy, correlation, plan_cells, summarise, table
 from trainer.errors import RunError
 
 WHAT = [TINY, "train.images=64", "checkpoint.every=32", "groups.size=4", "groups.splits=4", "sample.per_class=3"]
@@ -126,7 +126,8 @@ def test_the_correlation_is_over_the_rows_that_have_a_score(tmp_path):
     for number in range(5):
         frechet, score = rng.random(2).tolist()
         name = f"run-{number}"
-        run = {"curve": [{"frechet": frechet, "guidance": 1.0}], "score": score if number else None}
+        point = {"frechet": frechet, "guidance": 1.0, "class_accuracy": 0.5, "heldout_accuracy": 0.9}
+        run = {"curve": [point], "score": score if number else None}
         (tmp_path / f"{name}.json").write_text(json.dumps(run))
         cells.append(Cell("axis", str(number), 0, name))
         points += [(score, frechet)] if number else []
@@ -137,13 +138,26 @@ def test_the_correlation_is_over_the_rows_that_have_a_score(tmp_path):
 
 def test_the_table_shows_the_best_point_of_each_curve(tmp_path):
     points = [
-        {"frechet": f, "guidance": w, "class_accuracy": 0.5, "precision": 0.25, "recall": 0.75}
-        for f, w in ((3.0, 1.0), (2.0, 1.5))
+        {"frechet": f, "guidance": w, "class_accuracy": a, "precision": 0.25, "recall": 0.75, "heldout_accuracy": 0.9}
+        for f, w, a in ((3.0, 1.0, 0.8), (2.0, 1.5, 0.85), (4.0, 2.0, 0.95), (6.0, 3.0, 0.92))
     ]
     (tmp_path / "run.json").write_text(json.dumps({"curve": points, "score": 0.02}))
     lines = table(summarise([Cell("groups.size", "4", 0, "run")], tmp_path)).splitlines()
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
-    assert cells[:4] == ["`groups.size`", "4", "2.00 ± 0.00", "1.5 ± 0.0"] and cells[-1] == "2.0 ± 0.0 %"
+    assert cells[:4] == ["`groups.size`", "4", "2.00 ± 0.00", "1.5 ± 0.0"]
+    assert cells[-2:] == ["3.00 ± 0.00", "2.0 ± 0.0 %"], "half way from 85 to 95 % is the accuracy of real images"
+
+
+def test_the_distance_at_real_accuracy_is_on_the_line_between_the_points_around_it():
+    rng = np.random.default_rng()
+    accuracy, frechet = np.sort(rng.random(5)), rng.random(5)
+    real = float(rng.uniform(accuracy[0], accuracy[-1]))
+    curve = [
+        {"class_accuracy": a, "frechet": f, "heldout_accuracy": real} for a, f in zip(accuracy, frechet, strict=True)
+    ]
+    assert at_real_accuracy(curve) == pytest.approx(np.interp(real, accuracy, frechet))
+    assert at_real_accuracy(curve[:1]) is None
+    assert at_real_accuracy([point | {"heldout_accuracy": 1.0} for point in curve]) is None
 
 
 def test_a_config_that_no_axis_fits_is_named():

@@ -100,7 +100,9 @@ def test_an_ablation_is_a_table_and_its_plot(tmp_path):
     )
     (tmp_path / "ablation.svg").write_text("<svg></svg>")
     page = Page(render([tmp_path]))
-    assert {"groups.size", "<b>4</b>", "1.5 ± 0.25", "0.01 ± 0.002"} <= set(page.texts), "and its names are no tags"
+    assert {"groups.size", "<b>4</b>", "1.5 ± 0.25", "1.75 ± 0.5", "0.01 ± 0.002"} <= set(page.texts), (
+        "and its names are no tags"
+    )
     assert any("r = -0.50" in text for text in page.texts) and len(page.images) == 1
 
 
