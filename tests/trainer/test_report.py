@@ -93,6 +93,7 @@ def test_an_ablation_is_a_table_and_its_plot(tmp_path):
         "seeds": 3,
         "best": best,
         "curve": [best],
+        "matched": [1.75, 0.5],
         "score": [0.01, 0.002],
     }
     (tmp_path / "ablation.json").write_text(
