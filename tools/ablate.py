@@ -11,7 +11,7 @@ from pathlib import Path
 from command_line import positive, run_tool
 from preprocessing import add_process_options, run_in_processes
 
-from trainer.ablation import correlation, plan_cells, run_cells, summarise, table
+from trainer.ablation import correlations, plan_cells, run_cells, summarise, table
 
 
 def main(arguments: list[str]) -> None:
@@ -34,11 +34,14 @@ def main(arguments: list[str]) -> None:
     from trainer.ablation_plots import plot_ablation  # matplotlib is slow to import
 
     rows = summarise(cells, out)
-    r = correlation(rows)
+    r = correlations(rows)
     (out / "ablation.json").write_text(json.dumps({"rows": rows, "score_frechet_r": r}, indent=1) + "\n")
     (out / "ablation.md").write_text(table(rows))
     plot_ablation(rows, r, out / "ablation.svg")
-    print(table(rows) + f"r of S_cross and Frechet distance: {r}")
+    print(
+        table(rows) + "".join(f"r of S_cross and Frechet distance at {at}: {value:.2f}\n" for at, value in r.items()),
+        end="",
+    )
 
 
 if __name__ == "__main__":

@@ -144,11 +144,20 @@ def at_real_accuracy(curve: list[dict]) -> float | None:
     return None
 
 
-def correlation(rows: list[dict]) -> float | None:
-    """Pearson's r of attention score and best Frechet distance over the rows with groups of 3 or more, whose score says
-    something; None of fewer than three."""
-    points = {(row["score"][0], row["best"]["frechet"][0]) for row in rows if row["score"] and row["score"][0] > 0}
-    return float(np.corrcoef(np.array(list(points)).T)[0, 1]) if len(points) > 2 else None
+def correlations(rows: list[dict]) -> dict[str, float]:
+    """Pearson's r of attention score and Frechet distance at each weight of guidance, over the rows with groups of 3 or
+    more, whose score says something, each run counted once; none of fewer than three."""
+    found = {}
+    for place, point in enumerate(rows[0]["curve"]):
+        points = {(row["score"][0], row["curve"][place]["frechet"][0]) for row in scored(rows)}
+        if len(points) > 2:
+            found[f"w={point['guidance'][0]:g}"] = float(np.corrcoef(np.array(list(points)).T)[0, 1])
+    return found
+
+
+def scored(rows: list[dict]) -> list[dict]:
+    """Those with an attention score that is not 0, as it is for groups of 2."""
+    return [row for row in rows if row["score"] and row["score"][0] > 0]
 
 
 def table(rows: list[dict]) -> str:

@@ -4,10 +4,12 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from trainer.ablation import scored
 
-def plot_ablation(rows: list[dict], r: float | None, path: Path) -> None:
+
+def plot_ablation(rows: list[dict], r: dict[str, float], path: Path) -> None:
     """For each axis the guidance curves and the best Frechet distance by value, with the standard deviation over seeds;
-    and attention score against distance, whose correlation is `r`."""
+    and at each weight of guidance attention score against distance, whose correlations are `r`."""
     axes = list(dict.fromkeys(row["axis"] for row in rows))
     figure = Figure(figsize=(11, 3.4 * (len(axes) + 1)), layout="constrained")  # without pyplot: needs no display
     panels = figure.subplots(len(axes) + 1, 2, squeeze=False)
@@ -26,14 +28,12 @@ def plot_ablation(rows: list[dict], r: float | None, path: Path) -> None:
         right.set_xticks(range(len(chosen)), [row["value"] for row in chosen])
         right.set(ylabel="Frechet distance", title=f"{axis}: best of each curve", xlim=(-0.5, len(chosen) - 0.5))
     left, right = panels[-1]
-    scored = [row for row in rows if row["score"] and row["score"][0] > 0]
-    left.errorbar(
-        [row["score"][0] for row in scored],
-        [row["best"]["frechet"][0] for row in scored],
-        [row["best"]["frechet"][1] for row in scored],
-        [row["score"][1] for row in scored],
-        fmt="o",
-    )
-    left.set(xlabel="S_cross", ylabel="Frechet distance", title="" if r is None else f"r = {r:.2f}")
+    for place, (weight, correlation) in enumerate(r.items()):
+        points = [(row["score"], row["curve"][place]["frechet"]) for row in scored(rows)]
+        (x, dx), (y, dy) = (zip(*values, strict=True) for values in zip(*points, strict=True))
+        left.errorbar(x, y, dy, dx, fmt="o", markersize=4, label=f"{weight}: r = {correlation:.2f}")
+    left.set(xlabel="S_cross", ylabel="Frechet distance", yscale="log")
+    if r:
+        left.legend(fontsize=8)
     right.axis("off")
     figure.savefig(path)

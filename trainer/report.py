@@ -14,7 +14,7 @@ from trainer.errors import RunError
 from trainer.run_folder import CONFIG
 
 POINTS = 400  # of a curve; each is a mean of steps
-CURVES = {"loss": "log", "grad_norm": "log", "lr": "linear", "grouped": "linear"}  # of metrics.jsonl, and their scales
+CURVES = {"loss": "log", "grad_norm": "log", "lr": "linear"}  # of metrics.jsonl, and their scales
 PICTURES = {
     "samples.png": "Samples",
     "sweep/sweep.png": "Sweep of sampling",
@@ -84,8 +84,8 @@ def _ablation(folder: Path) -> str:
         }
         for row in content["rows"]
     ]
-    r = content["score_frechet_r"]
-    said = "" if r is None else f"<p>Correlation of S_cross and best Frechet distance: r = {r:.2f}</p>"
+    r = ", ".join(f"{value:.2f} at {weight}" for weight, value in content["score_frechet_r"].items())
+    said = f"<p>Correlation of S_cross and Frechet distance: {r}</p>" if r else ""
     picture = _picture(folder / "ablation.svg", "mean and standard deviation over seeds")
     return (
         f"<h2>{html.escape(str(folder))}</h2><p>The point of each guidance curve with the least Frechet distance.</p>"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.trainer.forked import TINY
-from trainer.ablation import Cell, at_real_accuracy, correlation, plan_cells, summarise, table
+from trainer.ablation import Cell, at_real_accuracy, correlations, plan_cells, summarise, table
 from trainer.errors import RunError
 
 WHAT = [TINY, "train.images=64", "checkpoint.every=32", "groups.size=4", "groups.splits=4", "sample.per_class=3"]
@@ -132,8 +132,8 @@ def test_the_correlation_is_over_the_rows_that_have_a_score(tmp_path):
         cells.append(Cell("axis", str(number), 0, name))
         points += [(score, frechet)] if number else []
     rows = summarise(cells, tmp_path)
-    assert correlation(rows) == pytest.approx(np.corrcoef(np.array(points).T)[0, 1])
-    assert correlation(rows[:3]) is None, "of two points there is none"
+    assert correlations(rows) == {"w=1": pytest.approx(np.corrcoef(np.array(points).T)[0, 1])}
+    assert correlations(rows[:3]) == {}, "of two points there is none"
 
 
 def test_the_table_shows_the_best_point_of_each_curve(tmp_path):

@@ -97,14 +97,14 @@ def test_an_ablation_is_a_table_and_its_plot(tmp_path):
         "score": [0.01, 0.002],
     }
     (tmp_path / "ablation.json").write_text(
-        json.dumps({"rows": [row, {**row, "score": None}], "score_frechet_r": -0.5})
+        json.dumps({"rows": [row, {**row, "score": None}], "score_frechet_r": {"w=1.5": -0.5}})
     )
     (tmp_path / "ablation.svg").write_text("<svg></svg>")
     page = Page(render([tmp_path]))
     assert {"groups.size", "<b>4</b>", "1.5 ± 0.25", "1.75 ± 0.5", "0.01 ± 0.002"} <= set(page.texts), (
         "and its names are no tags"
     )
-    assert any("r = -0.50" in text for text in page.texts) and len(page.images) == 1
+    assert any("-0.50 at w=1.5" in text for text in page.texts) and len(page.images) == 1
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path):
