@@ -8,8 +8,9 @@ from trainer.ablation import scored
 
 
 def plot_ablation(rows: list[dict], r: dict[str, float], path: Path) -> None:
-    """For each axis the guidance curves and the best Frechet distance by value, with the standard deviation over seeds;
-    and at each weight of guidance attention score against distance, whose correlations are `r`."""
+    """For each axis the guidance curves, and by value their best Frechet distance and that at the class accuracy of
+    real images, with standard deviations over seeds; below, at each weight of guidance, attention score against
+    distance, whose correlations are `r`."""
     axes = list(dict.fromkeys(row["axis"] for row in rows))
     figure = Figure(figsize=(11, 3.4 * (len(axes) + 1)), layout="constrained")  # without pyplot: needs no display
     panels = figure.subplots(len(axes) + 1, 2, squeeze=False)
@@ -23,10 +24,16 @@ def plot_ablation(rows: list[dict], r: dict[str, float], path: Path) -> None:
             left.errorbar(x[0], y[0], y[1], x[1], marker="o", markersize=4, capsize=2, label=row["value"])
         left.set(xlabel="class accuracy", ylabel="Frechet distance", title=f"{axis}: guidance curves", yscale="log")
         left.legend(fontsize=8)
-        best = [row["best"]["frechet"] for row in chosen]
-        right.errorbar(range(len(chosen)), [b[0] for b in best], [b[1] for b in best], fmt="o", capsize=4)
+        for label, values in (
+            ("best of each curve", [row["best"]["frechet"] for row in chosen]),
+            ("at the accuracy of real images", [row["matched"] for row in chosen]),
+        ):
+            there = [i for i, value in enumerate(values) if value]
+            mean, deviation = ([values[i][part] for i in there] for part in (0, 1))
+            right.errorbar(there, mean, deviation, fmt="o", capsize=4, label=label)
         right.set_xticks(range(len(chosen)), [row["value"] for row in chosen])
-        right.set(ylabel="Frechet distance", title=f"{axis}: best of each curve", xlim=(-0.5, len(chosen) - 0.5))
+        right.set(ylabel="Frechet distance", title=axis, xlim=(-0.5, len(chosen) - 0.5))
+        right.legend(fontsize=8)
     left, right = panels[-1]
     for place, (weight, correlation) in enumerate(r.items()):
         points = [(row["score"], row["curve"][place]["frechet"]) for row in scored(rows)]
