@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from trainer.ablation import scored
@@ -43,4 +44,5 @@ def plot_ablation(rows: list[dict], r: dict[str, float], path: Path) -> None:
     if r:
         left.legend(fontsize=8)
     right.axis("off")
-    figure.savefig(path)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": ""}):  # text as text, and the same file each time
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -86,4 +86,5 @@ def _plot(rows: list[dict]) -> None:
     axes.axhline(rows[0]["frechet_train"], color="black", linewidth=0.8, label="real training images")
     axes.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Frechet distance", title="Digits")
     axes.legend(fontsize=8)
-    figure.savefig(RESULTS / "samplers.svg")
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": ""}):  # text as text, and the same file each time
+        figure.savefig(RESULTS / "samplers.svg", metadata={"Date": None})
