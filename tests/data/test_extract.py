@@ -4,11 +4,13 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 from data.extract import Work, extract
 from data.files import WORK
@@ -49,6 +51,7 @@ def work_of(images, out, log=None, seed=0):
 
 
 def run_extract(images, out, log, seed, process, processes):
+    tqdm.set_lock(threading.RLock())  # its own: who is killed with the one that forks share keeps it for ever
     extract(work_of(images, out, log, seed), process, processes)
 
 

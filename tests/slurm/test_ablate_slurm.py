@@ -22,7 +22,7 @@ def ablate(out: Path, *options: object, env: dict[str, str]) -> str:
 def test_a_job_array_makes_the_table_that_one_process_makes(
     cluster: dict[str, str], assert_completes: Callable[[str, Path], None], tmp_path: Path
 ):
-    submitted = ablate(tmp_path / "there", "--nodes", 2, "--procs", 1, env=cluster)
+    submitted = ablate(tmp_path / "there", "--nodes", 2, "--procs", 1, "--cpu", env=cluster)
     jobs, logs = re.match(r"jobs (\d+_0 \d+_1): logs in (.+)\n", submitted).groups()
     assert submitted.endswith("4 of 4 runs are missing; the same command goes on with them\n")
     for job in jobs.split():

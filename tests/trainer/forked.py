@@ -3,9 +3,11 @@
 import multiprocessing
 import os
 import sys
+import threading
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from slurm.tasks import free_port
 from trainer import checkpoint
@@ -28,6 +30,7 @@ def _rank(rank, world_size, port, errors, function, arguments):
     os.environ.update({name: str(value) for name, value in world.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own: who is killed with the one that forks share keeps it for ever
     try:
         function(*arguments)
     except RunError as error:
