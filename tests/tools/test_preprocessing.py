@@ -79,13 +79,13 @@ def test_float16_keeps_the_nearest_and_bf16_comes_near(undisturbed, photographs,
     assert 0 < np.mean(errors) < 0.05 * np.mean([np.abs(m).mean() for m in exact.values()])
 
 
-@pytest.mark.parametrize("seed", range(2))
 def test_killed_at_any_time_and_started_again_every_image_is_there_once(
-    tool, start_tool, undisturbed, photographs, vae, tmp_path, seed
+    tool, start_tool, undisturbed, photographs, vae, tmp_path
 ):
-    out, rng = tmp_path / "out", random.Random(seed)
+    """More of this, by processes that are forked, in tests/data/test_extract.py."""
+    out, rng = tmp_path / "out", random.SystemRandom()
     command = latents(photographs, out, vae, "--dtype", "float32")
-    for processes in (4, 2, 3):
+    for processes in (3, 2):
         running = [start_tool(*command) for _ in range(processes)]
         begun = time.monotonic()
         while not list(out.glob("latents-*.tar")) and time.monotonic() < begun + 60:

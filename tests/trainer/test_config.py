@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel
 
 from tests.stores import encoded, noise, pixels, write
+from tests.trainer import detectors
 from trainer.build import open_data
 from trainer.config import Config, check_world, load_config, parse_config
 from trainer.config_file import dotted, field_names, to_yaml
@@ -210,7 +211,11 @@ def test_every_field_is_read_by_something(tmp_path, tiny, monkeypatch, make_late
     jit = load_config(
         tiny, [*changes, "path=jit", "model.backbone=jit", "model.context_start=1", "groups.window=[null,0]"]
     )
+    detectors.save(detectors.Plain(6), tmp_path / "plain.pt")
+    detectors.save_images(tmp_path / "real.npz", 20, seed=0)
+    evaluation = {"every": 64, "detector": f"{tmp_path}/plain.pt", "reference": f"{tmp_path}/real.npz"}
     ddpm = load_config(tiny, [*changes, f"run={tmp_path}/seven", "path=ddpm", "sample.sampler=ddpm"])
+    ddpm = parse_config({**ddpm.model_dump(), "evaluate": evaluation | {"per_class": 1, "metrics": ["fid"]}})
     adaptive, noisy = (
         jit.model_copy(update={"sample": jit.sample.model_copy(update={**changed, "steps": 3})})
         for changed in ({"sampler": "dopri5", "small": jit.run, "weaker": jit.run}, {"sampler": "sde"})
