@@ -37,6 +37,10 @@ class StreamedLatents:
             )
         return len(self) - 1
 
+    def first(self, window: int) -> "Pool":
+        """All images of the first `window` shards."""
+        return self.read_shards(tuple(range(min(window, len(self.counts)))))
+
     def read_shards(self, shards: tuple[int, ...]) -> "Pool":
         """All images of some shards, read from start to end by the webdataset library."""
         names = [self.format.manifest["shards"][shard]["name"] for shard in shards]

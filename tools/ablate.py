@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from command_line import positive, run_tool
+from command_line import numbers, positive, run_tool
 from preprocessing import add_process_options, run_in_processes
 
 from trainer.ablation import correlations, plan_cells, run_cells, summarise, table
@@ -20,13 +20,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("words", nargs="+", metavar="CONFIG field=value", help="of all runs")
     parser.add_argument("--axis", action="append", required=True, metavar="FIELD=A,B", help="each on its own")
     parser.add_argument("--seeds", type=positive, default=3)
-    parser.add_argument("--guidance", default="1,1.5,2,3", help="weights at which each run is measured")
+    parser.add_argument("--guidance", type=numbers, default="1,1.5,2,3", help="weights at which each run is measured")
     parser.add_argument("--out", type=Path, required=True, help="where runs and results go")
     add_process_options(parser)
     args = parser.parse_intermixed_args(arguments)
-    out, guidance = args.out.absolute(), tuple(float(weight) for weight in args.guidance.split(","))
+    out = args.out.absolute()
     cells, configs = plan_cells(Path(args.words[0]), args.words[1:], args.axis, args.seeds, out)
-    run_in_processes(args, run_cells, configs=configs, guidance=guidance, out=out)
+    run_in_processes(args, run_cells, configs=configs, guidance=args.guidance, out=out)
     missing = sum(not (out / f"{name}.json").exists() for name in configs)
     if missing:
         print(f"{out}: {missing} of {len(configs)} runs are missing; the same command goes on with them")

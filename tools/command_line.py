@@ -18,6 +18,11 @@ def positive(text: str) -> int:
     return value
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """As 1,1.5,2; what is no number, argparse refuses."""
+    return tuple(float(number) for number in text.split(","))
+
+
 def run_tool(main: Callable[[list[str]], object]) -> None:
     """Call `main` with the command line; errors that the user can mend are one line, and the exit code is 1."""
     try:

@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from command_line import positive, run_tool
+from command_line import numbers, positive, run_tool
 from tqdm import tqdm
 
 from trainer import checkpoint
@@ -22,13 +22,13 @@ def main(arguments: list[str]) -> None:
     """Probe a checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder (its newest checkpoint) or a checkpoint folder")
-    parser.add_argument("--log-snr", default="-4,-2,0,2,4", help="noise levels; default: -4,-2,0,2,4")
+    parser.add_argument("--log-snr", type=numbers, default="-4,-2,0,2,4", help="noise levels; default: -4,-2,0,2,4")
     parser.add_argument("--images", type=positive, default=10_000, help="at most so many; default: 10,000")
     parser.add_argument("--out", type=Path, help="where to write; default: RUN/probe")
     parser.add_argument("--raw", action="store_true", help="the weights themselves instead of their EMA")
     parser.add_argument("--weights", type=Path, help="those of this file, as tools/reconstruct_ema.py writes")
     args = parser.parse_args(arguments)
-    folder, levels = find_checkpoint(args.run), [float(level) for level in args.log_snr.split(",")]
+    folder, levels = find_checkpoint(args.run), list(args.log_snr)
     with tqdm(unit="img", desc="features") as bar:
         probe = linear_probe(folder, read_config(folder), levels, args.images, args.raw, args.weights, bar.update)
     out = args.out or args.run / "probe"

@@ -77,7 +77,7 @@ def form(loaded: Loaded, number: int) -> Groups:
     """At most so many groups, as the config's query forms them; of streamed latents, in the first window of shards."""
     config, source, graph = loaded.config.groups, loaded.images, None
     if isinstance(source, StreamedLatents):
-        source = source.read_shards(tuple(range(min(loaded.config.data.window, len(source.counts)))))
+        source = source.first(loaded.config.data.window)
     number = min(number, len(source.label) // config.size)
     if config.query == "similarity" and isinstance(source, Pool):
         graph = nearest_neighbors(source.features, min(config.neighbors, len(source.label) - 1))

@@ -51,11 +51,12 @@ class Looks:
                 pixels = to_uint8(self._decoder()(samples))
                 monitor.picture("samples", grid(pixels, config.sample.group_size, enlarge=4), position)
         if passed(config.evaluate.every):
+            measured = evaluated(config)
             with engine.ema_weights():
-                samples, _ = generate(Networks(engine), evaluated(config), self._images, self._ranks)
+                samples, _ = generate(Networks(engine), measured, self._images, self._ranks)
             record = self._measure(samples)
             if self._ranks.rank == 0:
-                about = describe(None, evaluated(config), raw=False, file=None) | {"position": position}
+                about = describe(None, measured, raw=False, file=None) | {"position": position}
                 monitor.measures(record | {"samples": about}, position)
         self._score_due |= passed(train.score_every)
         if self._score_due and any(micro.group_size > 1 for micro in step):
@@ -90,11 +91,8 @@ def make_measure(config: Config, images: Images, ranks: Ranks) -> Callable[[Tens
         from trainer.score import make_scorer, open_detector  # its libraries are slow to import
 
         metrics = list(settings.metrics) if settings.metrics else None
-        detector, shape = (
-            open_detector(settings.detector, ranks),
-            Generated(torch.zeros(1, *images.shape), decode).shape,
-        )
-        score = make_scorer(detector, shape, Path(settings.reference), metrics, ranks)
+        shape = Generated(torch.zeros(1, *images.shape), decode).shape
+        score = make_scorer(open_detector(settings.detector, ranks), shape, Path(settings.reference), metrics, ranks)
         return lambda samples: score(Generated(samples.flatten(0, 1), decode))
 
     from trainer.evaluate import make_evaluator

@@ -57,7 +57,7 @@ def linear_probe(
     images, rng = open_data(config), np.random.default_rng([config.seed, 1])
     network = load_networks(folder, config, images, local_device(), raw, file).network
     if isinstance(images, StreamedLatents):
-        images = images.read_shards(tuple(range(min(config.data.window, len(images.counts)))))
+        images = images.first(config.data.window)
     chosen = rng.permutation(len(images.label))[:number]
     if config.data.name in ARRAYS:
         heldout = open_data(config, "heldout")

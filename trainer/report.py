@@ -94,11 +94,16 @@ def _ablation(folder: Path) -> str:
 
 
 def read_records(path: Path) -> list[dict]:
-    """Rows of plain values of a file of JSON, or of one JSON a line; none if it is not there."""
+    """Rows of plain values of a file of JSON, or of one JSON a line, the last of which may be half written; none if it
+    is not there."""
     if not path.is_file():
         return []
     text = path.read_text()
-    records = [json.loads(text)] if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    records = (
+        [json.loads(text)]
+        if path.suffix == ".json"
+        else [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    )
     return [_plain(record) for record in records]
 
 

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from models.dit import DiT
 from models.embeddings import sincos_positions
 from models.model_config import SIZES, ModelConfig
+from tests.models.initial import assert_xavier_uniform
 
 SEEDS = range(3)
 GROUPS = pytest.mark.parametrize(("group_size", "groups"), [(2, 3), (4, 2), (8, 1)])
@@ -158,11 +159,7 @@ def test_other_layers_start_xavier_uniform(fresh):
     layers = [fresh.x_embedder.proj]
     for block in fresh.blocks:
         layers += [block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2]
-    for layer in layers:
-        fan_out, fan_in = layer.weight.shape
-        bound = math.sqrt(6 / (fan_in + fan_out))
-        assert 0.98 * bound < layer.weight.abs().max() <= bound
-        assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+    assert_xavier_uniform(layers)
 
 
 @pytest.mark.parametrize("size", SIZES["dit"])

@@ -1,13 +1,12 @@
 """JiT as it is before training: its sizes, its multiply-adds, and what its weights start as."""
 
-import math
-
 import pytest
 import torch
 
 from models.flops import forward_multiply_adds
 from models.jit import JiT
 from models.model_config import ModelConfig
+from tests.models.initial import assert_xavier_uniform
 
 PUBLISHED = pytest.mark.parametrize(  # tables 5 to 8 of the paper
     ("size", "patch", "side", "millions", "giga"),
@@ -82,8 +81,4 @@ def test_other_layers_start_xavier_uniform(fresh):
     layers = [fresh.x_embedder.proj1, fresh.x_embedder.proj2]
     for block in fresh.blocks:
         layers += [block.attn.qkv, block.attn.proj, block.mlp.w12, block.mlp.w3]
-    for layer in layers:
-        fan_out, fan_in = layer.weight.shape
-        bound = math.sqrt(6 / (fan_in + fan_out))
-        assert 0.98 * bound < layer.weight.abs().max() <= bound
-        assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+    assert_xavier_uniform(layers)

@@ -115,6 +115,11 @@ def test_bad_axes_are_one_line_and_nothing_is_written(tool, tmp_path, axis, mess
     assert not (tmp_path / "out").exists()
 
 
+def test_a_weight_of_guidance_that_is_no_number_is_refused(tool, tmp_path):
+    said = tool("ablate", *WHAT, "--axis", "groups.size=1", "--guidance", "1,x", "--out", tmp_path / "out", code=2).err
+    assert "argument --guidance: invalid numbers value: '1,x'" in said and not (tmp_path / "out").exists()
+
+
 def test_values_in_brackets_are_one_value():
     cells, configs = plan_cells(TINY, [], ["groups.window=null,[null,0],[-1.5,2]"], 1, Path("out"))
     assert [cell.value for cell in cells] == ["null", "[null,0]", "[-1.5,2]"]

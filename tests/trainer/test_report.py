@@ -107,6 +107,14 @@ def test_an_ablation_is_a_table_and_its_plot(tmp_path):
     assert any("-0.50 at w=1.5" in text for text in page.texts) and len(page.images) == 1
 
 
+def test_a_line_that_is_being_written_is_left_out(tmp_path):
+    run = make_run(tmp_path, np.random.default_rng(4))
+    whole = render([run])
+    with (run / "measures.jsonl").open("a") as file:
+        file.write('{"position": 192, "fid": 1')
+    assert Page(render([run])).texts == Page(whole).texts
+
+
 def test_a_run_that_has_only_begun_has_a_page(tmp_path):
     write_config(load_config(TINY, [f"run={tmp_path / 'run'}"]))
     assert Page(render([tmp_path / "run"])).images
