@@ -5,7 +5,8 @@ from typing import Any
 from trainer.engine_config import EngineConfig, OptimConfig
 from trainer.errors import RunError
 
-BUCKET = 5_000_000  # numbers sent or held at once: about what DDP does; DeepSpeed's own 5e8 take 2 GB
+BUCKET = 3_000_000  # numbers sent or held at once: half of what DDP does; DeepSpeed's own 5e8 take 2 GB
+GROUP = 20_000_000  # weights that AdamW updates, and the ranks gather, at once: as many as a block of DiT-XL has
 # Keys of DeepSpeed's that say what fields of ours say, and these fields.
 _OURS = {
     "train_batch_size": "train.global_batch",
@@ -28,10 +29,11 @@ _OURS = {
 def deepspeed_config(config: EngineConfig, optim: OptimConfig) -> dict[str, Any]:
     """The configuration for `deepspeed.initialize`: ours, under the further keys of `config.deepspeed`. RunError if one
     of those belongs to a field of ours."""
-    zero = {"stage": config.zero, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+    zero = {"stage": config.zero, "reduce_bucket_size": BUCKET, "allgather_bucket_size": GROUP}
     if config.zero == 3:
         zero |= {f"stage3_{name}": BUCKET for name in ("prefetch_bucket_size", "max_live_parameters")}
         zero |= {"stage3_max_reuse_distance": 0}
+        zero |= {"sub_group_size": BUCKET}  # of whose gradients it makes a flat copy
         zero |= {"stage3_param_persistence_threshold": 0}  # the EMA is swapped in shard by shard
     derived = {
         "train_micro_batch_size_per_gpu": 1,  # a formality: our loader makes the batches, our loop says when to step

@@ -47,16 +47,17 @@ class DeepSpeedEngine(Engine):
         self.network = network
         self.weights = dict(network.named_parameters())
         self._shapes = {name: weight.shape for name, weight in self.weights.items()}
-        adamw = torch.optim.AdamW(
-            network.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
-        )
+        settings = deepspeed_config(config, optim)
+        groups = _groups([*self.weights.values()], settings["zero_optimization"]["allgather_bucket_size"])
+        adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
         self.engine, *_ = deepspeed.initialize(
-            model=network, optimizer=adamw, config=deepspeed_config(config, optim), dist_init_required=False
+            model=network, optimizer=adamw, config=settings, dist_init_required=False
         )
         if self._stage == 0:  # it would copy all gradients into one buffer: no key of its configuration cuts that
             self.engine.allreduce_gradients = partial(self.engine.allreduce_gradients, bucket_size=BUCKET)
         self._mesh = init_device_mesh(device, (dist.get_world_size(),))
         self._adamw = self.engine.optimizer.optimizer if self._stage else adamw
+        self._share_weights()
         for tensor in self._optimized():
             init_moments(self._adamw, tensor)
         if self._stage in (1, 2):
@@ -74,6 +75,21 @@ class DeepSpeedEngine(Engine):
                 return self.engine.optimizer.fp32_partitioned_groups_flat
             case _:
                 return self.engine.optimizer.single_partition_of_fp32_groups
+
+    def _share_weights(self) -> None:
+        """Let AdamW work on the weights themselves: they are fp32, and need no master copy."""
+        if self._stage == 0:
+            return
+        optimizer = self.engine.optimizer
+        if self._stage == 3:
+            shards = optimizer.fp16_partitioned_groups_flat
+        else:
+            shards = [cut[dist.get_rank()] for cut in optimizer.parallel_partitioned_bit16_groups]
+        for master, shard in zip(self._optimized(), shards, strict=True):
+            if (master.shape, master.device) == (shard.shape, shard.device):  # not offloaded
+                master.data = shard.data
+        if self._stage < 3:
+            optimizer._link_all_hp_params()
 
     def __call__(self, *inputs: Tensor | int) -> Tensor:
         """The network's forward pass, in the configured precision."""
@@ -177,3 +193,14 @@ class DeepSpeedEngine(Engine):
         size = self.weights[name].ds_tensor.numel()
         padded = nn.functional.pad(rows.full_tensor().flatten(), (0, size * dist.get_world_size()))
         return padded.narrow(0, size * dist.get_rank(), size)
+
+
+def _groups(weights: list[Tensor], numbers: int) -> list[dict[str, list[Tensor]]]:
+    """AdamW's groups, none much over so many numbers: stages 1 and 2 copy the gradients of a group, and gather its
+    weights, at once."""
+    groups: list[list[Tensor]] = [[]]
+    for weight in weights:
+        if sum(map(Tensor.numel, groups[-1])) >= numbers:
+            groups.append([])
+        groups[-1].append(weight)
+    return [{"params": group} for group in groups]

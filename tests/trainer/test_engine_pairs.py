@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+# many groups of weights, as large networks have
+GROUPS = "deepspeed={zero_optimization: {allgather_bucket_size: 10_000, sub_group_size: 5_000}}"
 ENGINES = {  # name -> (ranks, overrides)
     "single-1": (1, ["engine=single"]),
     "ddp-2": (2, ["engine=ddp"]),
@@ -11,9 +13,9 @@ ENGINES = {  # name -> (ranks, overrides)
     "fsdp-4": (4, ["engine=fsdp"]),
     "hsdp-2x2": (4, ["engine=hsdp", "shard_size=2"]),
     "zero1-2": (2, ["engine=deepspeed", "zero=1"]),
-    "zero2-2": (2, ["engine=deepspeed", "zero=2"]),
+    "zero2-2": (2, ["engine=deepspeed", "zero=2", GROUPS]),
     "zero3-2": (2, ["engine=deepspeed", "zero=3"]),
-    "zero3-4": (4, ["engine=deepspeed", "zero=3"]),
+    "zero3-4": (4, ["engine=deepspeed", "zero=3", GROUPS]),
 }
 # Parameters whose first dimension is smaller than the ranks (1: the output of a patch of one pixel) or not divisible by
 # them (11: labels), and sizes that ZeRO's flat shards must pad.
