@@ -4,7 +4,6 @@ import io
 import pickle
 import struct
 import zipfile
-import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import is_dataclass, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from isal.isal_zlib import crc32
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
@@ -110,8 +110,8 @@ class Reader(dcp.FileSystemReader):
         if not summed:
             spans = [span for span in spans if any(span[0] <= start < span[1] for start, _ in parts)]
         with ThreadPoolExecutor(1) as adder:
-            for start, content in read_ahead(file, spans, cached=not summed):  # which other ranks read as well
-                adding = adder.submit(zlib.crc32, content, total) if summed else None
+            for start, content in read_ahead(file, spans):
+                adding = adder.submit(crc32, content, total) if summed else None
                 while left and left[0][0][0] < start + len(content) and not wrong:
                     (first, last), items = left.popleft()
                     try:

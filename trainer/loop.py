@@ -69,6 +69,7 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
                 step_loss += loss.detach()
 
             # update
+            saver.wait_for_copy()
             before, position = position, (step + 1) * batch
             lr = config.optim.lr_at(position)
             grad_norm = engine.step(lr)

@@ -1,6 +1,7 @@
-"""Saving beside the training: the state is copied, then written while the steps go on."""
+"""Saving beside the training: the state is copied while the next gradients are computed, then written."""
 
 import threading
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,12 +12,15 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from trainer import checkpoint
 from trainer.checkpoint import CHECKPOINTS, CheckpointConfig
 
+States = dict[str, dict[str, dict]]
+
 
 class Saver:
     """Writes the checkpoints and snapshots of a run. All ranks make one and call it alike.
 
     One position is written at a time, from one copy in host memory (pinned, where there are GPUs), by a thread with a
-    process group of its own. What goes wrong there is raised by the next `save` or `wait`; `failed` tells of it.
+    process group of its own; another thread makes the copy. What goes wrong there is raised by the next `save` or
+    `wait`; `failed` tells of it.
     """
 
     def __init__(self, run: Path, config: CheckpointConfig, timeout: float) -> None:
@@ -25,19 +29,19 @@ class Saver:
         cuda = torch.cuda.is_available()
         self._stager = DefaultStager(
             StagingOptions(
-                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
+                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=cuda
             )
         )
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(
-        self, position: int, states: dict[str, dict[str, dict]], config: str, data: str, metrics: dict[str, float]
-    ) -> None:
+    def save(self, position: int, states: States, config: str, data: str, metrics: dict[str, float]) -> None:
         """Begin to write `states` (folder in the run -> state) of `position`, when those before are written. What they
-        hold may change from then on."""
+        hold may change when `wait_for_copy` returns."""
         self.wait()
         if self._config.asynchronous:
+            if torch.accelerator.is_available():  # the copy's stream is another than the update's
+                torch.accelerator.current_stream().synchronize()
             states = self._stager.stage(states)
         # a daemon: a process that fails does not wait for it
         arguments = (position, states, config, data, metrics)
@@ -46,8 +50,14 @@ class Saver:
         if not self._config.asynchronous:
             self.wait()
 
-    def _write(self, position: int, states: dict[str, dict[str, dict]], *about: object) -> None:
+    def wait_for_copy(self) -> None:
+        """Until what is being saved may change."""
+        self._stager.synchronize_staging()
+
+    def _write(self, position: int, states: States | Future[States], *about: object) -> None:
         try:
+            if isinstance(states, Future):
+                states = states.result()
             for name, state in states.items():
                 checkpoint.save(self._run / name, position, state, *about, group=self._group)
             if dist.get_rank() == 0:
@@ -80,3 +90,4 @@ class Saver:
             error.add_note(f"and a checkpoint failed: {ours}")
         finally:
             self._stager.close()
+            del self._stager  # with the copy

@@ -49,7 +49,7 @@ def leaves(state, prefix=""):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_state_that_changes_as_soon_as_save_returns_is_written_as_it_was(device, alone, tensors, tmp_path):
+def test_a_state_that_changes_as_soon_as_it_is_copied_is_written_as_it_was(device, alone, tensors, tmp_path):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     live = random_state(0)
@@ -59,6 +59,7 @@ def test_a_state_that_changes_as_soon_as_save_returns_is_written_as_it_was(devic
             for (_, tensor), (_, new) in zip(leaves(live), leaves(random_state(number)), strict=True):
                 tensor.copy_(new)
             saver.save(number, {CHECKPOINTS: live}, "", "images", {})
+            saver.wait_for_copy()
             for _, tensor in leaves(live):
                 tensor.fill_(float("nan"))
             assert positions(tmp_path / CHECKPOINTS) == list(range(1, number)), "those before are there, this is not"
@@ -85,6 +86,7 @@ def save_sharded(folder, rounds):
                 for _, tensor in leaves(live):
                     fill(tensor, number)
                 saver.save(number, {CHECKPOINTS: live}, "", "images", {})
+                saver.wait_for_copy()
                 for _, tensor in leaves(live):
                     fill(tensor, float("nan"))
                 dist.barrier()
@@ -95,7 +97,7 @@ def fill(tensor, value):
     local.copy_(value + torch.arange(local.numel()).reshape(local.shape))
 
 
-def test_shards_that_change_as_soon_as_save_returns_are_written_as_they_were(ranks, tensors, tmp_path):
+def test_shards_that_change_as_soon_as_they_are_copied_are_written_as_they_were(ranks, tensors, tmp_path):
     ranks.run(2, save_sharded, tmp_path / "run", 3)
     for number in range(1, 4):
         found = tensors(tmp_path / f"run/checkpoints/{number:012d}")

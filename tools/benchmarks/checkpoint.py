@@ -1,5 +1,5 @@
 """Checkpoints beside the disk: GB/s of saving, and of verifying and loading, over those of bare files with the same
-bytes and of torch.save and torch.load; and how long an asynchronous save keeps the training from going on."""
+bytes and of torch.save and torch.load; and how long an asynchronous save keeps training from going on."""
 
 import io
 import os
@@ -18,21 +18,26 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
 from benchmarks import Figures, Targets
 from benchmarks.memory import on_ranks
+from data.batch import Batch
 from models.dit import DiT
 from models.model_config import ModelConfig
+from models.objective import denoising_loss
+from models.paths import PATHS
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointConfig
 from trainer.ema import local_shards
 from trainer.engine_config import EngineConfig, OptimConfig
-from trainer.engines import build_engine
+from trainer.engines import Engine, build_engine
 from trainer.ranks import Ranks
 from trainer.saving import Saver
 
+MODEL = ModelConfig(depth=12, width=1088, heads=17)  # as many tensors as DiT-B/2, of twice its size
 ROUNDS, KINDS = 5, ("ours", "plain", "torch")
+IMAGES = 1  # of a rank, in the gradients that are computed beside a save
 
 
 def measure() -> tuple[Figures, Targets]:
-    """DiT-B/2 with optimizer and EMA, 2.1 GB; one rank (single), two (fsdp: each writes its half, the bare files too).
+    """A DiT with optimizer and EMA, 4.2 GB; one rank (single), two (fsdp: each writes its half, the bare files too).
     All is written to the disk of the current folder itself (fsync) and read from it (the cache forgets it before). The
     kinds take turns; ratios are medians of those of a turn."""
     figures, targets = {}, {"async_blocked_over_sync": ("<", 0.15)}
@@ -46,20 +51,22 @@ def measure() -> tuple[Figures, Targets]:
                 ratios = map(truediv, took, seconds[f"{verb}_ours"])
                 figures |= {f"{verb}_over_{kind}_{ranks}": statistics.median(ratios)} if kind != "ours" else {}
             targets[f"{verb}_over_plain_{ranks}"] = (">=", 0.9)
-    figures |= {f"save_{kind}_seconds": statistics.median(seconds[kind]) for kind in ("sync", "blocked")}
+    for kind in ("sync", "blocked", "gradients_beside", "gradients"):
+        figures[f"{kind}_seconds"] = statistics.median(seconds[kind])
     figures["async_blocked_over_sync"] = statistics.median(map(truediv, seconds["blocked"], seconds["sync"]))
     return figures, targets
 
 
 def _rank(place: Ranks, folder: Path) -> tuple[dict[str, list[float]], float]:
     """Seconds of each turn, by kind, and the GB of the state."""
-    network = DiT(ModelConfig(size="B"), channels=4, side=32, num_classes=1000)
+    network = DiT(MODEL, channels=4, side=32, num_classes=1000)
     gigabytes = 4 * 4 * sum(weight.numel() for weight in network.parameters()) / 1e9
     config = EngineConfig(engine="single" if place.world_size == 1 else "fsdp")
-    state = build_engine(config, OptimConfig(), network, place).state()
+    engine = build_engine(config, OptimConfig(), network, place)
+    state = engine.state()
     tensors = local_shards({key: tensor.detach() for key, tensor in flatten_state_dict(state)[0].items()})
     list(map(torch.Tensor.normal_, tensors))  # the moments have no memory yet
-    seconds = _turns(folder, state, tensors) | (_blocked(folder, state) if place.world_size > 1 else {})
+    seconds = _turns(folder, state, tensors) | (_beside_training(folder, engine) if place.world_size > 1 else {})
     return {kind: took[1:] for kind, took in seconds.items()}, gigabytes  # the first turn warms up
 
 
@@ -86,29 +93,50 @@ def _turns(folder: Path, state: dict[str, dict], tensors: list[torch.Tensor]) ->
     for i in range(ROUNDS + 1):
         for kind in KINDS[i % 3 :] + KINDS[: i % 3]:
             for verb, way in zip(("save", "load"), ways[kind], strict=True):
-                seconds[f"{verb}_{kind}"].append(_seconds(way, folder))
+                _settle(folder)
+                seconds[f"{verb}_{kind}"].append(_seconds(way))
             shutil.rmtree(ours, ignore_errors=True)
             file.unlink(missing_ok=True)
     return seconds
 
 
-def _blocked(folder: Path, state: dict[str, dict]) -> dict[str, list[float]]:
-    """Seconds of `Saver.save`, synchronous and not."""
-    seconds = {"sync": [], "blocked": []}
+def _beside_training(folder: Path, engine: Engine) -> dict[str, list[float]]:
+    """Seconds of a synchronous save; of what an asynchronous one keeps training from going on, before next gradients
+    and before the next update; of these gradients, with that save beside them and without."""
+    seconds = {"sync": [], "blocked": [], "gradients_beside": [], "gradients": []}
     savers = {kind: Saver(folder, CheckpointConfig(keep=1, asynchronous=kind != "sync"), 600) for kind in seconds}
-    for i, kind in enumerate([*seconds] * (ROUNDS + 1)):
-        seconds[kind].append(_seconds(partial(savers[kind].save, i, {"checkpoints": state}, "", "", {}), folder))
-        savers[kind].wait()
+    x, one = torch.randn(IMAGES, 4, 32, 32), torch.ones(IMAGES, dtype=torch.int64)
+    batch = Batch(x, torch.randn_like(x), torch.rand(IMAGES), one, one, one.bool(), group_size=1, grouped=False)
+
+    def save(kind: str, number: int) -> None:
+        savers[kind].save(number, {kind: engine.state()}, "", "", {})
+
+    def gradients() -> None:
+        engine.backward(denoising_loss(engine, PATHS["linear"](), batch).sum())
+
+    for number in range(ROUNDS + 1):
+        _settle(folder)
+        seconds["sync"].append(_seconds(partial(save, "sync", number)))
+        _settle(folder)
+        seconds["gradients"].append(_seconds(gradients))
+        begun = _seconds(partial(save, "blocked", number))
+        seconds["gradients_beside"].append(_seconds(gradients))
+        seconds["blocked"].append(begun + _seconds(savers["blocked"].wait_for_copy))
+        savers["blocked"].wait()
     return seconds
 
 
-def _seconds(way: Callable[[], object], folder: Path) -> float:
-    """Until the slowest rank has done it. The disk has nothing else to do, and the cache nothing of the files."""
+def _settle(folder: Path) -> None:
+    """The disk has nothing else to do, and the cache nothing of the files."""
     dist.barrier()
     os.sync()
     for file in filter(Path.is_file, folder.rglob("*")):
         with file.open() as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _seconds(way: Callable[[], object]) -> float:
+    """Until the slowest rank has done it."""
     dist.barrier()
     start = time.perf_counter()
     way()
