@@ -127,12 +127,16 @@ def _beside_training(folder: Path, engine: Engine) -> dict[str, list[float]]:
 
 
 def _settle(folder: Path) -> None:
-    """The disk has nothing else to do, and the cache nothing of the files."""
+    """The disk has nothing else to do, the cache nothing of the files, and the system as much memory at hand: a virtual
+    machine gives back what is free, and takes its time to get it again."""
     dist.barrier()
     os.sync()
     for file in filter(Path.is_file, folder.rglob("*")):
         with file.open() as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    dist.barrier()
+    torch.ones(int(5e9) // dist.get_world_size(), dtype=torch.uint8)
+    dist.barrier()
 
 
 def _seconds(way: Callable[[], object]) -> float:
