@@ -21,11 +21,12 @@ demo: install
 	@echo "Samples: $(RUN)/samples.png    Measures: $(RUN)/report.json"
 	@echo "Curves:  $(BIN)/tensorboard --logdir $(RUN)"
 
-# Slurm's tests mostly wait, for jobs to start and for nodes to be missed; the others run beside them, three files at once,
-# and give way. What the first said is shown when both have ended.
+# Slurm's tests mostly wait, for jobs to start and for nodes to be missed; the others run beside them, two files at once,
+# those that take long first, and give way. What the first said is shown when both have ended.
 test: install
 	@$(BIN)/python -m pytest tests/slurm > .slurm-tests.txt 2>&1 & slurm=$$!; \
-	OMP_NUM_THREADS=1 nice -n 10 $(BIN)/python -m pytest --ignore tests/slurm -n 3 --dist loadfile; others=$$?; \
+	OMP_NUM_THREADS=1 nice -n 10 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	  $$(ls -dr tests/*/ | grep -v slurm); others=$$?; \
 	wait $$slurm; slurm=$$?; cat .slurm-tests.txt; exit $$((slurm + others))
 
 lint: install

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -158,6 +159,26 @@ def test_written_beside_the_training_or_not_the_checkpoints_are_the_same(
             expected, found = tensors(path), tensors(beside / CHECKPOINTS / path.name)
             assert expected.keys() == found.keys()
             assert all(torch.equal(expected[name], found[name]) for name in expected), path
+
+
+def train_with_slow_copies(*overrides):
+    stage = DefaultStager._stage
+
+    def slowly(self, *arguments, **keywords):
+        time.sleep(0.3)  # the gradients of a tiny network are there long before
+        return stage(self, *arguments, **keywords)
+
+    DefaultStager._stage = slowly
+    train_tiny(*overrides)
+
+
+def test_weights_are_updated_when_they_have_been_copied(ranks, undisturbed, tensors, tmp_path):
+    ranks.run(2, train_with_slow_copies, f"run={tmp_path}/run", "engine=fsdp", "checkpoint.every=128")
+    expected = undisturbed("engine=fsdp", "checkpoint.every=32")
+    for position in range(128, 641, 128):
+        name = f"{CHECKPOINTS}/{position:012d}"
+        found = tensors(tmp_path / "run" / name)
+        assert all(torch.equal(found[key], tensor) for key, tensor in tensors(expected / name).items()), position
 
 
 # what cannot be written
