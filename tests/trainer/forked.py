@@ -19,6 +19,8 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["pytest", "tests.trainer.forked"])
 
 TINY = Path(__file__).parent / "tiny.yaml"
+# DeepSpeed keeps the weights in many groups, as it does those of large networks
+GROUPS = "deepspeed={zero_optimization: {allgather_bucket_size: 10_000, sub_group_size: 5_000}}"
 
 
 def train_tiny(*overrides):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-# many groups of weights, as large networks have
-GROUPS = "deepspeed={zero_optimization: {allgather_bucket_size: 10_000, sub_group_size: 5_000}}"
+from tests.trainer.forked import GROUPS
+
 ENGINES = {  # name -> (ranks, overrides)
     "single-1": (1, ["engine=single"]),
     "ddp-2": (2, ["engine=ddp"]),

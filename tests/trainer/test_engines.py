@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from data.images import DataConfig, open_images
+from tests.trainer.forked import GROUPS
 from trainer.build import build_network, open_data
 from trainer.config import load_config
 from trainer.engines import build_engine
@@ -40,13 +41,11 @@ def test_engines_world_sizes_and_accumulation_give_the_same_losses_and_norms(lau
                 assert a == pytest.approx(b, abs=1e-5, rel=0), (other, step)
 
 
-GROUPS = "deepspeed={zero_optimization: {allgather_bucket_size: 10_000, sub_group_size: 5_000}}"
 HOST = "deepspeed={zero_force_ds_cpu_optimizer: false, zero_optimization: {offload_optimizer: {device: cpu}}}"
 OTHERS = {  # name -> (ranks, overrides)
     "hsdp": (4, ["engine=hsdp", "shard_size=2"]),
     "offload": (2, ["engine=fsdp", "offload=true"]),
     **{f"zero{stage}": (2, ["engine=deepspeed", f"zero={stage}"]) for stage in range(4)},
-    # many groups of weights, as large networks have
     **{f"zero{stage}-groups": (2, ["engine=deepspeed", f"zero={stage}", GROUPS]) for stage in (2, 3)},
     "zero2-host": (2, ["engine=deepspeed", "zero=2", HOST]),
 }

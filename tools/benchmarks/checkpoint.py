@@ -24,7 +24,7 @@ from models.model_config import ModelConfig
 from models.objective import denoising_loss
 from models.paths import PATHS
 from trainer import checkpoint
-from trainer.checkpoint import CheckpointConfig
+from trainer.checkpoint import CHECKPOINTS, CheckpointConfig
 from trainer.ema import local_shards
 from trainer.engine_config import EngineConfig, OptimConfig
 from trainer.engines import Engine, build_engine
@@ -33,6 +33,7 @@ from trainer.saving import Saver
 
 MODEL = ModelConfig(depth=12, width=1088, heads=17)  # as many tensors as DiT-B/2, of twice its size
 ROUNDS, KINDS = 5, ("ours", "plain", "torch")
+MEMORY = 5_000_000_000  # bytes: more than the state
 IMAGES = 1  # of a rank, in the gradients that are computed beside a save
 
 
@@ -104,25 +105,25 @@ def _beside_training(folder: Path, engine: Engine) -> dict[str, list[float]]:
     """Seconds of a synchronous save; of what an asynchronous one keeps training from going on, before next gradients
     and before the next update; of these gradients, with that save beside them and without."""
     seconds = {"sync": [], "blocked": [], "gradients_beside": [], "gradients": []}
-    savers = {kind: Saver(folder, CheckpointConfig(keep=1, asynchronous=kind != "sync"), 600) for kind in seconds}
+    savers = [Saver(folder, CheckpointConfig(keep=1, asynchronous=beside), 600) for beside in (False, True)]
     x, one = torch.randn(IMAGES, 4, 32, 32), torch.ones(IMAGES, dtype=torch.int64)
     batch = Batch(x, torch.randn_like(x), torch.rand(IMAGES), one, one, one.bool(), group_size=1, grouped=False)
 
-    def save(kind: str, number: int) -> None:
-        savers[kind].save(number, {kind: engine.state()}, "", "", {})
+    def save(number: int) -> None:
+        savers[number % 2].save(number, {CHECKPOINTS: engine.state()}, "", "", {})
 
     def gradients() -> None:
         engine.backward(denoising_loss(engine, PATHS["linear"](), batch).sum())
 
-    for number in range(ROUNDS + 1):
+    for number in range(0, 2 * (ROUNDS + 1), 2):
         _settle(folder)
-        seconds["sync"].append(_seconds(partial(save, "sync", number)))
+        seconds["sync"].append(_seconds(partial(save, number)))
         _settle(folder)
         seconds["gradients"].append(_seconds(gradients))
-        begun = _seconds(partial(save, "blocked", number))
+        begun = _seconds(partial(save, number + 1))
         seconds["gradients_beside"].append(_seconds(gradients))
-        seconds["blocked"].append(begun + _seconds(savers["blocked"].wait_for_copy))
-        savers["blocked"].wait()
+        seconds["blocked"].append(begun + _seconds(savers[1].wait_for_copy))
+        savers[1].wait()
     return seconds
 
 
@@ -135,7 +136,7 @@ def _settle(folder: Path) -> None:
         with file.open() as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     dist.barrier()
-    torch.ones(int(5e9) // dist.get_world_size(), dtype=torch.uint8)
+    torch.ones(MEMORY // dist.get_world_size(), dtype=torch.uint8)
     dist.barrier()
 
 
