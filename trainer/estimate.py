@@ -3,10 +3,9 @@
 - FLOPs: multiply-adds of a forward pass counted by fvcore (attention of the groups included), times 2 for FLOPs, times
   3 for forward and backward (Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1).
 - Model states: AdamW in fp32 keeps 4 bytes each of parameter, gradient and two moments (Rajbhandari et al. 2020,
-  "ZeRO", section 3.1), each average of the weights 4 more, DeepSpeed's optimizer a copy of the weights another 4. What
-  an engine shards is divided by its ranks: all of it with fsdp, hsdp (by `shard_size`, here the whole world if null)
-  and ZeRO-3, of ZeRO-1 the optimizer's part, of ZeRO-2 that and gradients. The gathered blocks come on top. With
-  `offload` the states are in the host's memory.
+  "ZeRO", section 3.1), each average of the weights 4 more. What an engine shards is divided by its ranks: all of it
+  with fsdp, hsdp (by `shard_size`, here the whole world if null) and ZeRO-3, of ZeRO-1 the optimizer's part, of ZeRO-2
+  that and gradients. The gathered blocks come on top. With `offload` the states are in the host's memory.
 - Activations: 34 bytes per token, channel and block in bf16, without the attention matrix, which fused attention does
   not keep (Korthikanti et al. 2022, "Reducing Activation Recomputation", equation 2); twice that in fp32. It counts
   dropout masks, which we lack, and not the adaptive norm's copies, which we have: the least exact line. A block that is
@@ -65,13 +64,12 @@ def _layout(config: Config, ranks: int) -> tuple[int, float, float]:
     if config.engine in ("single", "ddp") or (config.engine == "deepspeed" and config.zero == 0):
         return 1, 16 + averages, 2 * (ranks - 1) / ranks
     if config.engine == "deepspeed" and config.zero < 3:
-        sharded = 12 if config.zero == 1 else 16
-        return 1, 20 + averages - sharded + sharded / ranks, 2 * (ranks - 1) / ranks
+        sharded = 8 if config.zero == 1 else 12
+        return 1, 16 + averages - sharded + sharded / ranks, 2 * (ranks - 1) / ranks
     shards = (config.shard_size or ranks) if config.engine == "hsdp" else ranks
     copies = ranks // shards
-    states = 20 if config.engine == "deepspeed" else 16
     between = 2 * (copies - 1) / copies / shards
-    return shards, (states + averages) / shards, 3 * (shards - 1) / shards + between
+    return shards, (16 + averages) / shards, 3 * (shards - 1) / shards + between
 
 
 def _kept_of_blocks(config: Config) -> float:

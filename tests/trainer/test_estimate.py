@@ -49,9 +49,9 @@ def test_sharding_divides_what_each_engine_promises():
     assert of("hsdp") == of("fsdp") == of("hsdp", shard_size=8) == [20 / 8, 3 * 7 / 8]
     assert of("hsdp", shard_size=2) == [20 / 2, 3 / 2 + 2 * 3 / 4 / 2]
     assert of("hsdp", shard_size=1) == of("ddp") == of("deepspeed", zero=0)
-    assert of("deepspeed", zero=1) == [4 + 4 + 4 + 12 / 8, 2 * 7 / 8]  # weights, gradients, EMA; moments and a copy
-    assert of("deepspeed", zero=2) == [4 + 4 + 16 / 8, 2 * 7 / 8]
-    assert of("deepspeed", zero=3) == [24 / 8, 3 * 7 / 8]
+    assert of("deepspeed", zero=1) == [4 + 4 + 4 + 8 / 8, 2 * 7 / 8]  # weights, gradients, EMA; moments
+    assert of("deepspeed", zero=2) == [4 + 4 + 12 / 8, 2 * 7 / 8]
+    assert of("deepspeed", zero=3) == [20 / 8, 3 * 7 / 8]
     assert of("ddp", optim={"power_ema": [0.05, 0.1]})[0] == 28
 
 
