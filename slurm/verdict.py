@@ -29,7 +29,7 @@ def judge(attempt: Attempt, records: dict[int, dict], ends: dict[int, str], logs
     final = [rank for rank in own if errors[rank]["final"]]
     silent = [rank for rank in ends if records.get(rank, {}).get("outcome") == "running"]
     votes = Counter(rank for record in errors.values() for rank in record["absent"])  # of those that waited for it
-    missed = [rank for rank, _ in votes.most_common()]
+    missed = sorted(votes, key=lambda rank: (rank in errors, -votes[rank], rank))  # slow to notice, but alive: last
     rank = next(iter([*final, *own, *missed, *silent, *errors, *ends, 0]))
     record = records.get(rank, {"host": ""})
     if rank in missed and rank not in own:

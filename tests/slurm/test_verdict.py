@@ -53,6 +53,12 @@ LOST = "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer
             "did not answer the others: Killed (rank 2 on b",
             "b",
         ),
+        (  # rank 0 was slow to notice, but did
+            {0: failed(LOST), 1: failed(LOST, absent=[0]), 2: record("running", "b"), 3: failed(LOST, absent=[0, 2])},
+            {0: "", 1: "", 3: "", 2: "Killed"},
+            "did not answer the others: Killed (rank 2 on b",
+            "b",
+        ),
         ({0: failed(LOST), 1: failed(LOST, "b")}, {0: "", 1: ""}, "Connection closed", ""),
         ({}, {0: "srun: error: Unable to create step"}, "Unable to create step", ""),
         ({0: record("finished"), 1: record("running", "b")}, {1: "killed by SIGSEGV"}, "SIGSEGV (rank 1 on b", "b"),
