@@ -19,6 +19,7 @@ from data.neighbors import nearest_neighbors
 from data.store import Store, read_manifest
 from data.streamed_latents import StreamedLatents
 from data.verify import verify_store
+from tests.patience import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ def test_killed_and_shared_by_other_numbers_of_processes_the_shards_are_the_same
     out = tmp_path / "out"
     for processes, ready in ((2, 4), (1, 9)):
         running = start(folder, out, processes, 0.15)
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE
         while len(list(out.glob("*.tar"))) < ready:
             assert time.monotonic() < end and all(process.poll() is None for process in running)
             time.sleep(0.005)
@@ -169,7 +170,7 @@ def test_killed_and_shared_by_other_numbers_of_processes_the_shards_are_the_same
         with pytest.raises(DataError, match=r"no manifest\.json"):
             StreamedLatents(str(out), None, False, {})
     for process in start(folder, out, 3, 0):
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, errors
     assert tar_bytes(out) == tar_bytes(tmp_path / "whole")
     store = Store(folder / "latents", read_manifest(folder / "latents", "latents", ""))

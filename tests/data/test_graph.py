@@ -19,6 +19,7 @@ from data.graph import build_graph, open_graph, round_down
 from data.groups import similar_groups
 from data.neighbors import NeighborGraph
 from data.store import Store, read_manifest
+from tests.patience import PATIENCE
 
 FILES = ("ids.npy", "similarities.npy", "manifest.json")
 
@@ -155,7 +156,7 @@ def test_killed_and_started_again_with_other_numbers_of_processes_the_files_are_
     out, ready = tmp_path / "out", 0
     for processes, more in ((2, 4), (1, 3)):
         running = start(folder, out, processes, 0.03)
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE
         while len(list(out.glob("parts/*.npz"))) < ready + more:
             assert time.monotonic() < end and all(process.poll() is None for process in running)
             time.sleep(0.005)
@@ -167,7 +168,7 @@ def test_killed_and_started_again_with_other_numbers_of_processes_the_files_are_
         with pytest.raises(DataError, match=r"no manifest\.json in it, so not \(yet\) complete"):
             open_graph(out)
     for process in start(folder, out, 3, 0):
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, errors
     assert contents(out) == contents(folder / "graph")
     assert not list(out.rglob("*.npz"))

@@ -27,6 +27,7 @@ from data.shards import (
 )
 from data.store import Store, read_manifest
 from data.verify import verify_store
+from tests.patience import PATIENCE
 
 SETTINGS = {"name": "some/vae", "size": 8}
 LONG = "/".join(["folder-with-a-long-name"] * 5) + "/" + "x" * 180
@@ -177,7 +178,7 @@ def test_processes_that_finish_at_once_leave_one_manifest(tmp_path):
     processes = [context.Process(target=finish_all, args=(tmp_path, barrier, queue)) for _ in range(6)]
     for process in processes:
         process.start()
-    manifests = [queue.get(timeout=60) for _ in processes]
+    manifests = [queue.get(timeout=PATIENCE) for _ in processes]
     for process in processes:
         process.join()
         assert process.exitcode == 0

@@ -15,8 +15,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from slurm.state import RunState, describe, read_state
+from tests.patience import PATIENCE
 
-TIME_LIMIT = 300  # seconds for a job, on a busy machine
 ROOT = Path(__file__).parents[2]
 CLUSTER = Path(__file__).with_name("cluster.sh")
 
@@ -41,7 +41,7 @@ def assert_completes(cluster: dict[str, str]) -> Callable[[str, Path], None]:
     """Waits until a job has ended; shows its logs if it did not end well."""
 
     def wait(job: str, logs: Path) -> None:
-        end = time.monotonic() + TIME_LIMIT
+        end = time.monotonic() + PATIENCE
         state = "PENDING"
         while state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING") and time.monotonic() < end:
             time.sleep(0.5)
@@ -60,7 +60,7 @@ def submit(cluster: dict[str, str]) -> Callable[..., subprocess.CompletedProcess
 
     def run(*arguments: object, env: dict[str, str] = cluster, root: Path = ROOT) -> subprocess.CompletedProcess:
         command = [sys.executable, "tools/submit.py", *map(str, arguments)]
-        return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=TIME_LIMIT)
+        return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=PATIENCE)
 
     return run
 
@@ -70,7 +70,7 @@ def wait_for_end() -> Callable[..., RunState]:
     """Waits until a run will do nothing more by itself; its state."""
 
     def wait(run: Path) -> RunState:
-        end = time.monotonic() + TIME_LIMIT
+        end = time.monotonic() + PATIENCE
         while not (state := read_state(run)).ended:
             assert time.monotonic() < end, describe(run, state)
             time.sleep(0.3)

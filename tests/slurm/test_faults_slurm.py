@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from slurm.state import read_state
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = str(ROOT / "tests/slurm/cluster.sh")
@@ -146,7 +147,7 @@ def faults(cluster, submit, tmp_path_factory, wait_for_end):
         ("hang", steps(18), lambda name: os.kill(faults.tasks(name)[2][0], signal.SIGSTOP)),
     ]
     submitting = ThreadPoolExecutor(1).submit(start_all)
-    end = time.monotonic() + 400
+    end = time.monotonic() + PATIENCE
     while plan:
         assert time.monotonic() < end, [name for name, _, _ in plan]
         if submitting.done():

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from slurm.state import read_state
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["configs/digits.yaml", "model.depth=2", "model.width=32", "train.log_every=128", "train.sample_every=0"]
@@ -30,7 +31,7 @@ def steps(run: Path) -> int:
 
 
 def until(condition) -> None:
-    end = time.monotonic() + 200
+    end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.1)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.patience import PATIENCE
+
 
 def start(name, *arguments, **options):
     """A tool as a process of one thread."""
@@ -22,7 +24,7 @@ def tool():
 
     def run(name, *arguments, code=0, **options):
         process = start(name, *arguments, **options)
-        process.out, process.err = process.communicate(timeout=300)
+        process.out, process.err = process.communicate(timeout=PATIENCE)
         assert process.returncode == code, process.out + process.err
         return process
 

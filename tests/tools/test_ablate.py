@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.patience import PATIENCE
 from tests.trainer.forked import TINY
 from trainer.ablation import Cell, at_real_accuracy, correlations, plan_cells, summarise, table
 from trainer.errors import RunError
@@ -69,7 +70,7 @@ def test_one_that_is_killed_half_way_goes_on_and_gives_the_same_table(whole, too
     command = ["ablate", *WHAT, *HOW, "--procs", "2", "--out", tmp_path]
     for wanted in sorted(random.sample(range(1, 6), 2)):
         process = start_tool(*command, start_new_session=True)
-        end = time.monotonic() + 240
+        end = time.monotonic() + PATIENCE
         while len(list(tmp_path.glob("*seed=*.json"))) < wanted and time.monotonic() < end and process.poll() is None:
             time.sleep(0.05)
         time.sleep(random.random())

@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from data.graph import open_graph
+from tests.patience import PATIENCE
 from trainer.config import load_config
 from trainer.loop import train
 
@@ -41,7 +42,7 @@ def start(name, *arguments):
 
 
 def end(process):
-    out, errors = process.communicate(timeout=300)
+    out, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     return out
 

@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor, AutoModel
 from data.crop import center_crop
 from data.shards import MANIFEST
 from data.store import Store, read_manifest
+from tests.patience import PATIENCE
 from trainer.errors import RunError
 from trainer.precompute import precompute_latents
 
@@ -88,7 +89,7 @@ def test_killed_at_any_time_and_started_again_every_image_is_there_once(
     for processes in (3, 2):
         running = [start_tool(*command) for _ in range(processes)]
         begun = time.monotonic()
-        while not list(out.glob("latents-*.tar")) and time.monotonic() < begun + 60:
+        while not list(out.glob("latents-*.tar")) and time.monotonic() < begun + PATIENCE:
             time.sleep(0.01)
         for process in running:
             time.sleep(rng.uniform(0, 0.25))

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from slurm.tasks import free_port
+from tests.patience import PATIENCE
 from tests.stores import encoded, noise, sample, write, write_tar
 from tests.trainer.forked import TINY, Forked, train_tiny
 from trainer.ranks import process_group
@@ -49,7 +50,7 @@ class Launcher:
         errors: list[str] = []
         for process in processes:
             try:
-                errors.append(process.communicate(timeout=180)[1])
+                errors.append(process.communicate(timeout=PATIENCE)[1])
             except subprocess.TimeoutExpired:
                 raise AssertionError(f"rank {len(errors)} does not end; what the others said: {errors}") from None
         return processes[0].returncode, errors[0]

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from slurm.tasks import free_port
+from tests.patience import PATIENCE
 from trainer import checkpoint
 from trainer.config import load_config
 from trainer.errors import RunError
@@ -54,10 +55,10 @@ class Forked:
         self.processes += started
         return started
 
-    def finish(self, processes, seconds=120):
+    def finish(self, processes):
         """[(exit code, stderr)] of the ranks, which have to end by themselves."""
         for process in processes:
-            process.join(seconds)
+            process.join(PATIENCE)
         codes = [process.exitcode for process in processes]
         errors = [(self.folder / f"stderr-{rank}").read_text() for rank in range(len(processes))]
         assert None not in codes, ("still running", codes, errors)

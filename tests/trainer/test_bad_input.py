@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from models.objective import denoising_loss
+from tests.patience import PATIENCE
 from trainer import loop
 from trainer.config import load_config
 from trainer.errors import RunError
@@ -18,7 +19,7 @@ from trainer.errors import RunError
 def submit(*arguments, procs=2):
     command = [sys.executable, "tools/submit.py", "--cluster", "local", "--procs", str(procs), *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=180, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=PATIENCE, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
 
 

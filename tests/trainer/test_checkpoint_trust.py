@@ -16,6 +16,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
+from tests.patience import PATIENCE
 from tests.trainer.forked import Forked, train_tiny
 from trainer import checkpoint
 from trainer.checkpoint_files import PIECE
@@ -373,7 +374,7 @@ def test_no_tool_and_no_run_executes_a_forged_checkpoint(trained, ranks, tmp_pat
     write_index(run / LAST, evil_as_an_entry(read_index(run / LAST), Evil(tmp_path / "made")))
     assert "refused, for posix.mkdir" in ranks.fail(2, train_tiny, f"run={run}", "engine=ddp")
     command = [sys.executable, "tools/sample.py", str(run)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"error: {run / LAST}/.metadata: refused, for posix.mkdir"), done.stderr

@@ -12,6 +12,7 @@ import torch
 from data.batch import make_batch
 from data.images import DataConfig, open_images
 from data.loader import GroupSampler
+from tests.patience import PATIENCE
 from trainer.build import make_planner
 from trainer.config import load_config
 from trainer.loop import train
@@ -19,8 +20,8 @@ from trainer.loop import train
 LAST = "checkpoints/000000000640"
 
 
-def wait_for(condition, processes, seconds=60):
-    end = time.monotonic() + seconds
+def wait_for(condition, processes):
+    end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end and all(p.poll() is None for p in processes), "the run ended before the kill"
         time.sleep(0.001)
@@ -158,5 +159,5 @@ def test_a_rank_that_no_longer_answers_is_named_within_the_timeout(frozen, launc
     processes = launcher.start(2, [f"run={run}", "train.timeout=6", "train.images=64000"])
     wait_for(lambda: rows(run) >= 3, processes)
     processes[frozen].send_signal(signal.SIGSTOP)
-    errors = processes[1 - frozen].communicate(timeout=60)[1]
+    errors = processes[1 - frozen].communicate(timeout=PATIENCE)[1]
     assert processes[1 - frozen].returncode and f"no answer from ranks {frozen}" in errors

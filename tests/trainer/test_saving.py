@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from tests.patience import PATIENCE
 from tests.trainer.forked import newest_is_good, one_line, positions, train_tiny
 from trainer import checkpoint
 from trainer.checkpoint import CHECKPOINTS, CheckpointConfig
@@ -256,7 +257,7 @@ def test_on_a_full_disk_a_run_ends_with_an_error_and_goes_on_when_there_is_room(
     small_disk(run / CHECKPOINTS, int((fit + RANDOM.uniform(0.05, 0.9)) * size))
     command = [f"run={run}", "engine=fsdp", f"checkpoint.asynchronous={asynchronous}"]
     processes = launcher.start(2, command)
-    said = [process.communicate(timeout=120)[1] for process in processes]
+    said = [process.communicate(timeout=PATIENCE)[1] for process in processes]
     line = one_line([(process.returncode, text) for process, text in zip(processes, said, strict=True)])
     assert f"{run}/checkpoints/{160 * (fit + 1):012d}: cannot be written: " in line and "MB free" in line
     assert [path.name for path in sorted((run / CHECKPOINTS).iterdir())] == [
@@ -286,7 +287,7 @@ def test_a_save_that_fails_beside_the_training_ends_the_run_long_before_the_next
     (run / CHECKPOINTS).rename(away)
     (run / CHECKPOINTS).write_text("in its place")
     launcher.signal(processes, signal.SIGCONT)
-    said = [process.communicate(timeout=60)[1] for process in processes]
+    said = [process.communicate(timeout=PATIENCE)[1] for process in processes]
     line = one_line([(process.returncode, text) for process, text in zip(processes, said, strict=True)])
     assert f"{caught[0].with_suffix('')}: cannot be written: " in line
     assert metrics(run)[-1]["position"] < int(caught[0].stem) + 3200
@@ -303,9 +304,9 @@ def code(process):
     return process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
 
 
-def wait_for(condition, processes, seconds=60):
+def wait_for(condition, processes):
     """Whether it came to be before one of the processes ended."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE
     while not condition():
         if any(code(process) is not None for process in processes):
             return False
@@ -332,7 +333,7 @@ def test_a_rank_killed_again_and_again_while_checkpoints_are_written_the_run_end
         processes[victim].kill()
         kills.append((victim, delay))
         survivor = processes[1 - victim]
-        wait_for(lambda one=survivor: code(one) is not None, [], seconds=30)
+        wait_for(lambda one=survivor: code(one) is not None, [])
         caught += bool(incomplete(run))
         newest_is_good(run / CHECKPOINTS)
         if code(survivor) == 0:
