@@ -1,10 +1,7 @@
 """Real ranks: processes that train tiny runs on the digits, and what they leave behind."""
 
 import json
-import os
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,62 +9,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from slurm.tasks import free_port
-from tests.patience import PATIENCE
 from tests.stores import encoded, noise, sample, write, write_tar
 from tests.trainer.forked import TINY, Forked, train_tiny
 from trainer.ranks import process_group
-
-HERE = Path(__file__).parent
-
-
-class Launcher:
-    """Starts the ranks of runs; whatever still lives at the end of the test is killed."""
-
-    def __init__(self) -> None:
-        self.processes: list[subprocess.Popen] = []
-
-    def start(self, world_size: int, *runs: list[str], script: str = "train_many.py") -> list[subprocess.Popen]:
-        ports = [free_port() for _ in runs]
-        command = [sys.executable, str(HERE / script), str(TINY), json.dumps(runs), json.dumps(ports)]
-        started = []
-        for rank in range(world_size):
-            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
-            world |= {"LOCAL_WORLD_SIZE": world_size, "OMP_NUM_THREADS": 1}
-            env = os.environ | {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in world.items()}
-            started.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-        self.processes += started
-        return started
-
-    def run(self, world_size: int, *runs: list[str], script: str = "train_many.py") -> str:
-        """Run to the end; the stderr of rank 0."""
-        code, errors = self.finish(self.start(world_size, *runs, script=script))
-        assert code == 0, errors
-        return errors
-
-    def finish(self, processes: list[subprocess.Popen]) -> tuple[int, str]:
-        """(exit code, stderr) of rank 0 once all have ended."""
-        errors: list[str] = []
-        for process in processes:
-            try:
-                errors.append(process.communicate(timeout=PATIENCE)[1])
-            except subprocess.TimeoutExpired:
-                raise AssertionError(f"rank {len(errors)} does not end; what the others said: {errors}") from None
-        return processes[0].returncode, errors[0]
-
-    def signal(self, processes: list[subprocess.Popen], number: int) -> None:
-        for process in processes:
-            process.send_signal(number)
-
-
-def _launcher():
-    launcher = Launcher()
-    yield launcher
-    launcher.signal([p for p in launcher.processes if p.poll() is None], signal.SIGKILL)
-
-
-launcher = pytest.fixture(_launcher)
-module_launcher = pytest.fixture(_launcher, scope="module")
 
 
 @pytest.fixture(scope="session")
@@ -133,6 +77,13 @@ def alone():
 @pytest.fixture
 def ranks(tmp_path):
     ranks = Forked(tmp_path)
+    yield ranks
+    ranks.kill()
+
+
+@pytest.fixture(scope="module")
+def module_ranks(tmp_path_factory):
+    ranks = Forked(tmp_path_factory.mktemp("ranks"))
     yield ranks
     ranks.kill()
 

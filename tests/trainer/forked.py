@@ -28,14 +28,16 @@ def train_tiny(*overrides):
     train(load_config(TINY, overrides))
 
 
-def _rank(rank, world_size, port, errors, function, arguments):
+def _rank(rank, world_size, ports, errors, function, calls):
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ.update({name: str(value) for name, value in world.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update({name: str(value) for name, value in world.items()}, MASTER_ADDR="127.0.0.1")
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own: who is killed with the one that forks share keeps it for ever
     try:
-        function(*arguments)
+        for port, arguments in zip(ports, calls, strict=True):
+            os.environ["MASTER_PORT"] = str(port)
+            function(*arguments)
     except RunError as error:
         sys.exit(f"error: {error}")
 
@@ -44,14 +46,19 @@ class Forked:
     """Starts ranks that call a function of a module; whatever still lives at the end of the test is killed."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.processes = folder, []
+        self.folder, self.processes, self._errors = folder, [], {}
 
     def start(self, world_size, function, *arguments):
-        port = str(free_port())
-        ranks = [(r, world_size, port, self.folder / f"stderr-{r}", function, arguments) for r in range(world_size)]
-        started = [CONTEXT.Process(target=_rank, args=rank) for rank in ranks]
-        for process in started:
+        return self._start(world_size, function, [arguments])
+
+    def _start(self, world_size, function, calls):
+        ports, started = [free_port() for _ in calls], []
+        for rank in range(world_size):
+            errors = self.folder / f"stderr-{len(self.processes) + rank}"
+            process = CONTEXT.Process(target=_rank, args=(rank, world_size, ports, errors, function, calls))
             process.start()
+            self._errors[process] = errors
+            started.append(process)
         self.processes += started
         return started
 
@@ -60,19 +67,27 @@ class Forked:
         for process in processes:
             process.join(PATIENCE)
         codes = [process.exitcode for process in processes]
-        errors = [(self.folder / f"stderr-{rank}").read_text() for rank in range(len(processes))]
+        errors = [self._errors[process].read_text() for process in processes]
         assert None not in codes, ("still running", codes, errors)
         return list(zip(codes, errors, strict=True))
 
     def run(self, world_size, function, *arguments):
         """To the end, which has to be good; the stderr of rank 0."""
-        ended = self.finish(self.start(world_size, function, *arguments))
+        return self.run_many(world_size, function, arguments)
+
+    def run_many(self, world_size, function, *calls):
+        """The same of many calls, one after another in the same processes."""
+        ended = self.finish(self._start(world_size, function, calls))
         assert all(code == 0 for code, _ in ended), ended
         return ended[0][1]
 
     def fail(self, world_size, function, *arguments):
         """To the end, which has to be the same line `error: ...` on all ranks; that line."""
         return one_line(self.finish(self.start(world_size, function, *arguments)))
+
+    def signal(self, processes, number):
+        for process in processes:
+            os.kill(process.pid, number)
 
     def kill(self):
         for process in self.processes:

@@ -1,13 +1,6 @@
-"""One rank that goes on from the runs of other engines, one after another: `go_on.py CONFIG RUNS PORTS`, lists in JSON.
-
-A run is a list of overrides, with run=FOLDER. For each FOLDER/../from-* its newest checkpoint is loaded, compared with
-what is stored, and three steps are made; rank 0 writes what came of it to FOLDER.json:
-{from: {"differ": [names], "errors": [of outputs], "losses": [...]}}.
-"""
+"""One rank that goes on from the runs of other engines."""
 
 import json
-import os
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
@@ -22,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from models.objective import denoising_loss
 from models.paths import make_path
+from tests.trainer.forked import TINY
 from trainer import checkpoint
 from trainer.batches import make_batches
 from trainer.build import build_network, open_data
@@ -71,33 +65,34 @@ def output_errors(engine: Engine, network: nn.Module, expected: dict[str, torch.
     return errors
 
 
-if __name__ == "__main__":
-    for overrides, port in zip(json.loads(sys.argv[2]), json.loads(sys.argv[3]), strict=True):
-        os.environ["MASTER_PORT"] = str(port)
-        config = load_config(sys.argv[1], overrides)
-        images, batch, results = open_data(config), config.train.global_batch, {}
-        with process_group() as ranks:
-            engine = build_engine(config, config.optim, build_network(config, images), ranks)
-            for source in sorted(Path(config.run).parent.glob("from-*")):
-                newest = checkpoint.find(source / "checkpoints")[0][-1]
-                state = engine.state()
-                first = checkpoint.load(newest, state) // batch
-                engine.load_state(state, first)
-                found, expected = flat(engine.state()), stored(newest)
-                differ = sorted(found.keys() ^ expected.keys())
-                differ += [k for k in expected if k in found and not torch.equal(whole(found[k]), expected[k])]
-                errors, losses = output_errors(engine, build_network(config, images), expected), []
-                for micro_batches in make_batches(config, images, ranks, first, first + 3, Mock()):
-                    loss = torch.zeros(())
-                    for i, micro in enumerate(micro_batches):
-                        with engine.accumulating(last=i == len(micro_batches) - 1):
-                            loss_of_images = denoising_loss(engine, make_path(config.path), micro)
-                            part = loss_of_images.sum() * ranks.world_size / batch
-                            engine.backward(part)
-                            loss += part.detach()
-                    engine.step(config.optim.lr_at(batch * (first + len(losses) + 1)))
-                    dist.all_reduce(loss)
-                    losses.append(loss.item() / ranks.world_size)
-                results[source.name] = {"differ": differ, "errors": errors, "losses": losses}
-            if ranks.rank == 0:
-                Path(config.run + ".json").write_text(json.dumps(results))
+def go_on(*overrides: str) -> None:
+    """Where the overrides have run=FOLDER, for each FOLDER/../from-*: its newest checkpoint is loaded, compared with
+    what is stored, and three steps are made. Rank 0 writes what came of it to FOLDER.json:
+    {from: {"differ": [names], "errors": [of outputs], "losses": [...]}}."""
+    config = load_config(TINY, overrides)
+    images, batch, results = open_data(config), config.train.global_batch, {}
+    with process_group() as ranks:
+        engine = build_engine(config, config.optim, build_network(config, images), ranks)
+        for source in sorted(Path(config.run).parent.glob("from-*")):
+            newest = checkpoint.find(source / "checkpoints")[0][-1]
+            state = engine.state()
+            first = checkpoint.load(newest, state) // batch
+            engine.load_state(state, first)
+            found, expected = flat(engine.state()), stored(newest)
+            differ = sorted(found.keys() ^ expected.keys())
+            differ += [k for k in expected if k in found and not torch.equal(whole(found[k]), expected[k])]
+            errors, losses = output_errors(engine, build_network(config, images), expected), []
+            for micro_batches in make_batches(config, images, ranks, first, first + 3, Mock()):
+                loss = torch.zeros(())
+                for i, micro in enumerate(micro_batches):
+                    with engine.accumulating(last=i == len(micro_batches) - 1):
+                        loss_of_images = denoising_loss(engine, make_path(config.path), micro)
+                        part = loss_of_images.sum() * ranks.world_size / batch
+                        engine.backward(part)
+                        loss += part.detach()
+                engine.step(config.optim.lr_at(batch * (first + len(losses) + 1)))
+                dist.all_reduce(loss)
+                losses.append(loss.item() / ranks.world_size)
+            results[source.name] = {"differ": differ, "errors": errors, "losses": losses}
+        if ranks.rank == 0:
+            Path(config.run + ".json").write_text(json.dumps(results))

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from models.flows import LinearFlow
 from models.model_config import ModelConfig
 from models.network import make_network
+from tests.trainer.forked import train_tiny
 from trainer.attention_scores import EDGES, as_record, mean_scores, watched
 
 ENGINES = {  # name -> (ranks, overrides)
@@ -22,12 +23,13 @@ RUN = ["groups.size=4", "groups.splits=4", "groups.window=[-2,9]", "train.images
 
 
 @pytest.fixture(scope="module")
-def runs(module_launcher, tmp_path_factory):
+def runs(module_ranks, tmp_path_factory):
     """Of each engine a run with scores at every second step, and one without."""
     folder = tmp_path_factory.mktemp("runs")
     for world in (1, 2):
-        module_launcher.run(
+        module_ranks.run_many(
             world,
+            train_tiny,
             *(
                 [*RUN, *overrides, f"run={folder}/{name}-{every}", f"train.score_every={every}"]
                 for name, (ranks, overrides) in ENGINES.items()

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from data.images import DataConfig, open_images
+from tests.trainer.forked import train_tiny
 from trainer.build import build_network
 from trainer.config import load_config
 from trainer.ema import EMA
@@ -29,11 +30,11 @@ def test_ema_equals_the_closed_form(seed):
     assert torch.allclose(ema.average["weight"].double(), expected, atol=1e-6)
 
 
-def test_the_ema_of_a_sharded_run_equals_the_closed_form_of_its_weights(launcher, tensors, tmp_path):
+def test_the_ema_of_a_sharded_run_equals_the_closed_form_of_its_weights(ranks, tensors, tmp_path):
     """With shards that do not divide evenly: the label table has 11 rows."""
     run = tmp_path / "run"
     overrides = ["checkpoint.every=32", "model.width=36", "model.heads=3", "train.images=320"]
-    launcher.run(2, [f"run={run}", *overrides])
+    ranks.run(2, train_tiny, f"run={run}", *overrides)
     checkpoints = [tensors(path) for path in sorted((run / "checkpoints").iterdir())]
     first = checkpoints[0]
     for name in (name for name in first if name.startswith("ema.")):
@@ -43,10 +44,10 @@ def test_the_ema_of_a_sharded_run_equals_the_closed_form_of_its_weights(launcher
         assert torch.allclose(checkpoints[-1][name].double(), average, atol=1e-6), name
 
 
-def test_samples_come_from_the_ema_weights(launcher, tensors, tmp_path):
+def test_samples_come_from_the_ema_weights(ranks, tensors, tmp_path):
     """The EMA in the checkpoint is far from the weights: samples of either must be those of a network that holds it."""
     run = tmp_path / "run"
-    launcher.run(1, [f"run={run}", "optim.lr=1e-2", "optim.warmup=0", "optim.ema=0.99"])
+    ranks.run(1, train_tiny, f"run={run}", "optim.lr=1e-2", "optim.warmup=0", "optim.ema=0.99")
     config = load_config(run / "config.yaml")
     checkpoint = find_checkpoint(run)
     pixels, _, record = make_samples(checkpoint, config)

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tests.trainer.forked import GROUPS
+from tests.trainer.forked import GROUPS, train_tiny
+from tests.trainer.go_on import go_on
 
 ENGINES = {  # name -> (ranks, overrides)
     "single-1": (1, ["engine=single"]),
@@ -32,13 +33,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stopped(module_launcher, folder):
+def stopped(module_ranks, folder):
     """Runs of each engine that stopped after 3 steps, and a whole one of 6."""
-    module_launcher.run(1, [*UNEVEN, "engine=single", f"run={folder}/whole", "train.images=192"])
+    module_ranks.run(1, train_tiny, *UNEVEN, "engine=single", f"run={folder}/whole", "train.images=192")
     for world, names in worlds().items():
-        module_launcher.run(
-            world, *([*ENGINES[n][1], *UNEVEN, f"run={folder}/from-{n}", "train.images=96"] for n in names)
-        )
+        runs = ([*ENGINES[n][1], *UNEVEN, f"run={folder}/from-{n}", "train.images=96"] for n in names)
+        module_ranks.run_many(world, train_tiny, *runs)
     return folder
 
 
@@ -50,12 +50,12 @@ def test_all_engines_train_alike(stopped, metrics):
             assert a == pytest.approx(b, abs=1e-5, rel=0), name
 
 
-def test_what_one_engine_saved_another_loads_bit_for_bit_and_goes_on_with(launcher, stopped, metrics):
+def test_what_one_engine_saved_another_loads_bit_for_bit_and_goes_on_with(ranks, stopped, metrics):
     """Weights, averages and moments; what it computes with its averages and its weights; the losses of three steps."""
     expected = [row["loss"] for row in metrics(stopped / "whole")[3:]]
     for world, names in worlds().items():
         runs = ([*UNEVEN, *ENGINES[name][1], f"run={stopped}/{name}"] for name in names)
-        launcher.run(world, *runs, script="go_on.py")
+        ranks.run_many(world, go_on, *runs)
         for name in names:
             results = json.loads((stopped / f"{name}.json").read_text())
             assert len(results) == len(ENGINES)

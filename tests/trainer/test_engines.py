@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.images import DataConfig, open_images
-from tests.trainer.forked import GROUPS
+from tests.trainer.forked import GROUPS, train_tiny
 from trainer.build import build_network, open_data
 from trainer.config import load_config
 from trainer.engines import build_engine
@@ -19,7 +19,7 @@ def columns(rows):
     return [[row["loss"], row["grad_norm"]] for row in rows]
 
 
-def test_engines_world_sizes_and_accumulation_give_the_same_losses_and_norms(launcher, metrics, tmp_path):
+def test_engines_world_sizes_and_accumulation_give_the_same_losses_and_norms(ranks, metrics, tmp_path):
     def runs(*engines):
         for engine in engines:
             yield [f"engine={engine}", f"run={tmp_path}/{engine}", "checkpoint.every=640"]
@@ -29,9 +29,9 @@ def test_engines_world_sizes_and_accumulation_give_the_same_losses_and_norms(lau
     def names(world, *overrides):
         return [[*run[:1], run[1] + f"-{world}", *run[2:], *overrides] for run in runs("fsdp", "ddp")]
 
-    launcher.run(1, *runs("single"))
-    launcher.run(2, *names(2))
-    launcher.run(4, *names(4)[:3])
+    ranks.run_many(1, train_tiny, *runs("single"))
+    ranks.run_many(2, train_tiny, *names(2))
+    ranks.run_many(4, train_tiny, *names(4)[:3])
     for kind in ("", "-acc", "-wide"):
         expected = columns(metrics(tmp_path / f"single{'' if kind == '-acc' else kind}"))
         assert len(expected) == (5 if kind == "-wide" else 20)
@@ -52,15 +52,16 @@ OTHERS = {  # name -> (ranks, overrides)
 
 
 def test_hsdp_deepspeed_and_offload_give_the_losses_norms_and_averages_of_one_process(
-    launcher, metrics, tensors, tmp_path
+    ranks, metrics, tensors, tmp_path
 ):
     """Ten steps; with gradients accumulated over micro-batches too."""
     length = ["train.images=320", "checkpoint.every=320"]
-    launcher.run(1, [*length, "engine=single", f"run={tmp_path}/single"])
+    ranks.run(1, train_tiny, *length, "engine=single", f"run={tmp_path}/single")
     for world in (2, 4):
-        runs = {name: overrides for name, (ranks, overrides) in OTHERS.items() if ranks == world}
+        runs = {name: overrides for name, (size, overrides) in OTHERS.items() if size == world}
         plain = [[*length, *overrides, f"run={tmp_path}/{name}"] for name, overrides in runs.items()]
-        launcher.run(world, *plain, *([*run[:-1], f"{run[-1]}-acc", "train.micro_batch=2"] for run in plain))
+        accumulated = [[*run[:-1], f"{run[-1]}-acc", "train.micro_batch=2"] for run in plain]
+        ranks.run_many(world, train_tiny, *plain, *accumulated)
     expected, last = columns(metrics(tmp_path / "single")), "checkpoints/000000000320"
     weights = tensors(tmp_path / "single" / last)
     for name in [*OTHERS, *(f"{name}-acc" for name in OTHERS)]:
@@ -74,10 +75,11 @@ def test_hsdp_deepspeed_and_offload_give_the_losses_norms_and_averages_of_one_pr
                 assert torch.allclose(other[key], weights[key], rtol=0, atol=1e-5), (name, key)
 
 
-def test_recomputed_activations_and_host_memory_change_no_bit(launcher, metrics, tmp_path):
-    launcher.run(1, *([f"activation_checkpointing={k}", "engine=single", f"run={tmp_path}/s{k}"] for k in range(3)))
+def test_recomputed_activations_and_host_memory_change_no_bit(ranks, metrics, tmp_path):
+    runs = [["engine=single", f"activation_checkpointing={k}", f"run={tmp_path}/s{k}"] for k in (0, 1, 2)]
+    ranks.run_many(1, train_tiny, *runs)
     runs = [["engine=fsdp", f"activation_checkpointing={k}", f"run={tmp_path}/f{k}"] for k in (0, 1)]
-    launcher.run(2, *runs, ["engine=fsdp", "offload=true", f"run={tmp_path}/offload"])
+    ranks.run_many(2, train_tiny, *runs, ["engine=fsdp", "offload=true", f"run={tmp_path}/offload"])
     assert metrics(tmp_path / "s0") == metrics(tmp_path / "s1") == metrics(tmp_path / "s2")
     assert metrics(tmp_path / "f0") == metrics(tmp_path / "f1") == metrics(tmp_path / "offload")
 
@@ -115,12 +117,12 @@ def test_gradients_are_exchanged_in_the_last_micro_batch_only(name, tiny):
             assert all((weight.grad is not None) == last for weight in engine.weights.values())
 
 
-def test_bf16_stays_near_fp32_and_differs_from_it(launcher, metrics, tmp_path):
+def test_bf16_stays_near_fp32_and_differs_from_it(ranks, metrics, tmp_path):
     """Measured on 20 steps: losses within 0.0003. The weights stay fp32, so the error does not grow."""
     engines = {name: [f"engine={name}"] for name in ("ddp", "fsdp", "hsdp")}
     engines |= {f"zero{stage}": ["engine=deepspeed", f"zero={stage}"] for stage in (0, 1, 3)}
     runs = [[*options, "precision=bf16", f"run={tmp_path}/{name}"] for name, options in engines.items()]
-    launcher.run(2, ["engine=ddp", f"run={tmp_path}/fp32"], *runs)
+    ranks.run_many(2, train_tiny, ["engine=ddp", f"run={tmp_path}/fp32"], *runs)
     expected = columns(metrics(tmp_path / "fp32"))
     for name in engines:
         found = columns(metrics(tmp_path / name))
@@ -128,11 +130,11 @@ def test_bf16_stays_near_fp32_and_differs_from_it(launcher, metrics, tmp_path):
         assert [row[0] for row in found] == pytest.approx([row[0] for row in expected], abs=0.002), name
 
 
-def test_sampling_during_training_does_not_disturb_it(launcher, metrics, tensors, tmp_path):
+def test_sampling_during_training_does_not_disturb_it(ranks, metrics, tensors, tmp_path):
     for world, engines in ((1, ["single"]), (2, ["ddp", "fsdp"])):
         plain = [[f"engine={engine}", f"run={tmp_path}/{engine}"] for engine in engines]
         shown = [[*run[:1], f"{run[1]}-shown", "train.sample_every=64"] for run in plain]
-        launcher.run(world, *plain, *shown)
+        ranks.run_many(world, train_tiny, *plain, *shown)
         for engine in engines:
             assert metrics(tmp_path / engine) == metrics(tmp_path / f"{engine}-shown")
             plain_weights, shown_weights = (

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from data.clusters import cluster_latents
 from data.errors import DataError
 from data.images import open_images
+from tests.trainer.forked import train_tiny
 from trainer.build import make_planner
 from trainer.config import load_config
 from trainer.decode import make_decoder
@@ -43,10 +44,10 @@ def losses(rows):
     return [row["loss"] for row in rows]
 
 
-def test_a_run_by_number_counts_the_fallbacks_of_its_plan_on_any_ranks(launcher, folder, metrics, tiny, tmp_path):
+def test_a_run_by_number_counts_the_fallbacks_of_its_plan_on_any_ranks(ranks, folder, metrics, tiny, tmp_path):
     settings = {"light": by_number(folder), "full": [*by_number(folder), *FULL]}
     pair = [[f"run={tmp_path}/{name}-2", *overrides] for name, overrides in settings.items()]
-    said = launcher.run(2, *pair)
+    said = ranks.run_many(2, train_tiny, *pair)
     for name, overrides in settings.items():
         config = load_config(tiny, [f"run={tmp_path}/{name}-1", "engine=single", "data.workers=2", *overrides])
         assert train(config) == "finished"
@@ -68,13 +69,14 @@ def test_a_run_by_number_counts_the_fallbacks_of_its_plan_on_any_ranks(launcher,
 
 
 def test_a_streamed_run_goes_on_bit_for_bit_at_its_world_size_and_says_so_at_another(
-    launcher, folder, metrics, tensors, tiny, tmp_path, capfd
+    ranks, folder, metrics, tensors, tiny, tmp_path, capfd
 ):
     overrides = [*streamed(folder), "checkpoint.every=96"]
     whole, stopped, other = (tmp_path / name for name in ("whole", "stopped", "other"))
     half = "train.images=352"
-    said = launcher.run(
+    said = ranks.run_many(
         2,
+        train_tiny,
         [f"run={whole}", *overrides],
         [f"run={stopped}", *overrides, half],
         [f"run={stopped}", *overrides, "data.workers=1"],

@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.trainer import detectors
 from tests.trainer.detectors import Plain, save_images
-from tests.trainer.forked import TINY
+from tests.trainer.forked import TINY, train_tiny
 from trainer.build import open_data
 from trainer.config import check_world, load_config
 from trainer.errors import RunError
@@ -38,7 +38,7 @@ def there(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(module_launcher, there):
+def runs(module_ranks, there):
     """Of each engine a run that is evaluated at 64, 128 and 192 images by a detector, and one that is not; and one by
     the classifier."""
     detector = [f"evaluate.detector={there}/plain.pt", f"evaluate.reference={there}/real.npz", "evaluate.per_class=3"]
@@ -49,7 +49,7 @@ def runs(module_launcher, there):
     ]
     of_engines.append((2, [*RUN, "engine=ddp", f"run={there}/classified", "evaluate.every=128"]))
     for world in (1, 2):
-        module_launcher.run(world, *(run for ranks, run in of_engines if ranks == world))
+        module_ranks.run_many(world, train_tiny, *(run for ranks, run in of_engines if ranks == world))
     return there
 
 
@@ -105,15 +105,15 @@ def test_without_a_detector_the_classifier_measures(runs):
         assert row[name] == pytest.approx(expected[name], rel=1e-3, abs=0.02), name
 
 
-def test_a_run_that_goes_on_from_an_older_checkpoint_has_each_evaluation_once(runs, launcher, tmp_path):
+def test_a_run_that_goes_on_from_an_older_checkpoint_has_each_evaluation_once(runs, ranks, tmp_path):
     run = tmp_path / "run"
     settings = [*RUN, "engine=single", f"run={run}", "evaluate.every=64", "checkpoint.every=128"]
-    launcher.run(1, settings)
+    ranks.run(1, train_tiny, *settings)
     whole = rows(run)
     assert [row["position"] for row in whole] == [64, 128, 192]
     newest = run / "checkpoints" / "000000000192"
     newest.rename(tmp_path / "lost")  # as if the run had been killed before it
-    launcher.run(1, settings)
+    ranks.run(1, train_tiny, *settings)
     assert rows(run) == whole
 
 

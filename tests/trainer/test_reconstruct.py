@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.trainer.forked import train_tiny
 from tools import reconstruct_ema
 from trainer import checkpoint
 from trainer.errors import RunError
@@ -16,14 +17,14 @@ SNAPSHOTS = ["optim.power_ema=[0.05,0.1]", "checkpoint.snapshot_every=32", "chec
 
 
 @pytest.mark.parametrize("engine", ["single", "fsdp", "zero3"])
-def test_what_is_reconstructed_is_what_a_run_has_tracked(engine, launcher, tmp_path):
+def test_what_is_reconstructed_is_what_a_run_has_tracked(engine, ranks, tmp_path):
     """Uneven shards (the label table has 11 rows); tracked and snapshotted by one run, tracked alone by another."""
     world = 1 if engine == "single" else 2
     options = ["engine=deepspeed", "zero=3"] if engine == "zero3" else [f"engine={engine}"]
     options += ["train.images=320", "optim.lr=1e-2"]
     std, steps = random.SystemRandom().uniform(0.06, 0.2), random.SystemRandom().randrange(6, 11)
     tracking = [*options, f"run={tmp_path}/tracked", f"optim.power_ema=[{std}]", "checkpoint.every=32"]
-    launcher.run(world, [*options, *SNAPSHOTS, f"run={tmp_path}/run"], tracking)
+    ranks.run_many(world, train_tiny, [*options, *SNAPSHOTS, f"run={tmp_path}/run"], tracking)
     out = tmp_path / "out.safetensors"
     for wanted in (std, 0.1):
         out.unlink(missing_ok=True)
@@ -37,23 +38,25 @@ def test_what_is_reconstructed_is_what_a_run_has_tracked(engine, launcher, tmp_p
             assert torch.allclose(found[name], expected[name], rtol=0, atol=1e-6), (name, wanted, steps)
 
 
-def test_snapshots_stay_and_are_made_again_by_a_run_that_goes_back(launcher, tmp_path, tensors):
+def test_snapshots_stay_and_are_made_again_by_a_run_that_goes_back(ranks, tmp_path, tensors):
     run = tmp_path / "run"
-    launcher.run(1, ["engine=single", *SNAPSHOTS, f"run={run}", "train.images=160"])
+    ranks.run(1, train_tiny, "engine=single", *SNAPSHOTS, f"run={run}", "train.images=160")
     complete, _ = checkpoint.find(run / "snapshots")
     assert [int(path.name) for path in complete] == [32, 64, 96, 128, 160]
-    launcher.run(2, [*SNAPSHOTS, f"run={run}", "train.images=256"])
+    ranks.run(2, train_tiny, *SNAPSHOTS, f"run={run}", "train.images=256")
     complete, _ = checkpoint.find(run / "snapshots")
     assert [int(path.name) for path in complete] == list(range(32, 257, 32))
-    launcher.run(1, ["engine=single", *SNAPSHOTS, f"run={tmp_path}/whole", "train.images=256"])
+    ranks.run(1, train_tiny, "engine=single", *SNAPSHOTS, f"run={tmp_path}/whole", "train.images=256")
     last, whole = (tensors(folder / f"snapshots/{256:012d}") for folder in (run, tmp_path / "whole"))
     assert last.keys() == whole.keys()
     assert all(torch.allclose(last[name], whole[name], atol=1e-6) for name in last)
 
 
-def test_what_cannot_be_reconstructed_is_one_line(launcher, tmp_path, capsys):
+def test_what_cannot_be_reconstructed_is_one_line(ranks, tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out.safetensors"
-    launcher.run(1, ["engine=single", *SNAPSHOTS, f"run={run}", "train.images=96"], [f"run={tmp_path}/none"])
+    ranks.run_many(
+        1, train_tiny, ["engine=single", *SNAPSHOTS, f"run={run}", "train.images=96"], [f"run={tmp_path}/none"]
+    )
     for arguments, message in (
         ([tmp_path / "none", out, "--std", "0.1"], "no snapshots"),
         ([run, out, "--std", "0.5"], "std=0.5"),

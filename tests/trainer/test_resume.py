@@ -13,6 +13,7 @@ from data.batch import make_batch
 from data.images import DataConfig, open_images
 from data.loader import GroupSampler
 from tests.patience import PATIENCE
+from tests.trainer.forked import train_tiny
 from trainer.build import make_planner
 from trainer.config import load_config
 from trainer.loop import train
@@ -23,7 +24,7 @@ LAST = "checkpoints/000000000640"
 def wait_for(condition, processes):
     end = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < end and all(p.poll() is None for p in processes), "the run ended before the kill"
+        assert time.monotonic() < end and all(p.exitcode is None for p in processes), "the run ended before the kill"
         time.sleep(0.001)
 
 
@@ -33,26 +34,26 @@ def rows(run: Path) -> int:
 
 
 @pytest.fixture
-def uninterrupted(launcher, tmp_path):
+def uninterrupted(ranks, tmp_path):
     def run(world: int, *overrides: str) -> Path:
         folder = tmp_path / f"uninterrupted-{world}"
-        launcher.run(world, [f"run={folder}", *overrides])
+        ranks.run(world, train_tiny, f"run={folder}", *overrides)
         return folder
 
     return run
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "ddp"])
-def test_killed_at_random_steps_a_run_ends_bit_identical(engine, launcher, metrics, tensors, uninterrupted, tmp_path):
+def test_killed_at_random_steps_a_run_ends_bit_identical(engine, ranks, metrics, tensors, uninterrupted, tmp_path):
     whole = uninterrupted(2, f"engine={engine}")
     run, overrides = tmp_path / "killed", [f"run={tmp_path / 'killed'}", f"engine={engine}", "checkpoint.every=96"]
     steps = sorted(random.SystemRandom().sample(range(1, 19), 2))
     for step in steps:
-        processes = launcher.start(2, overrides)
+        processes = ranks.start(2, train_tiny, *overrides)
         wait_for(lambda step=step: rows(run) >= step, processes)
-        launcher.signal(processes, signal.SIGKILL)
-        launcher.finish(processes)
-    launcher.run(2, overrides)
+        ranks.signal(processes, signal.SIGKILL)
+        ranks.finish(processes)
+    ranks.run(2, train_tiny, *overrides)
     assert metrics(run) == metrics(whole), steps
     expected, found = tensors(whole / LAST), tensors(run / LAST)
     assert expected.keys() == found.keys()
@@ -62,31 +63,31 @@ def test_killed_at_random_steps_a_run_ends_bit_identical(engine, launcher, metri
 
 
 def test_killed_while_a_checkpoint_is_written_a_run_goes_on_from_the_last_complete_one(
-    launcher, metrics, uninterrupted, tmp_path
+    ranks, metrics, uninterrupted, tmp_path
 ):
     """The ranks are frozen as soon as an unfinished folder shows; if it was renamed meanwhile, at the next one."""
     whole = uninterrupted(2)
     run = tmp_path / "killed"
     overrides = [f"run={run}", "checkpoint.every=32"]
-    processes = launcher.start(2, overrides)
+    processes = ranks.start(2, train_tiny, *overrides)
     for _ in range(19):
         wait_for(lambda: list(run.glob("checkpoints/*.incomplete")), processes)
-        launcher.signal(processes, signal.SIGSTOP)
+        ranks.signal(processes, signal.SIGSTOP)
         time.sleep(0.05)
         if incomplete := list(run.glob("checkpoints/*.incomplete")):
             break
-        launcher.signal(processes, signal.SIGCONT)
+        ranks.signal(processes, signal.SIGCONT)
     assert incomplete, "no checkpoint was caught while it was written"
-    launcher.signal(processes, signal.SIGKILL)
-    launcher.finish(processes)
+    ranks.signal(processes, signal.SIGKILL)
+    ranks.finish(processes)
     complete = sorted(path.name for path in run.glob("checkpoints/*") if path not in incomplete)
-    said = launcher.run(2, overrides)
+    said = ranks.run(2, train_tiny, *overrides)
     assert f"{incomplete[0].name}: incomplete" in said
     assert (f"continuing from {run}/checkpoints/{complete[-1]}" in said) if complete else ("continuing" not in said)
     assert metrics(run) == metrics(whole)
 
 
-def test_continued_on_other_ranks_and_engines_the_losses_go_on(launcher, metrics, tensors, uninterrupted, tmp_path):
+def test_continued_on_other_ranks_and_engines_the_losses_go_on(ranks, metrics, tensors, uninterrupted, tmp_path):
     whole = uninterrupted(2)
     expected = [row["loss"] for row in metrics(whole)]
     for world, engine in ((1, "single"), (1, "fsdp"), (4, "fsdp"), (4, "ddp")):
@@ -94,7 +95,7 @@ def test_continued_on_other_ranks_and_engines_the_losses_go_on(launcher, metrics
         shutil.copytree(whole, run)
         for late in ("480", "640"):
             shutil.rmtree(run / f"checkpoints/000000000{late}")
-        said = launcher.run(world, [f"run={run}", f"engine={engine}", f"data.workers={world // 2}"])
+        said = ranks.run(world, train_tiny, f"run={run}", f"engine={engine}", f"data.workers={world // 2}")
         assert f"continuing from {run}/checkpoints/000000000320" in said
         assert [row["loss"] for row in metrics(run)] == pytest.approx(expected, abs=1e-4, rel=0)
         a, b = tensors(whole / LAST), tensors(run / LAST)
@@ -125,17 +126,16 @@ def test_any_world_size_sees_the_same_images_noise_and_timesteps(tiny):
         assert all(torch.equal(a, b) for key in found for a, b in zip(found[key], expected[key], strict=True))
 
 
-def test_a_second_job_on_a_live_run_is_refused_and_does_no_harm(launcher, metrics, uninterrupted, tmp_path):
+def test_a_second_job_on_a_live_run_is_refused_and_does_no_harm(ranks, metrics, uninterrupted, tmp_path):
     long = "train.images=1920"  # enough steps to be caught in
     whole = uninterrupted(2, long)
     run = tmp_path / "run"
-    processes = launcher.start(2, [f"run={run}", long])
+    processes = ranks.start(2, train_tiny, f"run={run}", long)
     wait_for(lambda: rows(run) >= 1, processes)
-    launcher.signal(processes, signal.SIGSTOP)
-    code, said = launcher.finish(launcher.start(2, [f"run={run}", long]))
-    assert code == 1 and f"run={run}: another job is writing this run" in said
-    launcher.signal(processes, signal.SIGCONT)
-    assert launcher.finish(processes)[0] == 0
+    ranks.signal(processes, signal.SIGSTOP)
+    assert f"run={run}: another job is writing this run" in ranks.fail(2, train_tiny, f"run={run}", long)
+    ranks.signal(processes, signal.SIGCONT)
+    assert [code for code, _ in ranks.finish(processes)] == [0, 0]
     assert metrics(run) == metrics(whole)
 
 
@@ -153,11 +153,11 @@ def test_told_to_stop_a_run_saves_and_continues_where_it_was(tmp_path, tiny, met
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_a_rank_that_no_longer_answers_is_named_within_the_timeout(frozen, launcher, tmp_path):
+def test_a_rank_that_no_longer_answers_is_named_within_the_timeout(frozen, ranks, tmp_path):
     """Also rank 0, which keeps the store by which the ranks ask for each other."""
     run = tmp_path / "run"
-    processes = launcher.start(2, [f"run={run}", "train.timeout=6", "train.images=64000"])
+    processes = ranks.start(2, train_tiny, f"run={run}", "train.timeout=6", "train.images=64000")
     wait_for(lambda: rows(run) >= 3, processes)
-    processes[frozen].send_signal(signal.SIGSTOP)
-    errors = processes[1 - frozen].communicate(timeout=PATIENCE)[1]
-    assert processes[1 - frozen].returncode and f"no answer from ranks {frozen}" in errors
+    ranks.signal([processes[frozen]], signal.SIGSTOP)
+    [(code, errors)] = ranks.finish([processes[1 - frozen]])
+    assert code and f"no answer from ranks {frozen}" in errors

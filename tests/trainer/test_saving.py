@@ -249,16 +249,14 @@ def test_wherever_in_a_save_the_disk_is_full_all_ranks_say_so_and_the_last_check
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_on_a_full_disk_a_run_ends_with_an_error_and_goes_on_when_there_is_room(
-    asynchronous, launcher, ranks, small_disk, undisturbed, same, tmp_path
+    asynchronous, ranks, small_disk, undisturbed, same, tmp_path
 ):
     whole, run = undisturbed("engine=fsdp"), tmp_path / "run"
     size = sum(file.stat().st_blocks * 512 for file in (whole / LAST).rglob("*"))
     fit = RANDOM.randint(1, 3)
     small_disk(run / CHECKPOINTS, int((fit + RANDOM.uniform(0.05, 0.9)) * size))
     command = [f"run={run}", "engine=fsdp", f"checkpoint.asynchronous={asynchronous}"]
-    processes = launcher.start(2, command)
-    said = [process.communicate(timeout=PATIENCE)[1] for process in processes]
-    line = one_line([(process.returncode, text) for process, text in zip(processes, said, strict=True)])
+    line = ranks.fail(2, train_tiny, *command)
     assert f"{run}/checkpoints/{160 * (fit + 1):012d}: cannot be written: " in line and "MB free" in line
     assert [path.name for path in sorted((run / CHECKPOINTS).iterdir())] == [
         f"{160 * n + 160:012d}" for n in range(fit)
@@ -269,26 +267,23 @@ def test_on_a_full_disk_a_run_ends_with_an_error_and_goes_on_when_there_is_room(
     same(run, whole)
 
 
-def test_a_save_that_fails_beside_the_training_ends_the_run_long_before_the_next_save(
-    launcher, ranks, metrics, tmp_path
-):
+def test_a_save_that_fails_beside_the_training_ends_the_run_long_before_the_next_save(ranks, metrics, tmp_path):
     """The folder goes while it is written to."""
     run, away = tmp_path / "run", tmp_path / "away"
     ranks.run(2, train_tiny, f"run={run}", "engine=ddp", "train.images=3168", "checkpoint.every=3200")
     command = [f"run={run}", "engine=ddp", "train.images=320000", "checkpoint.every=3200"]  # the first: after one step
-    processes = launcher.start(2, command)
+    processes = ranks.start(2, train_tiny, *command)
     while True:
         assert wait_for(lambda: incomplete(run), processes)
-        launcher.signal(processes, signal.SIGSTOP)
+        ranks.signal(processes, signal.SIGSTOP)
         time.sleep(0.05)  # till they have
         if caught := incomplete(run):
             break
-        launcher.signal(processes, signal.SIGCONT)
+        ranks.signal(processes, signal.SIGCONT)
     (run / CHECKPOINTS).rename(away)
     (run / CHECKPOINTS).write_text("in its place")
-    launcher.signal(processes, signal.SIGCONT)
-    said = [process.communicate(timeout=PATIENCE)[1] for process in processes]
-    line = one_line([(process.returncode, text) for process, text in zip(processes, said, strict=True)])
+    ranks.signal(processes, signal.SIGCONT)
+    line = one_line(ranks.finish(processes))
     assert f"{caught[0].with_suffix('')}: cannot be written: " in line
     assert metrics(run)[-1]["position"] < int(caught[0].stem) + 3200
     (run / CHECKPOINTS).unlink()
@@ -316,14 +311,14 @@ def wait_for(condition, processes):
 
 
 def test_a_rank_killed_again_and_again_while_checkpoints_are_written_the_run_ends_bit_identical(
-    launcher, ranks, undisturbed, same, tmp_path
+    ranks, undisturbed, same, tmp_path
 ):
     long = ("engine=fsdp", "train.images=1600", "checkpoint.every=32")
     whole, run = undisturbed(*long), tmp_path / "run"
     kills, caught = [], 0
     while len(kills) < 10:
         command = [f"run={run}", *long]
-        processes = ranks.start(2, train_tiny, *command) if kills else launcher.start(2, command)
+        processes = ranks.start(2, train_tiny, *command)
         wait_for(lambda: not incomplete(run), processes)  # what the kill before left
         if not wait_for(lambda: incomplete(run), processes):
             assert len(kills) >= 5, "too few steps for so many kills"
