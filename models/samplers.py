@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
-from torchdiffeq import odeint
 
 from models.ddpm import respaced
 from models.path import Path
@@ -68,6 +67,8 @@ def pseudo_corrector(
 def dopri5(denoise: Denoise, path: Path, x: Tensor, times: list[float], draw: Draw, settings: SamplerConfig) -> Tensor:
     """Dormand and Prince's method of order 5 with steps as the tolerance asks, by torchdiffeq; of `times` only the ends
     count. Before a singular end it stops, and goes to the predicted data."""
+    from torchdiffeq import odeint  # with scipy it takes half a second to import, and no training needs it
+
     end = times[-1] - SINGULAR_END * path.singular
     span = torch.tensor([times[0], end], dtype=torch.float64, device=x.device)
     last = {"step_t": span[1:]}  # a step ends there: none goes on beyond it, where there is no path
