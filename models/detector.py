@@ -44,7 +44,7 @@ def load_detector(name: str, device: torch.device) -> Detector:
 
     OSError, RuntimeError or ValueError if it cannot be loaded or called, or is something else.
     """
-    if Path(name).is_file():
+    if Path(name).suffix == ".pt" or Path(name).is_file():  # no hub has to be asked for such a name
         with Path(name).open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         network = torch.jit.load(name, map_location=device).eval()

@@ -3,10 +3,8 @@
 import io
 import json
 import os
-import runpy
 import subprocess
 import sys
-from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
@@ -19,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from data.graph import open_graph
+from tests.in_process import call
 from tests.patience import PATIENCE
 from trainer.config import load_config
 from trainer.loop import train
@@ -45,16 +44,6 @@ def end(process):
     out, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     return out
-
-
-def call(name, *arguments):
-    """The same in this process, for quick ones."""
-    said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
-        patch.syspath_prepend("tools")
-        patch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        runpy.run_path(f"tools/{name}.py", run_name="__main__")
-    return said.getvalue()
 
 
 def photos(folder):
@@ -92,7 +81,7 @@ def road(tmp_path_factory):
     said = [end(latents), end(features)]
     neighbors = ["--features", root / "features", "--out", root / "graph", "--neighbors", 16]
     clusters = ["--latents", root / "latents", "--features", root / "features", "--out", root / "clustered"]
-    said += [call("build_neighbors", *neighbors), call("cluster_latents", *clusters, "--shard-size", 48)]
+    said += [call("build_neighbors", *neighbors).out, call("cluster_latents", *clusters, "--shard-size", 48).out]
     return root, said
 
 

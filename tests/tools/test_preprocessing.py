@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor, AutoModel
 from data.crop import center_crop
 from data.shards import MANIFEST
 from data.store import Store, read_manifest
+from tests.in_process import call
 from tests.patience import PATIENCE
 from trainer.errors import RunError
 from trainer.precompute import precompute_latents
@@ -100,7 +101,7 @@ def test_killed_at_any_time_and_started_again_every_image_is_there_once(
     assert shards
     tool(*command, "--procs", 2)
     assert all(path.stat().st_mtime_ns == when for path, when in shards.items()), "nothing is done twice"
-    assert "verified" in tool(*command, "--verify").out
+    assert "verified" in call(*command, "--verify").out
     found, expected = moments_of(out), moments_of(undisturbed)
     assert found.keys() == expected.keys()
     for key in found:
@@ -108,18 +109,16 @@ def test_killed_at_any_time_and_started_again_every_image_is_there_once(
     assert not (out / ".work").exists() and not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
-def test_verify_says_what_is_wrong_and_fails_and_the_shard_can_be_made_again(
-    tool, undisturbed, photographs, vae, tmp_path
-):
+def test_verify_says_what_is_wrong_and_fails_and_the_shard_can_be_made_again(undisturbed, photographs, vae, tmp_path):
     out = shutil.copytree(undisturbed, tmp_path / "out")
     shard = out / "latents-000004.tar"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    assert "latents-000004.tar" in tool(*latents(photographs, out, vae), "--verify", code=1).out
+    assert "latents-000004.tar" in call(*latents(photographs, out, vae), "--verify", code=1).out
     shard.unlink()
     make(photographs, out, vae)
-    tool(*latents(photographs, out, vae), "--verify")
+    call(*latents(photographs, out, vae), "--verify")
 
 
 def test_damaged_images_are_listed_and_end_the_tool_with_an_error_unless_allowed(tool, photographs, vae, tmp_path):
@@ -136,24 +135,24 @@ def test_damaged_images_are_listed_and_end_the_tool_with_an_error_unless_allowed
     assert {row["key"] for row in rows} == {"class0/000", "class1/001", "class2/002"}
     assert all(row["reason"] and (tmp_path / "out" / row["shard"]).exists() for row in rows)
     assert not (tmp_path / "out" / MANIFEST).exists()
-    tool(*command, "--max-rejects", 2, code=1)
+    call(*command, "--max-rejects", 2, code=1)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
-    assert "93 images, 3 rejected" in tool(*command, "--max-rejects", 3).out
+    assert "93 images, 3 rejected" in call(*command, "--max-rejects", 3).out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")} == written
-    tool(*command, "--verify")
+    call(*command, "--verify")
 
 
-def test_a_mended_image_comes_in_when_its_shard_is_removed(tool, photographs, vae, tmp_path):
+def test_a_mended_image_comes_in_when_its_shard_is_removed(photographs, vae, tmp_path):
     images = shutil.copytree(photographs, tmp_path / "images")
     whole = (images / "class0/000.jpg").read_bytes()
     (images / "class0/000.jpg").write_bytes(whole[:50])
     command = latents(images, tmp_path / "out", vae)
-    tool(*command, "--max-rejects", 1)
+    call(*command, "--max-rejects", 1)
     (images / "class0/000.jpg").write_bytes(whole)
     shard = json.loads((tmp_path / "out/rejected.jsonl").read_text())["shard"]
     (tmp_path / "out" / shard).unlink()
-    assert "96 images, 0 rejected" in tool(*command).out
-    tool(*command, "--verify")
+    assert "96 images, 0 rejected" in call(*command).out
+    call(*command, "--verify")
 
 
 def test_a_full_disk_is_said_and_complete_shards_stay(tool, photographs, vae, tmp_path):
@@ -169,8 +168,8 @@ def test_a_full_disk_is_said_and_complete_shards_stay(tool, photographs, vae, tm
     assert last.startswith("error: --out ") and "File too large" in last and "what is complete stays" in last
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert not [name for name in left if name.endswith(".tar")], "no half-written shard has a final name"
-    tool(*command)
-    tool(*command, "--verify")
+    call(*command)
+    call(*command, "--verify")
 
 
 @pytest.mark.parametrize(
@@ -211,16 +210,16 @@ def test_a_copy_of_the_same_vae_is_the_same_vae(undisturbed, photographs, vae, t
         (["--nodes", 2], "sbatch: not found"),
     ],
 )
-def test_wrong_options_are_one_line(tool, photographs, vae, tmp_path, options, message, monkeypatch):
+def test_wrong_options_are_one_line(photographs, vae, tmp_path, options, message, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    error = tool(*latents(photographs, tmp_path / "out", vae, *options), code=1).err.strip().splitlines()[-1]
+    error = call(*latents(photographs, tmp_path / "out", vae, *options), code=1).err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert re.search(message, error)
 
 
 @pytest.mark.parametrize("options", [["--batch", 0], ["--shard-size", -3], ["--size", "x"], ["--precision", "fp64"]])
-def test_impossible_values_are_refused(tool, photographs, vae, tmp_path, options):
-    assert options[0] in tool(*latents(photographs, tmp_path / "out", vae, *options), code=2).err
+def test_impossible_values_are_refused(photographs, vae, tmp_path, options):
+    assert options[0] in call(*latents(photographs, tmp_path / "out", vae, *options), code=2).err
     assert not (tmp_path / "out").exists()
 
 
@@ -230,7 +229,7 @@ def test_features_are_unit_vectors_of_the_encoder_in_the_latents_order(
     options = ["--images", photographs, "--out", tmp_path / "out", "--encoder", encoder, "--workers", 1]
     options += ["--shard-size", 13, "--batch", 5, "--precision", "fp32"]
     tool("precompute_features", *options)
-    tool("precompute_features", *options, "--verify")
+    call("precompute_features", *options, "--verify")
     manifest = read_manifest(tmp_path / "out", "features", "")
     assert manifest["keys"] == read_manifest(undisturbed, "latents", "")["keys"], "in spite of other shards"
     store = Store(tmp_path / "out", manifest)

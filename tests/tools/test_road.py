@@ -14,6 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.images import DataConfig, open_images
+from tests.in_process import call
 from trainer.build import build_network
 from trainer.config import load_config
 from trainer.generate import Networks, generate, grid, to_uint8
@@ -80,7 +81,7 @@ def test_sample_and_evaluate_leave_grid_arrays_and_report(road):
 
 def test_samples_of_an_earlier_checkpoint_go_where_they_are_asked_to(road, tmp_path):
     run, _ = road
-    tool("sample", run / "checkpoints/000000000640", "--out", tmp_path / "out", "sample.per_class=4")
+    call("sample", run / "checkpoints/000000000640", "--out", tmp_path / "out", "sample.per_class=4")
     assert json.loads((tmp_path / "out/samples.json").read_text())["position"] == 640
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"samples.npz", "samples.png", "samples.json"}
 
@@ -100,7 +101,7 @@ def test_bad_calls_are_one_line_and_no_traceback(road, tmp_path):
         ),
         ("submit", [*new, "--nodes", 2, "--cluster", "local", "--procs", 1], "--nodes 2: --cluster local"),
     ):
-        error = tool(name, *arguments, code=1).stderr
+        error = call(name, *arguments, code=1).err
         assert error.startswith("error: ") and said in error and error.count("\n") == 1
 
 
@@ -174,4 +175,4 @@ def test_what_the_readme_submits_is_accepted(tmp_path, make_latents):
     latents = [f"data.latents={tmp_path}/latents", f"data.neighbors={tmp_path}/graph"]
     for line in lines:
         data = latents if "imagenet" in line.lower() else []
-        assert tool("submit", *shlex.split(line, comments=True), "--dry-run", f"run={tmp_path}/run", *data).stdout
+        assert call("submit", *shlex.split(line, comments=True), "--dry-run", f"run={tmp_path}/run", *data).out

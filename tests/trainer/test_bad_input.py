@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from models.objective import denoising_loss
+from tests.in_process import call
 from tests.patience import PATIENCE
 from trainer import loop
 from trainer.config import load_config
@@ -29,6 +30,13 @@ def last_line(done) -> str:
     assert lines[-1].startswith("error: "), done.stderr
     assert "Traceback" not in done.stderr.split("error: ")[-1]
     return lines[-1]
+
+
+def refusal(*arguments: object) -> str:
+    """What is said before any process starts."""
+    said = call("submit", "--cluster", "local", "--procs", 2, *arguments, code=1).err
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +68,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 )
 def test_a_config_that_cannot_be_run_leaves_no_run_folder(override, named, tiny, tmp_path):
     run = tmp_path / "run"
-    assert named in last_line(submit(tiny, f"run={run}", override))
+    assert named in refusal(tiny, f"run={run}", override)
     assert not run.exists()
 
 
 def test_a_missing_config(tmp_path):
-    assert "no such config file" in last_line(submit(tmp_path / "nothing.yaml"))
+    assert "no such config file" in refusal(tmp_path / "nothing.yaml")
 
 
 @pytest.mark.parametrize(
@@ -74,7 +82,7 @@ def test_a_missing_config(tmp_path):
 )
 def test_a_run_folder_of_another_config_stays_as_it_is(override, named, run, tiny):
     before = contents(run)
-    message = last_line(submit(tiny, f"run={run}", "train.images=640", override))
+    message = refusal(tiny, f"run={run}", "train.images=640", override)
     assert all(name in message for name in named)
     assert contents(run) == before
 

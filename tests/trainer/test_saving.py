@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tests.patience import PATIENCE
-from tests.trainer.forked import newest_is_good, one_line, positions, train_tiny
+from tests.trainer.forked import newest_is_good, one_line, positions, train_hasty, train_tiny
 from trainer import checkpoint
 from trainer.checkpoint import CHECKPOINTS, CheckpointConfig
 from trainer.ranks import process_group
@@ -295,15 +295,11 @@ def incomplete(run):
     return list(run.glob("checkpoints/*.incomplete"))
 
 
-def code(process):
-    return process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
-
-
 def wait_for(condition, processes):
     """Whether it came to be before one of the processes ended."""
     end = time.monotonic() + PATIENCE
     while not condition():
-        if any(code(process) is not None for process in processes):
+        if any(process.exitcode is not None for process in processes):
             return False
         assert time.monotonic() < end
         time.sleep(0.001)
@@ -318,7 +314,7 @@ def test_a_rank_killed_again_and_again_while_checkpoints_are_written_the_run_end
     kills, caught = [], 0
     while len(kills) < 10:
         command = [f"run={run}", *long]
-        processes = ranks.start(2, train_tiny, *command)
+        processes = ranks.start(2, train_hasty, *command)
         wait_for(lambda: not incomplete(run), processes)  # what the kill before left
         if not wait_for(lambda: incomplete(run), processes):
             assert len(kills) >= 5, "too few steps for so many kills"
@@ -328,10 +324,10 @@ def test_a_rank_killed_again_and_again_while_checkpoints_are_written_the_run_end
         processes[victim].kill()
         kills.append((victim, delay))
         survivor = processes[1 - victim]
-        wait_for(lambda one=survivor: code(one) is not None, [])
+        ranks.finish([survivor])
         caught += bool(incomplete(run))
         newest_is_good(run / CHECKPOINTS)
-        if code(survivor) == 0:
+        if survivor.exitcode == 0:
             break  # it was done
     assert caught, "no kill came while a checkpoint was written"
     ranks.run(2, train_tiny, f"run={run}", *long)
