@@ -15,6 +15,7 @@ from slurm.queue import queue_state
 from slurm.state import STATE, RunState, describe, read_state, write_state
 from slurm.supervise import STOP
 
+ASK_QUEUE = 30.0  # seconds
 _JOB = "job"  # a file in the run folder: Slurm's number of its job, or "local PID"
 
 
@@ -43,25 +44,69 @@ def status(folder: Path) -> str:
     parts = []
     for run in runs_in(folder):
         job = job_of(run)
-        queued = f"\n  job {job}: {queue_state(job) or 'not in the queue'}" if job else ""  # Slurm may not be here
-        parts.append(describe(run, read_state(run)) + queued)
+        parts.append(describe(run, read_state(run)) + (f"\n  job {job}: {_queued(job)}" if job else ""))
     return "\n".join(parts)
 
 
+def _queued(job: str) -> str:
+    try:
+        return queue_state(job) or "not in the queue"
+    except LaunchError as error:  # what the files say is worth showing without Slurm
+        return str(error)
+
+
 def cancel(folder: Path) -> None:
-    """Have the runs of a folder save and end; those that wait in the queue end at once."""
+    """Have the runs of a folder save and end; those that wait in the queue end at once. LaunchError, when all have been
+    asked, about those that cannot be found."""
+    wrong = []
     for run in runs_in(folder):
-        state, job = read_state(run), job_of(run)
-        if state.ended:
-            continue
-        (run / STOP).touch()  # so that it is not requeued
-        if job is None:
-            os.kill(int((run / _JOB).read_text().split()[1]), signal.SIGTERM)
-        elif queue_state(job) == "RUNNING":
-            subprocess.run(["scancel", "--signal=USR2", job], check=True)
-        else:
-            subprocess.run(["scancel", job], check=True)
-            write_state(run, state.model_copy(update={"state": "stopped", "why": "cancelled in the queue"}))
+        if not read_state(run).ended:
+            (run / STOP).touch()  # so that it is not requeued
+            try:
+                _cancel(run)
+            except LaunchError as error:
+                wrong.append(f"{run}: {error}")
+    if wrong:
+        raise LaunchError("; ".join(wrong))
+
+
+def _cancel(run: Path) -> None:
+    job = job_of(run)
+    if job is None:
+        pid = (run / _JOB).read_text().split()[1] if (run / _JOB).is_file() else "?"
+        command = Path(f"/proc/{pid}/cmdline")
+        if not command.is_file() or b"submitit" not in command.read_bytes():  # a number is given to others later
+            raise LaunchError(f"its process {pid} is not on this machine; it runs on another one, or no more")
+        os.kill(int(pid), signal.SIGTERM)
+    elif queue_state(job) == "RUNNING":
+        _scancel("--signal=USR2", job)
+    else:
+        _scancel(job)
+        stopped = {"state": "stopped", "why": "cancelled in the queue"}
+        write_state(run, read_state(run).model_copy(update=stopped))
+
+
+def _scancel(*arguments: str) -> None:
+    done = subprocess.run(["scancel", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise LaunchError(f"scancel: {done.stderr.strip()}")
+
+
+def lost_or_ended(run: Path) -> Callable[[], bool]:
+    """A function that tells whether a run has ended, or its job is not in the queue any more: that, it asks seldom."""
+    asked = time.monotonic()
+
+    def ended() -> bool:
+        nonlocal asked
+        job = job_of(run)
+        if read_state(run).ended:
+            return True
+        if job is None or time.monotonic() - asked < ASK_QUEUE:
+            return False
+        asked = time.monotonic()
+        return not queue_state(job)
+
+    return ended
 
 
 def follow(run: Path, ended: Callable[[], bool], out: TextIO = sys.stderr) -> RunState:

@@ -3,10 +3,13 @@
 import os
 import shutil
 import socket
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+
+from slurm.tasks import GPUS
 
 FREE_BYTES = 1 << 30  # of the run's file system, and of the node's own for temporary files
 CLOCK_SKEW = 60.0  # seconds
@@ -19,13 +22,16 @@ class NodeError(Exception):
 def check_node(folder: Path) -> None:
     """NodeError if disk, clock or GPU of this node will not do. `folder` is on the file system that nodes share."""
     host = socket.gethostname()
-    for place in (folder, Path(os.environ.get("TMPDIR", "/tmp"))):
+    for place in (folder, Path(tempfile.gettempdir())):
         free = shutil.disk_usage(place).free
         if free < FREE_BYTES:
             raise NodeError(f"{host}: {place} has {free / 2**30:.2f} GiB free; 1 GiB is needed")
     _check_clock(host, folder)
+    found, promised = torch.cuda.device_count(), int(os.environ.get(GPUS, "0"))
+    if found < promised:
+        raise NodeError(f"{host}: {found} of its {promised} GPUs can be used")
     if torch.cuda.is_available():
-        _check_gpu(host, int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        _check_gpu(host, int(os.environ["LOCAL_RANK"]) % found)
 
 
 def _check_clock(host: str, folder: Path) -> None:

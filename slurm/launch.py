@@ -44,8 +44,10 @@ def make_executor(
         executor.update_parameters(timeout_min=60 * 24 * 365)
         return executor
     parameters = sbatch_parameters(options, name, nodes, tasks_per_node, gpus_per_node)
-    # a task that fails takes the others with it, which would wait for it
-    executor.update_parameters(slurm_srun_args=["--kill-on-bad-exit=1"], **slurm_prefixed(parameters))
+    srun = ["--kill-on-bad-exit=1"]  # a task that fails takes the others with it, which would wait for it
+    if options.cpus_per_task:
+        srun.append(f"--cpus-per-task={options.cpus_per_task}")  # which srun does not take over from sbatch
+    executor.update_parameters(slurm_srun_args=srun, **slurm_prefixed(parameters))
     return executor
 
 

@@ -8,6 +8,8 @@ import time
 from datetime import datetime
 from typing import Literal
 
+from slurm.errors import LaunchError
+
 PATIENCE = 120.0  # seconds that slurmctld may be away
 
 
@@ -17,7 +19,7 @@ class SlurmError(Exception):
 
 def requeue(excluded: str) -> None:
     """Have this job start again, without the hosts `excluded`."""
-    job = os.environ["SLURM_JOB_ID"]
+    job = _this_job()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # also in scontrol: a job that is requeued is terminated meanwhile
     if leaving() is None:
         scontrol("requeue", job)
@@ -28,12 +30,17 @@ def requeue(excluded: str) -> None:
 def seconds_left() -> float:
     """Until the time limit."""
     end = _field("EndTime")
-    return float("inf") if end == "Unknown" else (datetime.fromisoformat(end) - datetime.now()).total_seconds()
+    return float("inf") if end == "Unknown" else datetime.fromisoformat(end).timestamp() - time.time()
 
 
 def queue_state(job: str) -> str:
-    """A job's state in the queue, as PENDING or RUNNING; "" if it is not there."""
-    done = subprocess.run(["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True)
+    """A job's state in the queue, as PENDING or RUNNING; "" if it is not there. LaunchError if Slurm does not say."""
+    try:
+        done = subprocess.run(["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise LaunchError(f"squeue: not found, to ask for job {job}; do this on a Slurm login node") from None
+    if done.returncode and "Invalid job id" not in done.stderr:
+        raise LaunchError(f"squeue: {done.stderr.strip()}")
     return done.stdout.strip().partition("\n")[0]
 
 
@@ -43,15 +50,21 @@ def host_names() -> list[str]:
 
 
 def scontrol(*arguments: str) -> str:
-    """What scontrol prints. It is asked again while slurmctld does not answer."""
-    end = time.monotonic() + PATIENCE
+    """What scontrol prints. It is asked again while slurmctld, which may be busy or away, does not answer."""
+    end, env = time.monotonic() + PATIENCE, os.environ | {"SLURM_TIME_FORMAT": "standard"}
     while True:
-        done = subprocess.run(["scontrol", *arguments], capture_output=True, text=True)
+        done = subprocess.run(["scontrol", *arguments], env=env, capture_output=True, text=True)
         if done.returncode == 0:
             return done.stdout
-        if "Unable to contact" not in done.stderr or time.monotonic() > end:
+        if "Invalid" in done.stderr or time.monotonic() > end:
             raise SlurmError(done.stderr.strip() or f"scontrol {' '.join(arguments)}: exit code {done.returncode}")
         time.sleep(2)
+
+
+def _this_job() -> str:
+    """Its number. One member of a job array has the number of the array as its own, which would mean all members."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def leaving() -> Literal["requeued", "cancelled"] | None:
@@ -63,5 +76,5 @@ def leaving() -> Literal["requeued", "cancelled"] | None:
 
 
 def _field(name: str) -> str:
-    shown = scontrol("show", "job", "--oneliner", os.environ["SLURM_JOB_ID"])
+    shown = scontrol("show", "job", "--oneliner", _this_job())
     return re.search(rf"(?:^| ){name}=(\S*)", shown)[1]

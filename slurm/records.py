@@ -23,5 +23,6 @@ def write_record(logs: Path, rank: int, **entries: Any) -> None:
 
 
 def read_records(logs: Path) -> dict[int, dict]:
-    """By rank."""
-    return {int(path.stem): json.loads(path.read_text()) for path in (logs / _FOLDER).glob("*.json")}
+    """By rank, with `at`, when they were written: by one clock, that of the file server."""
+    paths = (logs / _FOLDER).glob("*.json")
+    return {int(path.stem): json.loads(path.read_text()) | {"at": path.stat().st_mtime_ns} for path in paths}

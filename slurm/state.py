@@ -51,6 +51,14 @@ def write_state(run: Path, state: RunState) -> None:
     write_whole(run / STATE, state.model_dump_json(indent=1) + "\n")
 
 
+def restore_state(run: Path, state: RunState | None) -> None:
+    """As `read_state` gave it."""
+    if state:
+        write_state(run, state)
+    else:
+        (run / STATE).unlink(missing_ok=True)
+
+
 def describe(run: Path, state: RunState) -> str:
     """What a user wants to see of a run."""
     lines = [f"{run}: {state.state}" + f": {state.why}" * bool(state.why)]

@@ -1,6 +1,7 @@
 """Submitting runs. Each has a supervisor (slurm/supervise.py), which starts its tasks: in a job of Slurm, in a member
 of a job array, or here."""
 
+import fcntl
 import os
 import shlex
 import sys
@@ -22,7 +23,7 @@ from slurm.options import ClusterOptions
 from slurm.queue import queue_state
 from slurm.sbatch import check_cluster, sbatch_parameters, slurm_prefixed
 from slurm.snapshot import python_path, take_snapshot
-from slurm.state import RunState, read_state, write_state
+from slurm.state import RunState, read_state, restore_state, write_state
 from slurm.supervise import STOP, Job, supervise
 
 SLACK = 60.0  # seconds by which Slurm may send its signal early
@@ -54,17 +55,26 @@ def submit_runs(
         check_cluster(options, nodes, gpus_per_node)
     for folder in {root, *(run.folder for run in runs)}:
         check_folder(folder, cluster)
+    for run in runs:
+        check_idle(run)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     code = take_snapshot(root / "code" / stamp)
-    jobs = [_prepare(run, stamp, code, tasks_per_node, options, cluster) for run in runs]
+    before = [read_state(run.folder) for run in runs]
+    jobs = [_prepare(run, stamp, code, tasks_per_node, gpus_per_node, options, cluster) for run in runs]
     executor = _executor(cluster, root / "logs" / stamp, code)
     if cluster == "local":
         submitted = [executor.submit(supervise, job) for job in jobs]
     else:
         parameters = sbatch_parameters(options, root.name, nodes, tasks_per_node, gpus_per_node)
         executor.update_parameters(slurm_array_parallelism=parallel, **slurm_prefixed(parameters))
-        with sbatch_errors():
-            submitted = executor.map_array(supervise, jobs) if len(jobs) > 1 else [executor.submit(supervise, jobs[0])]
+        try:
+            with sbatch_errors():
+                one = len(jobs) == 1
+                submitted = [executor.submit(supervise, jobs[0])] if one else executor.map_array(supervise, jobs)
+        except LaunchError:
+            for run, state in zip(runs, before, strict=True):
+                restore_state(run.folder, state)
+            raise
     for run, job in zip(runs, submitted, strict=True):
         note_job(run.folder, job.job_id, cluster)
     return submitted
@@ -87,7 +97,7 @@ def script(
 
 
 def check_folder(folder: Path, cluster: Literal["local", "slurm"]) -> None:
-    """LaunchError if nothing can be written there, if nodes cannot see it, or if a job of the same run is alive."""
+    """LaunchError if nothing can be written there, or if nodes cannot see it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / ".writable", "")
@@ -98,13 +108,29 @@ def check_folder(folder: Path, cluster: Literal["local", "slurm"]) -> None:
         raise LaunchError(f"run={folder}: Slurm would read the % in it as a pattern; set run= to another folder")
     if cluster == "slurm" and _file_system(folder) in ("tmpfs", "ramfs", "devtmpfs"):
         raise LaunchError(f"run={folder}: is in this machine's memory, where no node sees it; use a shared file system")
-    state, job = read_state(folder), job_of(folder)
-    if cluster == "slurm" and state and not state.ended and job and (queued := queue_state(job)):
-        raise LaunchError(f"run={folder}: its job {job} is {queued.lower()}; wait for its end, or --cancel {folder}")
+
+
+def check_idle(run: Run) -> None:
+    """LaunchError if a job of the same run waits or is at work, wherever it was submitted."""
+    state, job = read_state(run.folder), job_of(run.folder)
+    if state and not state.ended and job and (queued := queue_state(job)):
+        raise LaunchError(
+            f"run={run.folder}: its job {job} is {queued.lower()}; wait for its end, or --cancel {run.folder}"
+        )
+    if run.lock.exists():
+        with run.lock.open("a") as lock:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise LaunchError(
+                    f"run={run.folder}: another job is writing this run; wait for its end, or --cancel {run.folder}"
+                ) from None
+            except OSError:
+                return  # of a file system without locks, of which the run warns
 
 
 def _prepare(
-    run: Run, stamp: str, code: Path, tasks: int, options: ClusterOptions, cluster: Literal["local", "slurm"]
+    run: Run, stamp: str, code: Path, tasks: int, gpus: int, options: ClusterOptions, cluster: Literal["local", "slurm"]
 ) -> Job:
     logs = run.folder / "logs" / stamp
     logs.mkdir(parents=True, exist_ok=True)
@@ -122,6 +148,7 @@ def _prepare(
         tasks=tasks,
         visible_gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
         cpus_per_task=options.cpus_per_task,
+        gpus_per_node=gpus,
         seconds_to_stop=options.signal_delay + SLACK,
     )
 

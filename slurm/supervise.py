@@ -5,12 +5,13 @@ Otherwise the tasks start again in the same allocation, up to `retries` times; a
 which the job is requeued. Near the time limit and on preemption the tasks save and stop, and the job is requeued.
 """
 
+import os
 import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm.queue import host_names, leaving, requeue, seconds_left
+from slurm.queue import SlurmError, host_names, leaving, requeue, seconds_left
 from slurm.records import clear_records, read_records
 from slurm.signals import note_signals
 from slurm.state import Attempt, RunState, read_state, write_state
@@ -40,18 +41,30 @@ class Job:
     tasks: int = 1  # of a local job
     visible_gpus: str | None = None  # of a local job
     cpus_per_task: int | None = None
+    gpus_per_node: int = 0  # of a job of Slurm
     seconds_to_stop: float = 0.0  # before the time limit, too late to start again
 
 
 def supervise(job: Job) -> str:
     """Until the run is "finished", "stopped" or "requeued". RunFailed if it cannot go on."""
+    try:
+        return _supervise(job)
+    except SlurmError as error:
+        state = read_state(job.run)
+        state.state, state.why = "failed", f"Slurm did not answer: {error}"
+        write_state(job.run, state)
+        raise RunFailed(state.why) from error
+
+
+def _supervise(job: Job) -> str:
     signals = note_signals()
     state = read_state(job.run) or RunState()
     if state.ended:
         return state.state  # requeued from outside when all was done
     if state.attempts and state.attempts[-1].outcome == "running":
         state.attempts[-1].outcome, state.attempts[-1].why = "lost", LOST
-        job.lock.unlink(missing_ok=True)  # Slurm vouches for it that nothing of that start is at work
+        if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+            job.lock.unlink(missing_ok=True)  # Slurm vouches for it that nothing of this job's start before is at work
     if (job.run / STOP).exists():
         write_state(job.run, state.model_copy(update={"state": "stopped", "why": "as asked"}))
         return "stopped"
@@ -83,8 +96,11 @@ def _attempt(job: Job, attempt: Attempt, signals: list[int]) -> None:
     """Run the tasks once and note what became of them."""
     clear_records(job.logs)
     if job.on_slurm:
-        deadline = time.time() + seconds_left() - LAST_MOMENT
-        ends = run_by_srun(job.logs, job.code, job.cpus_per_task, deadline)
+
+        def deadline() -> float:
+            return time.time() + seconds_left() - LAST_MOMENT
+
+        ends = run_by_srun(job.logs, job.code, job.cpus_per_task, job.gpus_per_node, deadline)
     else:
         ends = run_here(job.logs, job.code, job.tasks, job.visible_gpus, lambda: bool(signals))
     judge(attempt, read_records(job.logs), ends, job.logs)

@@ -16,27 +16,35 @@ from slurm.snapshot import python_path
 
 PATIENCE = 15.0  # seconds that the others have to end when a task has failed
 POLL = 0.1
+GPUS = "GPUS_PROMISED"  # the environment variable that tells a task how many its node should have
 
 
-def run_by_srun(logs: Path, code: Path, cpus_per_task: int | None, deadline: float) -> dict[int, str]:
-    """Run all tasks of this job's allocation; one that fails takes the others with it, at `deadline` (seconds since
-    1970) all are given up. Returns how tasks ended that ended badly, the first to do so first, by rank."""
+def run_by_srun(
+    logs: Path, code: Path, cpus_per_task: int | None, gpus: int, deadline: Callable[[], float]
+) -> dict[int, str]:
+    """Run all tasks of this job's allocation, whose nodes have so many GPUs each. One that fails takes the others with
+    it; at `deadline()` (seconds since 1970; it may be moved) all are given up. Returns how tasks ended that ended
+    badly, the first to do so first, by rank."""
     command = ["srun", "--kill-on-bad-exit=1", "--unbuffered", "--open-mode=append", f"--output={logs}/%t.log"]
     if cpus_per_task:
         command.append(f"--cpus-per-task={cpus_per_task}")  # which srun does not take over from sbatch
-    env = os.environ | _meeting_point(socket.gethostname(), code)
+    env = os.environ | _meeting_point(socket.gethostname(), code) | {GPUS: str(gpus)}
     env.pop("RANK", None)  # of a task that submitted this job
     with (logs / "srun.log").open("w") as said:
         srun = subprocess.Popen([*command, *_task_command(logs)], env=env, stderr=said)
+    end, late = deadline(), False
     while srun.poll() is None:
-        if time.time() > deadline:
-            srun.kill()
+        if time.time() > end and not late:
+            end = deadline()  # as it is now
+            late = time.time() > end
+            if late:
+                srun.kill()
         time.sleep(POLL)
     text = (logs / "srun.log").read_text()
     ends: dict[int, str] = {}
     for host, ranks, how in re.findall(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)", text):
         ends |= {rank: f"{how} on {host}" for rank in _expand(ranks) if rank not in ends}
-    if time.time() > deadline:
+    if late:
         return {0: "the time limit came before the tasks had saved"}
     if srun.returncode and not ends:
         ends[0] = (text.strip().splitlines() or [f"srun: exit code {srun.returncode}"])[-1]

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +30,11 @@ def judge(attempt: Attempt, records: dict[int, dict], ends: dict[int, str], logs
     final = [rank for rank in own if errors[rank]["final"]]
     silent = [rank for rank in ends if records.get(rank, {}).get("outcome") == "running"]
     votes = Counter(rank for record in errors.values() for rank in record["absent"])  # of those that waited for it
-    missed = sorted(votes, key=lambda rank: (rank in errors, -votes[rank], rank))  # slow to notice, but alive: last
+    # Who reported was alive. If all have, as one that was frozen does when Slurm ends it: the first to report missed
+    # the right one, later ones missed those that had ended.
+    first = min((record for record in errors.values() if record["absent"]), key=lambda record: record["at"], default={})
+    named = first.get("absent", [])
+    missed = sorted(votes, key=lambda rank: (rank in errors, rank not in named, -votes[rank], rank))
     rank = next(iter([*final, *own, *missed, *silent, *errors, *ends, 0]))
     record = records.get(rank, {"host": ""})
     if rank in missed and rank not in own:
@@ -50,7 +55,8 @@ def decide(state: RunState, retries: int, late: bool, asked: bool, can_requeue: 
 
     late: the time limit is near. asked: the user wants the end. can_requeue: there is a queue.
     """
-    last, failed = state.attempts[-1], [attempt for attempt in state.attempts if attempt.outcome == "failed"]
+    last = state.attempts[-1]
+    failed = list(takewhile(lambda attempt: attempt.outcome == "failed", reversed(state.attempts)))
     if last.outcome == "finished":
         return "finished", ""
     if last.final:
@@ -59,8 +65,10 @@ def decide(state: RunState, retries: int, late: bool, asked: bool, can_requeue: 
         return "stopped", f"as asked{'; ' * bool(last.why)}{last.why}"
     if last.outcome in ("stopped", "lost"):
         return "requeue", last.why or "time limit or preemption"
-    before = failed[-2] if len(failed) > 1 else None
-    if before and before.step == last.step and "EADDRINUSE" not in last.why:
+    others = state.attempts[-2:-1] if last.step is None else state.attempts[:-1]  # one that did not fail has begun
+    before = [attempt for attempt in others if attempt.outcome == "failed"][-1:]
+    own = not re.search("EADDRINUSE|NodeError", last.why)
+    if own and any(attempt.step == last.step for attempt in before):
         return "failed", f"twice {'before the first step' if last.step is None else f'in step {last.step}'}: {last.why}"
     if len(failed) > retries:
         return "failed", f"{len(failed)} failures; the last: {last.why}"

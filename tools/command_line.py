@@ -5,8 +5,11 @@ import re
 import sys
 from collections.abc import Callable
 
+import torch
+
 from data.errors import DataError
 from slurm.errors import LaunchError
+from slurm.options import ClusterOptions
 from trainer.errors import RunError
 
 
@@ -21,6 +24,17 @@ def positive(text: str) -> int:
 def numbers(text: str) -> tuple[float, ...]:
     """As 1,1.5,2; what is no number, argparse refuses."""
     return tuple(float(number) for number in text.split(","))
+
+
+def places(procs: int | None, cpu: bool, on_slurm: bool, options: ClusterOptions) -> tuple[int, int]:
+    """(processes, GPUs) of a node; `procs` and `cpu` as the user asked."""
+    here = torch.cuda.device_count()
+    if not on_slurm:
+        tasks = procs or max(here, 1)
+        return tasks, min(here, tasks)
+    tasks = procs or options.tasks_per_node or options.gpus_per_node or 8
+    gpus = tasks if options.gpus_per_node is None else options.gpus_per_node
+    return tasks, 0 if cpu else gpus
 
 
 def run_tool(main: Callable[[list[str]], object]) -> None:

@@ -9,8 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from command_line import positive
+from command_line import places, positive
 
 from data.shards import MANIFEST
 from data.sources import Source, list_source
@@ -50,15 +49,14 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
 def run_in_processes(args: argparse.Namespace, function: Callable[..., Any], **arguments: Any) -> None:
     """Call `function(**arguments, process=..., processes=...)` in every process asked for, and wait for them; jobs of
     Slurm are only submitted."""
-    here = torch.cuda.device_count()
-    nodes, procs = args.nodes or 1, args.procs or (8 if args.nodes else max(here, 1))
-    cpus = [f"cpus_per_task={1 + arguments.get('workers', 0)}"]  # unless the user says otherwise
-    options = load_options(args.site, [*cpus, *args.slurm])
+    options = load_options(args.site, args.slurm)
+    if options.cpus_per_task is None:
+        options = options.model_copy(update={"cpus_per_task": 1 + arguments.get("workers", 0)})
+    nodes, (procs, gpus) = args.nodes or 1, places(args.procs, args.cpu, bool(args.nodes), options)
     if not args.nodes and procs == 1:
         function(**arguments)
         return
     logs = args.out.absolute() / "logs" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    gpus = (0 if args.cpu else procs) if args.nodes else min(here, procs)
     executor = make_executor("slurm" if args.nodes else "local", logs, args.out.name, 1, procs, gpus, options)
     shares = [partial(call_share, function, arguments, node * procs, nodes * procs) for node in range(nodes)]
     if args.nodes:

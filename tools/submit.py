@@ -7,14 +7,15 @@ folder, or that of a sweep.
 
 import argparse
 import textwrap
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
-from command_line import run_tool
+import submitit
+from command_line import places, run_tool
 
-from slurm.control import cancel, follow, runs_in, status
+from slurm.control import cancel, follow, lost_or_ended, runs_in, status
 from slurm.errors import LaunchError
-from slurm.options import ClusterOptions, load_options
+from slurm.options import load_options
 from slurm.state import read_state
 from slurm.submission import Run, script, submit_runs
 from trainer.build import check_start, open_data
@@ -62,9 +63,7 @@ def main(arguments: list[str]) -> None:
     elif args.cancel:
         cancel(args.cancel)
     elif args.follow:
-        for run in runs_in(args.follow):
-            follow(run, lambda run=run: read_state(run).ended)
-            print(report(run))
+        see_ends(runs_in(args.follow), lambda run: follow(run, lost_or_ended(run)))
     else:
         start(args)
 
@@ -75,7 +74,7 @@ def start(args: argparse.Namespace) -> None:
     nodes, options = args.nodes or 1, load_options(args.site, args.slurm)
     if cluster != "slurm" and nodes > 1:
         raise LaunchError(f"--nodes {nodes}: --cluster {cluster} is this one machine; use --procs for more processes")
-    tasks, gpus = places(args, cluster, options)
+    tasks, gpus = places(args.procs, args.cpu, cluster == "slurm", options)
     configs = load_sweep(args.config, args.overrides, args.sweep)
     for config in configs:
         check_world(config, nodes * tasks)
@@ -94,29 +93,36 @@ def start(args: argparse.Namespace) -> None:
             print(f"{train(config)}: {config.run}")
     else:
         runs = [Run(Path(config.run), train, (config,), Path(config.run) / LOCK) for config in configs]
-        waves = [runs] if cluster == "slurm" else [[run] for run in runs]
-        for wave in waves:
-            jobs = submit_runs(wave, root, cluster, nodes, tasks, gpus, options, args.parallel)
-            for run, job in zip(wave, jobs, strict=True):
-                if cluster == "slurm":
-                    print(f"job {job.job_id}: run folder {run.folder}, logs in {read_state(run.folder).logs}")
-                else:
-                    try:
-                        follow(run.folder, job.done)
-                    except KeyboardInterrupt:  # the run has had it too: it saves and ends
-                        job.wait()
-                    print(report(run.folder))
+        where = (root, cluster, nodes, tasks, gpus, options, args.parallel)
+        if cluster == "slurm":
+            for run, job in zip(runs, submit_runs(runs, *where), strict=True):
+                print(f"job {job.job_id}: run folder {run.folder}, logs in {read_state(run.folder).logs}")
+        else:
+            of_folder = {run.folder: run for run in runs}
+            see_ends(of_folder, lambda folder: follow_here(folder, *submit_runs([of_folder[folder]], *where)), True)
 
 
-def places(args: argparse.Namespace, cluster: str, options: ClusterOptions) -> tuple[int, int]:
-    """(processes, GPUs) of a node."""
-    here = torch.cuda.device_count()
-    if cluster != "slurm":
-        tasks = args.procs or max(here, 1)
-        return tasks, min(here, tasks)
-    tasks = args.procs or options.tasks_per_node or options.gpus_per_node or 8
-    gpus = tasks if options.gpus_per_node is None else options.gpus_per_node
-    return tasks, 0 if args.cpu else gpus
+def follow_here(run: Path, job: submitit.Job) -> None:
+    """Show the progress of a job of this machine to its end."""
+    try:
+        follow(run, job.done)
+    except KeyboardInterrupt:  # the run has had it too: it saves and ends
+        job.wait()
+
+
+def see_ends(runs: Iterable[Path], wait: Callable[[Path], object], until_stopped: bool = False) -> None:
+    """Wait for one after another and print how it ended. LaunchError, when all have ended, about those that failed."""
+    failed = []
+    for run in runs:
+        wait(run)
+        try:
+            print(report(run))
+        except LaunchError as error:
+            failed.append(str(error))
+        if until_stopped and read_state(run).state == "stopped":
+            break
+    if failed:
+        raise LaunchError("; ".join(failed))
 
 
 def report(run: Path) -> str:

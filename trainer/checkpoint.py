@@ -252,16 +252,19 @@ def _is_whole(checkpoint: Path) -> bool:
     """Whether all files are there, at their length: a look that costs nothing."""
     try:
         files = read_manifest(checkpoint)["files"]
-    except RunError:
+        found = {file.name: file.stat().st_size for file in checkpoint.iterdir()}
+    except (RunError, OSError):  # it may be unreadable, or vanish meanwhile
         return False
-    found = {file.name: file.stat().st_size for file in checkpoint.iterdir()}
     return all(found.get(name) == size for name, (size, _) in files.items())
 
 
 def remove(checkpoint: Path) -> None:
     """Delete a checkpoint; killed half-way, it is one of the incomplete ones. So is, till later, what cannot be deleted
-    now: on NFS, a file that somebody reads."""
-    shutil.rmtree(checkpoint.rename(checkpoint.with_suffix(INCOMPLETE)), ignore_errors=True)
+    now: on NFS, a file that somebody reads. What cannot even be renamed stays, and a warning says so."""
+    try:
+        shutil.rmtree(checkpoint.rename(checkpoint.with_suffix(INCOMPLETE)), ignore_errors=True)
+    except OSError as error:
+        warnings.warn(f"{checkpoint}: cannot be removed: {error.strerror}", stacklevel=2)
 
 
 def _write(path: Path, text: str, sums: Sums) -> None:

@@ -35,6 +35,19 @@ class Looks:
             from_rank_0(lambda: bool(self._decoder()))
         self._measure = make_measure(config, images, ranks) if config.evaluate.every else None
 
+    def catch_up(self, engine: Engine, batch: int, position: int, monitor: Monitor) -> None:
+        """Before the first step: the evaluation at `position`, if it was due and a run was ended before it was made."""
+        every = self._config.evaluate.every
+        due = every and position and has_passed(every, position - batch, position)
+        if due and from_rank_0(lambda: not monitor.has_measures(position)):
+            self._evaluate(engine, position, monitor)
+
+    def due(self, before: int, position: int) -> bool:
+        """Whether there may be something to look at."""
+        train, evaluate = self._config.train, self._config.evaluate
+        intervals = (train.sample_every, evaluate.every, train.score_every)
+        return self._score_due or any(every and has_passed(every, before, position) for every in intervals)
+
     def look(
         self, engine: Engine, path: NoisePath, before: int, position: int, step: list[Batch], monitor: Monitor
     ) -> None:
@@ -51,19 +64,22 @@ class Looks:
                 pixels = to_uint8(self._decoder()(samples))
                 monitor.picture("samples", grid(pixels, config.sample.group_size, enlarge=4), position)
         if passed(config.evaluate.every):
-            measured = evaluated(config)
-            with engine.ema_weights():
-                samples, _ = generate(Networks(engine), measured, self._images, self._ranks)
-            record = self._measure(samples)
-            if self._ranks.rank == 0:
-                about = describe(None, measured, raw=False, file=None) | {"position": position}
-                monitor.measures(record | {"samples": about}, position)
+            self._evaluate(engine, position, monitor)
         self._score_due |= passed(train.score_every)
         if self._score_due and any(micro.group_size > 1 for micro in step):
             with engine.ema_weights():
                 scores = step_scores(engine, path, step, self._ranks.device)
             monitor.attention(scores, config.groups.size, position)
             self._score_due = False
+
+    def _evaluate(self, engine: Engine, position: int, monitor: Monitor) -> None:
+        measured = evaluated(self._config)
+        with engine.ema_weights():
+            samples, _ = generate(Networks(engine), measured, self._images, self._ranks)
+        record = self._measure(samples)
+        if self._ranks.rank == 0:
+            about = describe(None, measured, raw=False, file=None) | {"position": position}
+            monitor.measures(record | {"samples": about}, position)
 
     def _decoder(self) -> Callable[[Tensor], Tensor]:
         return make_decoder(self._images.vae, self._images.shape[0], self._ranks.device)

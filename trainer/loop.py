@@ -54,6 +54,7 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
             monitor.say(note)
         batches = make_batches(config, images, ranks, first, last, monitor)
         images_per_rank = batch // ranks.world_size
+        looks.catch_up(engine, batch, position, monitor)
 
         saver = closing.enter_context(Saver(folder, config.checkpoint, config.train.timeout))
         vote = StopVote(lambda: stop_requested() or saver.failed(), config.train.timeout)
@@ -77,23 +78,25 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
             fallbacks = sum(m.fallbacks for m in micro_batches)
             monitor.note(step, position, step_loss, grad_norm, lr, grouped, fallbacks)
 
-            # now and then: log, look, save
+            # now and then: log, save, look
             stopping = vote.decided()
             ending, keep = step + 1 == last, config.checkpoint
             saving = stopping or ending or has_passed(keep.every, before, position)
             snapping = keep.snapshot_every and (ending or has_passed(keep.snapshot_every, before, position))
             if saving or snapping or has_passed(config.train.log_every, before, position):
                 monitor.flush()  # raises if a loss is not finite, so that no such state is saved
-            looks.look(engine, path, before, position, micro_batches, monitor)
             if saving or snapping:
                 state = engine.state()
-                states = {CHECKPOINTS: state} if saving else {}
-                if snapping:
-                    states[SNAPSHOTS] = power_averages(state)
+                states = {SNAPSHOTS: power_averages(state)} if snapping else {}  # first: what follows a checkpoint is
+                states |= {CHECKPOINTS: state} if saving else {}  # not done again by a run that goes on from it
                 metrics = {"loss": monitor.loss_since_last_save()} if saving else {}
                 saver.save(position, states, to_yaml(config), images.identity, metrics)
+                del state, states  # copies, with some engines
             if stopping:
                 break
+            if looks.due(before, position):
+                saver.wait_for_copy()  # the averages take the weights' place
+                looks.look(engine, path, before, position, micro_batches, monitor)
 
         saver.wait()
         return "finished" if position >= last * batch else "stopped"

@@ -19,6 +19,7 @@ from data.plan import Plan
 from trainer.attention_scores import Scores
 from trainer.errors import RunError
 from trainer.ranks import Ranks
+from trainer.run_folder import sync
 
 
 class Monitor:
@@ -84,7 +85,7 @@ class Monitor:
         if not rows:
             return
         self._metrics.writelines(json.dumps(row) + "\n" for row in rows)
-        self._metrics.flush()
+        sync(self._metrics)
         position, now = rows[-1]["position"], time.perf_counter()
         rate = (position - self._flushed[1]) / (now - self._flushed[0])
         self._flushed = (now, position)
@@ -112,10 +113,15 @@ class Monitor:
         """How good samples are: a line of measures.jsonl, and its numbers for TensorBoard."""
         if self._writes:
             self._measures.write(json.dumps({"position": position, **record}) + "\n")
-            self._measures.flush()
+            sync(self._measures)
             for name, value in record.items():
                 if isinstance(value, float):
                     self._board.add_scalar(f"evaluate/{name}", value, position)
+
+    def has_measures(self, position: int) -> bool:
+        """Whether a line of measures.jsonl is of this position."""
+        lines = Path(self._measures.name).read_text().splitlines()
+        return any(json.loads(line)["position"] == position for line in lines)
 
     def attention(self, scores: Scores, group_size: int, position: int) -> None:
         """How images of a group attend to one another: means over layers and noise levels, and a map of them."""
@@ -149,10 +155,16 @@ def _continue_rows(path: Path, position: int) -> TextIO:
     kept = []
     if path.exists():
         for line in path.read_text().splitlines():
-            if not line.endswith("}") or json.loads(line)["position"] > position:
+            try:
+                row = json.loads(line)
+            except ValueError:  # cut off
+                break
+            if row["position"] > position:
                 break
             kept.append(line + "\n")
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
+    with partial.open("w") as file:
+        file.writelines(kept)
+        sync(file)
     partial.replace(path)
     return path.open("a")

@@ -48,19 +48,20 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
     On GPUs where there is one for each rank of the machine, else on its CPUs; NCCL for tensors on GPUs, else gloo.
     A rank that waits for another for more than `timeout` seconds raises.
     """
-    rank, world_size, local_rank, local_world_size = (
+    rank, world_size, local_world_size = (
         int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
     )
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.device_count() >= local_world_size:
-        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(device)
+        device, backend = local_device(), "cpu:gloo,cuda:nccl"
     limit = timedelta(seconds=timeout)
+    # NCCL would end the process where gloo, by which the ranks vote in each step, raises and says who does not answer
+    longer = 2 * limit if device.type == "cuda" else limit
     store = dist.HashStore()
     if world_size > 1:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=limit))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=longer)
     # so that DDP has not the last one: it frees it with the GIL held, and waits for threads that may wait for the GIL
     _kept["group"] = dist.group.WORLD
     try:

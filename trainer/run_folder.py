@@ -1,10 +1,12 @@
 """A run is a folder: config.yaml, metrics.jsonl, measures.jsonl, TensorBoard events, checkpoints/, logs/, samples."""
 
 import fcntl
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import yaml
 
@@ -77,5 +79,13 @@ def write_config(config: Config) -> None:
     path = Path(config.run) / CONFIG
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(to_yaml(config))
+    with partial.open("w") as file:
+        file.write(to_yaml(config))
+        sync(file)
     partial.replace(path)
+
+
+def sync(file: TextIO) -> None:
+    """What was written to it is on the disk then, as checkpoints are: what goes on from one finds what was before."""
+    file.flush()
+    os.fsync(file.fileno())

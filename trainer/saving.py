@@ -27,6 +27,7 @@ class Saver:
         self._run, self._config = run, config
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         cuda = torch.cuda.is_available()
+        self._device = torch.cuda.current_device() if cuda else None
         self._stager = DefaultStager(
             StagingOptions(
                 use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=cuda
@@ -56,6 +57,8 @@ class Saver:
 
     def _write(self, position: int, states: States | Future[States], *about: object) -> None:
         try:
+            if self._device is not None:
+                torch.cuda.set_device(self._device)  # a thread of its own has the first one
             if isinstance(states, Future):
                 states = states.result()
             for name, state in states.items():

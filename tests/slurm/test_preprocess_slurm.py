@@ -51,14 +51,16 @@ def test_a_job_array_makes_the_shards_that_one_process_makes(
     images, vae = images_and_vae
     options = ["--images", images, "--vae", vae, "--size", 32, "--shard-size", 4, "--batch", 2, "--workers", 0]
     options += ["--precision", "fp32", "--dtype", "float32"]
-    submitted = tool(
-        "precompute_latents", *options, "--out", tmp_path / "there", "--nodes", 2, "--procs", 2, "--cpu", env=cluster
-    )
+    (tmp_path / "site.yaml").write_text("tasks_per_node: 2\ncpus_per_task: 2\n")
+    where = ["--nodes", 2, "--cpu", "--site", tmp_path / "site.yaml"]
+    submitted = tool("precompute_latents", *options, "--out", tmp_path / "there", *where, env=cluster)
     assert submitted.returncode == 0, submitted.stderr
     jobs, logs = re.fullmatch(r"jobs (\d+_0 \d+_1): logs in (.+)\n", submitted.stdout).groups()
     for job in jobs.split():
         assert_completes(job, Path(logs))
     assert len(list(Path(logs).glob("*_log.out"))) == 4, "two processes on each of two nodes"
+    script = next(Path(logs).glob("*.sh")).read_text()
+    assert "#SBATCH --cpus-per-task=2\n" in script and re.search("srun .*--cpus-per-task=2 ", script)
 
     here = tool("precompute_latents", *options, "--out", tmp_path / "here", env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert here.returncode == 0, here.stderr

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -179,3 +180,45 @@ def test_a_run_that_waits_in_the_queue_is_cancelled_at_once(submit, wait_for_end
     assert submit("--cancel", tmp_path).returncode == 0
     assert wait_for_end(tmp_path).state == "stopped"
     until(lambda: "not in the queue" in submit("--status", tmp_path).stdout)
+
+
+def test_one_member_of_a_sweep_is_requeued_and_leaves_the_others_alone(submit, wait_for_end, tmp_path):
+    """Also the one whose number is that of the whole array."""
+    config = [*SMALL, "train.images=25600", f"run={tmp_path}"]
+    assert submit(*ONE, "--sweep", "seed=0,1", *config).returncode == 0
+    runs = [tmp_path / f"seed={seed}" for seed in (0, 1)]
+    for run in runs:
+        until(lambda run=run: steps(run) >= 5)
+        tasks = [process for process in Path("/proc").glob("[0-9]*") if is_task(process, run)]
+        for process in tasks:
+            os.kill(int(process.name), signal.SIGUSR2)
+        until(lambda run=run: read_state(run).attempts[0].outcome == "stopped")
+    for run in runs:
+        assert wait_for_end(run).state == "finished"
+        assert [attempt.outcome for attempt in read_state(run).attempts] == ["stopped", "finished"]
+
+
+def is_task(process, run):
+    try:
+        command = (process / "cmdline").read_text().split("\0")
+    except OSError:
+        return False
+    return "slurm.task" in command and command[0] != "srun" and any(part.startswith(f"{run}/") for part in command)
+
+
+def test_what_sbatch_refuses_and_who_runs_it_here_as_well_leave_a_run_as_it_was(submit, cluster, tmp_path):
+    assert local(tmp_path / "run").returncode == 0
+    before = (tmp_path / "run/state.json").read_text()
+    refused = submit(*ONE, *SHORT, f"run={tmp_path}/run", "--slurm", "sbatch=--account=x y z", "--slurm", "qos=none")
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1, refused.stderr
+    assert (tmp_path / "run/state.json").read_text() == before
+    assert submit(*ONE, *SHORT, "--slurm", "sbatch=--hold", f"run={tmp_path}/held").returncode == 0
+    job = (tmp_path / "held/job").read_text().strip()
+    before = (tmp_path / "held/state.json").read_text()
+    here = submit("--cluster", "local", "--procs", "1", *SHORT, f"run={tmp_path}/held")
+    assert here.returncode == 1 and f"its job {job} is pending; wait for its end" in here.stderr
+    assert (tmp_path / "held/state.json").read_text() == before
+    subprocess.run(["scancel", job], env=cluster, check=True)
+    until(lambda: "not in the queue" in submit("--status", tmp_path / "held").stdout)
+    followed = submit("--follow", tmp_path / "held")
+    assert followed.returncode == 1 and "its supervisor has ended without a word" in followed.stderr

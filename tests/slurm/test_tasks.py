@@ -10,6 +10,7 @@ from pathlib import Path
 
 import cloudpickle
 import pytest
+import torch
 
 from slurm import health, supervise, tasks
 from slurm.health import NodeError, check_node
@@ -141,6 +142,12 @@ def test_a_port_in_use_on_any_address_is_not_taken(monkeypatch):
 
 def test_a_node_is_named_that_has_no_room_or_another_time(tmp_path, monkeypatch):
     check_node(tmp_path)
+    monkeypatch.setenv("TMPDIR", "/scratch/of/the/login/node")
+    check_node(tmp_path)
+    monkeypatch.setenv(tasks.GPUS, str(torch.cuda.device_count() + 1))
+    with pytest.raises(NodeError, match=r"\d of its \d GPUs can be used"):
+        check_node(tmp_path)
+    monkeypatch.delenv(tasks.GPUS)
     monkeypatch.setattr(health, "FREE_BYTES", 1 << 60)
     with pytest.raises(NodeError, match=rf"^{socket.gethostname()}: {tmp_path} has .* GiB free"):
         check_node(tmp_path)

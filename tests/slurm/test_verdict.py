@@ -15,7 +15,7 @@ def attempt(outcome="running", **more):
 
 
 def record(outcome, host="a", **more):
-    return {"outcome": outcome, "host": host, "final": False, "step": None, "absent": []} | more
+    return {"outcome": outcome, "host": host, "final": False, "step": None, "absent": [], "at": 5} | more
 
 
 def failed(error, host="a", **more):
@@ -59,6 +59,17 @@ LOST = "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer
             "did not answer the others: Killed (rank 2 on b",
             "b",
         ),
+        (  # rank 2 was frozen; rank 0 said so first and ended, whom the others and, set free, rank 2 miss then
+            {
+                0: failed(LOST, absent=[2], at=4),
+                1: failed(LOST, absent=[0]),
+                2: failed(LOST, "b", absent=[0]),
+                3: failed(LOST, "b", absent=[0]),
+            },
+            {0: "", 1: "", 2: "Exited with exit code 1", 3: ""},
+            "did not answer the others: Exited with exit code 1 (rank 2 on b",
+            "b",
+        ),
         ({0: failed(LOST), 1: failed(LOST, "b")}, {0: "", 1: ""}, "Connection closed", ""),
         ({}, {0: "srun: error: Unable to create step"}, "Unable to create step", ""),
         ({0: record("finished"), 1: record("running", "b")}, {1: "killed by SIGSEGV"}, "SIGSEGV (rank 1 on b", "b"),
@@ -100,7 +111,10 @@ def test_what_follows():
     assert verdict(broke(4), broke(4))[:2] == ("failed", "twice in step 4: x")
     assert verdict(broke(None), broke(None))[1] == "twice before the first step: x"
     assert verdict(broke(4), stopped, broke(4))[0] == "failed"
+    assert verdict(broke(None), stopped, broke(None))[0] == "again", "between them it began"
+    assert verdict(broke(4), broke(9), broke(4))[0] == "again"
     assert verdict(broke(1), broke(2), broke(3))[0] == "again"
+    assert verdict(broke(1), broke(2), broke(3), stopped, broke(5))[0] == "again", "failures in a row count"
     assert verdict(broke(1), broke(2), broke(3), broke(4))[:2] == ("failed", "4 failures; the last: x")
     assert verdict(broke(1), broke(2), failures={"a": 1, "b": 2})[::2] == ("requeue", ["b"])
     assert verdict(broke(1), broke(2), failures={"b": 2}, excluded=["b"])[::2] == ("again", ["b"])
@@ -110,3 +124,9 @@ def test_what_follows():
 def test_a_port_that_was_taken_meanwhile_is_no_fault_of_the_program():
     taken = attempt("failed", why="DistNetworkError: code: -98, name: EADDRINUSE")
     assert verdict(taken, taken)[0] == "again"
+
+
+def test_a_host_that_is_not_fit_is_no_fault_of_the_program():
+    unfit = attempt("failed", why="NodeError: b: 7 of its 8 GPUs can be used")
+    assert verdict(unfit, unfit, failures={"b": 2})[::2] == ("requeue", ["b"])
+    assert verdict(unfit, unfit, failures={"b": 1, "a": 1})[0] == "again"

@@ -64,6 +64,12 @@ def test_debug_is_the_same_in_the_users_own_process(tmp_path):
     assert not (tmp_path / "debug/logs").exists() and "finished" in tool("submit", "--status", tmp_path).stdout
 
 
+def test_of_a_sweep_here_all_runs_are_made_also_when_one_fails(tmp_path):
+    config = [CONFIG, *SMALL[:2], "train.images=256", "train.sample_every=0", "optim.warmup=0", "train.log_every=128"]
+    done = tool("submit", "--procs", 1, *config, "--sweep", "optim.lr=1e30,1e-3", f"run={tmp_path}", code=1)
+    assert done.stdout == f"finished: {tmp_path}/optim.lr=1e-3\n" and "not finite" in done.stderr.splitlines()[-1]
+
+
 def test_sample_and_evaluate_leave_grid_arrays_and_report(road):
     run, _ = road
     tool("sample", run, "sample.per_class=5", "sample.guidance=2")

@@ -15,6 +15,7 @@ from trainer.evaluate import evaluate
 from trainer.image_sets import open_image_set
 from trainer.looks import evaluated
 from trainer.loop import train
+from trainer.monitor import _continue_rows
 from trainer.ranks import process_group
 from trainer.samples import make_samples, write_samples
 from trainer.score import open_detector, score
@@ -146,3 +147,27 @@ def test_what_would_fail_in_an_evaluation_fails_before_the_first_step(there, tmp
     with pytest.raises(RunError, match=message):
         train(load_config(TINY, [*RUN, "engine=single", f"run={tmp_path / 'run'}", "evaluate.every=64", *settings]))
     assert not (tmp_path / "run").exists()
+
+
+def test_told_to_stop_a_run_saves_first_and_makes_the_evaluation_that_was_due_when_it_goes_on(runs, tmp_path):
+    run = tmp_path / "run"
+    config = load_config(TINY, [*RUN, "engine=single", f"run={run}", "evaluate.every=64", "checkpoint.every=640"])
+    steps = iter(range(100))
+    assert train(config, lambda: next(steps) == 3) == "stopped"  # told in the fourth step, after which one is due
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["000000000128"]
+    assert [row["position"] for row in rows(run)] == [64]
+    assert train(config) == "finished"
+    assert [row["position"] for row in rows(run)] == [64, 128, 192]
+    assert train(config) == "finished"
+    assert [row["position"] for row in rows(run)] == [64, 128, 192]
+
+
+def test_a_line_of_measures_that_was_cut_off_anywhere_keeps_no_run_from_going_on(runs, tmp_path):
+    whole = (runs / "classified/measures.jsonl").read_text()
+    (tmp_path / "run").mkdir()
+    for cut in range(len(whole)):
+        if whole[cut - 1] in "}\n" or cut % 50 == 0:
+            path = tmp_path / "run/measures.jsonl"
+            path.write_text(whole[:cut])
+            _continue_rows(path, 10**6).close()
+            assert path.read_text() == "".join(line for line in whole[: cut + 1].splitlines(True) if line[-1] == "\n")

@@ -1,5 +1,6 @@
 """Averages made after training, from the snapshots of real runs, are those that a run had tracked."""
 
+import os
 import random
 
 import pytest
@@ -70,3 +71,25 @@ def test_what_cannot_be_reconstructed_is_one_line(ranks, tmp_path, capsys):
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with pytest.raises(RunError, match=damaged.name):
         reconstruct(run, 0.1, out)
+
+
+def train_till_second_save(*overrides):
+    """Killed when the first of what is saved at the last position is on disk."""
+    save, done = checkpoint.save, []
+
+    def then_die(folder, position, *rest, **options):
+        if position == 160 and done:
+            os._exit(9)
+        save(folder, position, *rest, **options)
+        done.extend([folder] * (position == 160))
+
+    checkpoint.save = then_die
+    train_tiny(*overrides)
+
+
+def test_killed_between_snapshot_and_checkpoint_a_run_has_all_snapshots(ranks, tmp_path):
+    run = [f"run={tmp_path}/run", "engine=single", *SNAPSHOTS, "train.images=160"]
+    assert ranks.finish(ranks.start(1, train_till_second_save, *run))[0][0] == 9
+    ranks.run(1, train_tiny, *run)
+    complete, _ = checkpoint.find(tmp_path / "run/snapshots")
+    assert [int(path.name) for path in complete] == [32, 64, 96, 128, 160]

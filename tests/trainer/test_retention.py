@@ -90,3 +90,13 @@ def test_a_run_keeps_the_checkpoint_of_its_lowest_loss(ranks, undisturbed, metri
     assert positions(run / CHECKPOINTS) == sorted({best, 640})
     found = checkpoint.read_manifest(run / f"checkpoints/{best:012d}")["metrics"]["loss"]
     assert found == pytest.approx(means[best])
+
+
+def test_one_that_cannot_be_moved_away_stays_with_a_warning(alone, tmp_path):
+    for position in (1, 2, 3):
+        checkpoint.save(tmp_path, position, small_state(), "", "")
+    (tmp_path / "000000000001.incomplete").mkdir()
+    (tmp_path / "000000000001.incomplete/of a user").touch()
+    with pytest.warns(UserWarning, match="000000000001: cannot be removed: Directory not empty"):
+        checkpoint.prune(tmp_path, CheckpointConfig(keep=1))
+    assert positions(tmp_path) == [1, 3]
