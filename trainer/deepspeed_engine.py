@@ -120,7 +120,7 @@ class DeepSpeedEngine(Engine):
     def drop_gathered(self) -> None:
         """What the network has gathered of its shards must be gathered anew: the shards are others now."""
         if self._stage == 3:
-            self.engine.empty_partition_cache()
+            self.engine.optimizer.empty_partition_cache()  # the engine's also collects all garbage, which takes time
 
     def state(self) -> dict[str, dict]:
         """model, ema and other averages, and optimizer by parameter name, the same names and shapes with every engine.

@@ -17,7 +17,8 @@ from trainer.errors import RunError
 from trainer.loop import train
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "tests.trainer.forked"])
+SLOW = ["sklearn.datasets", "trainer.deepspeed_engine", "deepspeed.runtime.zero.muon.muon_optimizer"]  # to import
+CONTEXT.set_forkserver_preload(["pytest", "tests.trainer.forked", *SLOW])
 
 TINY = Path(__file__).parent / "tiny.yaml"
 # DeepSpeed keeps the weights in many groups, as it does those of large networks
