@@ -4,6 +4,7 @@ of a job array, or here."""
 import fcntl
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,7 +114,8 @@ def check_folder(folder: Path, cluster: Literal["local", "slurm"]) -> None:
 def check_idle(run: Run) -> None:
     """LaunchError if a job of the same run waits or is at work, wherever it was submitted."""
     state, job = read_state(run.folder), job_of(run.folder)
-    if state and not state.ended and job and (queued := queue_state(job)):
+    asks = state and not state.ended and job and shutil.which("squeue")  # a folder may be a copy, away from Slurm
+    if asks and (queued := queue_state(job)):
         raise LaunchError(
             f"run={run.folder}: its job {job} is {queued.lower()}; wait for its end, or --cancel {run.folder}"
         )
