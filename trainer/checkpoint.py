@@ -92,9 +92,10 @@ def save(
     except (RunError, CheckpointException) as error:
         if isinstance(error, CheckpointException):
             error = _causes(error)[0]
+        # all say the same, before anything is removed
+        free = _everywhere(group, lambda: shutil.disk_usage(folder).free >> 20 if folder.is_dir() else 0)[0]
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)  # what can be: it takes room, and is nothing to go on from
-        free = shutil.disk_usage(folder).free >> 20 if folder.is_dir() else 0
         raise RunError(f"{final}: cannot be written: {first_line(error)} ({free} MB free); make room there") from error
 
 
