@@ -41,10 +41,10 @@ def damaged(file: Path, wrong: str) -> Damaged:
 
 
 class _Stream:
-    """What is written to it is copied into a buffer, summed there, and written to a file by the thread `disk`."""
+    """What is written to it is copied into a buffer, summed there, and written to a file by the threads of `disk`."""
 
     def __init__(self, handle: int, disk: ThreadPoolExecutor) -> None:
-        self.size, self.checksum = 0, 0
+        self.size, self.checksum, self._start = 0, 0, 0
         self._handle, self._disk = handle, disk
         self._buffers = deque(mmap(-1, PIECE) for _ in range(AHEAD))
         self._writes: deque[Future] = deque()
@@ -72,7 +72,8 @@ class _Stream:
     def _hand_over(self, size: int) -> None:
         filled = memoryview(self._buffers[0])[:size]
         self.checksum = crc32(filled, self.checksum)
-        self._writes.append(self._disk.submit(_write, self._handle, filled))
+        self._writes.append(self._disk.submit(_write, self._handle, filled, self._start))
+        self._start += size
         self._buffers.rotate(-1)
         if len(self._writes) == AHEAD:
             self._writes.popleft().result()  # of the buffer that is next
@@ -87,9 +88,10 @@ class _Stream:
         pass  # DCP does it before the file is synced
 
 
-def _write(handle: int, content: memoryview) -> None:
+def _write(handle: int, content: memoryview, start: int) -> None:
     while len(content):
-        content = content[os.write(handle, content) :]
+        count = os.pwrite(handle, content, start)
+        content, start = content[count:], start + count
 
 
 @contextmanager
@@ -97,7 +99,7 @@ def written(path: Path, sums: Sums) -> Iterator[_Stream]:
     """A stream to a new file, which is on disk, and in `sums`, when this closes."""
     handle = _create(path)
     try:
-        with ThreadPoolExecutor(1) as disk:
+        with ThreadPoolExecutor(AHEAD - 1) as disk:
             stream = _Stream(handle, disk)
             yield stream
             stream.finish()
