@@ -184,7 +184,7 @@ def test_a_run_that_waits_in_the_queue_is_cancelled_at_once(submit, wait_for_end
 
 def test_one_member_of_a_sweep_is_requeued_and_leaves_the_others_alone(submit, wait_for_end, tmp_path):
     """Also the one whose number is that of the whole array."""
-    config = [*SMALL, "train.images=25600", f"run={tmp_path}"]
+    config = [*SMALL, "train.images=102400", f"run={tmp_path}"]
     assert submit(*ONE, "--sweep", "seed=0,1", *config).returncode == 0
     runs = [tmp_path / f"seed={seed}" for seed in (0, 1)]
     for run in runs:
