@@ -16,6 +16,7 @@ from slurm.state import STATE, RunState, describe, read_state, write_state
 from slurm.supervise import STOP
 
 ASK_QUEUE = 30.0  # seconds
+NOT_THERE = "not in the queue"
 _JOB = "job"  # a file in the run folder: Slurm's number of its job, or "local PID"
 
 
@@ -50,7 +51,7 @@ def status(folder: Path) -> str:
 
 def _queued(job: str) -> str:
     try:
-        return queue_state(job) or "not in the queue"
+        return queue_state(job) or NOT_THERE
     except LaunchError as error:  # what the files say is worth showing without Slurm
         return str(error)
 
@@ -104,7 +105,7 @@ def lost_or_ended(run: Path) -> Callable[[], bool]:
         if job is None or time.monotonic() - asked < ASK_QUEUE:
             return False
         asked = time.monotonic()
-        return not queue_state(job)
+        return _queued(job) == NOT_THERE  # Slurm may not answer just now
 
     return ended
 

@@ -159,5 +159,7 @@ def test_a_rank_that_no_longer_answers_is_named_within_the_timeout(frozen, ranks
     processes = ranks.start(2, train_tiny, f"run={run}", "train.timeout=6", "train.images=64000")
     wait_for(lambda: rows(run) >= 3, processes)
     ranks.signal([processes[frozen]], signal.SIGSTOP)
+    begun = time.monotonic()
     [(code, errors)] = ranks.finish([processes[1 - frozen]])
+    assert time.monotonic() - begun < 60
     assert code and f"no answer from ranks {frozen}" in errors

@@ -324,7 +324,9 @@ def test_a_rank_killed_again_and_again_while_checkpoints_are_written_the_run_end
         processes[victim].kill()
         kills.append((victim, delay))
         survivor = processes[1 - victim]
+        begun = time.monotonic()
         ranks.finish([survivor])
+        assert time.monotonic() - begun < 30
         caught += bool(incomplete(run))
         newest_is_good(run / CHECKPOINTS)
         if survivor.exitcode == 0:
