@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer import checkpoint
-from trainer.checkpoint_files import AHEAD, PIECE, check_file, cut, read_ahead, written
+from trainer.checkpoint_files import AHEAD, LONG, PIECE, check_file, cut, read_ahead, written
 from trainer.errors import RunError
 
 RANDOM = random.SystemRandom()
@@ -108,7 +108,8 @@ def test_a_part_that_is_loaded_is_right_and_all_files_are_verified(alone, tmp_pa
 
 def contents():
     """Of sizes about those of pages, pieces and buffers."""
-    for size in (0, 1, 4095, 4096, 4097, PIECE - 1, PIECE, PIECE + 1, (AHEAD + 2) * PIECE, (AHEAD + 3) * PIECE + 4099):
+    pieces = [size for piece in (4096, PIECE, LONG) for size in (piece - 1, piece, piece + 1)]
+    for size in (0, 1, *pieces, (AHEAD + 2) * LONG, (AHEAD + 1) * LONG + 4099):
         yield RANDOM.randbytes(size)
 
 
@@ -118,7 +119,7 @@ def check_written(folder):
         file, left = folder / f"file {number}", memoryview(content)
         with written(file, sums) as stream:
             while len(left):
-                size = RANDOM.choice([1, 30, 5000, PIECE, 3 * PIECE])
+                size = RANDOM.choice([1, 30, 5000, PIECE, 3 * PIECE, 2 * LONG])
                 assert stream.write(left[:size]) == len(left[:size])
                 left = left[size:]
                 assert stream.tell() == len(content) - len(left)

@@ -32,8 +32,8 @@ from trainer.ranks import Ranks
 from trainer.saving import Saver
 
 MODEL = ModelConfig(depth=12, width=1088, heads=17)  # as many tensors as DiT-B/2, of twice its size
-ROUNDS, KINDS = 5, ("ours", "plain", "torch")
-MEMORY = 5_000_000_000  # bytes: more than the state
+ROUNDS, KINDS = 9, ("ours", "plain", "torch")  # each kind is first, second and third as often
+FILLER = "filler"  # a file of a rank that is one hole, as large as its part of the state
 IMAGES = 1  # of a rank, in the gradients that are computed beside a save
 
 
@@ -67,6 +67,8 @@ def _rank(place: Ranks, folder: Path) -> tuple[dict[str, list[float]], float]:
     state = engine.state()
     tensors = local_shards({key: tensor.detach() for key, tensor in flatten_state_dict(state)[0].items()})
     list(map(torch.Tensor.normal_, tensors))  # the moments have no memory yet
+    with (folder / f"{FILLER}{place.rank}").open("wb") as filler:
+        filler.truncate(sum(tensor.nbytes for tensor in tensors))
     seconds = _turns(folder, state, tensors) | (_beside_training(folder, engine) if place.world_size > 1 else {})
     return {kind: took[1:] for kind, took in seconds.items()}, gigabytes  # the first turn warms up
 
@@ -128,15 +130,17 @@ def _beside_training(folder: Path, engine: Engine) -> dict[str, list[float]]:
 
 
 def _settle(folder: Path) -> None:
-    """The disk has nothing else to do, the cache nothing of the files, and the system as much memory at hand: a virtual
-    machine gives back what is free, and takes its time to get it again."""
+    """The disk has nothing else to do, the cache nothing of the files, and the system as much memory at hand that it
+    had in use just before: a virtual machine gives back what is free, and takes its time to get it again."""
     dist.barrier()
     os.sync()
+    with (folder / f"{FILLER}{dist.get_rank()}").open("rb", buffering=0) as filler:
+        while filler.read(1 << 24):
+            pass
+    dist.barrier()
     for file in filter(Path.is_file, folder.rglob("*")):
         with file.open() as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    dist.barrier()
-    torch.ones(MEMORY // dist.get_world_size(), dtype=torch.uint8)
     dist.barrier()
 
 
