@@ -1,17 +1,17 @@
-"""The files of a checkpoint: written and summed in one pass, read ahead of whoever sums them or takes what they hold.
+"""The files of a checkpoint: written and summed in one pass, and read and summed in one.
 
-Both are left to threads. Writing goes past the page cache where the file system can: no core is then busy with it, and
-the cache keeps what the training reads. Reading goes through it, as file systems read ahead better than we.
+Threads write, past the page cache where the file system can: no core is then busy with it, and the cache keeps what the
+training reads. Reading goes through it, in long pieces, as file systems read ahead better than we.
 """
 
 import errno
+import io
 import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from fcntl import F_GETFL, F_SETFL, fcntl
-from itertools import cycle, islice
 from mmap import PAGESIZE, mmap
 from pathlib import Path
 
@@ -22,9 +22,8 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from trainer.errors import RunError
 
-PIECE = 1 << 22  # bytes that are read and summed at once
-LONG = 1 << 24  # bytes that are written at once: a disk that ranks share takes long pieces a fifth faster
-AHEAD = 3  # buffers: one is summed while the others are read or written
+PIECE = 1 << 24  # bytes that are written at once: a disk that ranks share likes long pieces
+AHEAD = 3  # pieces: one is summed while the others are written
 Sums = dict[str, list[int]]  # name -> [bytes, CRC-32]
 
 
@@ -47,18 +46,18 @@ class _Stream:
     def __init__(self, handle: int, disk: ThreadPoolExecutor) -> None:
         self.size, self.checksum, self._start = 0, 0, 0
         self._handle, self._disk = handle, disk
-        self._buffers = deque(mmap(-1, LONG) for _ in range(AHEAD))
+        self._buffers = deque(mmap(-1, PIECE) for _ in range(AHEAD))
         self._writes: deque[Future] = deque()
 
     def write(self, content: bytes | memoryview) -> int:
         left = memoryview(content).cast("B")
         while len(left):
-            filled = self.size % LONG
-            now = left[: LONG - filled]
+            filled = self.size % PIECE
+            now = left[: PIECE - filled]
             self._buffers[0][filled : filled + len(now)] = now
             self.size += len(now)
             left = left[len(now) :]
-            if self.size % LONG == 0:
+            if self.size % PIECE == 0:
                 self._hand_over(memoryview(self._buffers[0]))
                 self._buffers.rotate(-1)
                 if len(self._writes) == AHEAD:
@@ -67,7 +66,7 @@ class _Stream:
 
     def finish(self) -> None:
         """Write what is left. What fills no page has to go through the cache."""
-        left = memoryview(self._buffers[0])[: self.size % LONG]
+        left = memoryview(self._buffers[0])[: self.size % PIECE]
         pages = len(left) // PAGESIZE * PAGESIZE
         self._hand_over(left[:pages])
         self._wait()
@@ -163,10 +162,10 @@ def check_size(file: Path, size: int) -> None:
 def check_file(file: Path, size: int, checksum: int) -> None:
     """Damaged unless a file is as it was written."""
     check_size(file, size)
-    total = 0
-    for _, content in read_ahead(file, cut([], size)):
-        total = crc32(content, total)
-    check_sum(file, total, checksum)
+    with file.open("rb", buffering=0) as stream:
+        source = Source(stream, summed=True)
+        source.pass_to(size)
+    check_sum(file, source.checksum, checksum)
 
 
 def check_sum(file: Path, found: int, checksum: int) -> None:
@@ -175,40 +174,30 @@ def check_sum(file: Path, found: int, checksum: int) -> None:
         raise damaged(file, "its checksum is not that of the manifest")
 
 
-def cut(parts: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
-    """A file of `size` bytes cut into (start, stop) of a PIECE or more, such that the sorted parts stay whole."""
-    cuts, end = [], 0
-    for start, stop in [*parts, (size, size)]:
-        if start < end:
-            raise ValueError("what is stored overlaps, or lies behind the end of the file")
-        cuts += [*range(end + PIECE, start, PIECE), start, stop]
-        end = stop
-    spans, start = [], 0
-    for stop in cuts:
-        if stop - start >= PIECE or start < stop == size:
-            spans.append((start, stop))
-            start = stop
-    return spans
+class Source:
+    """A file that is read once, from its beginning on; if it is `summed`, it is read whole, and `checksum` is of it."""
 
+    def __init__(self, stream: io.FileIO, summed: bool) -> None:
+        self.position, self.checksum = 0, 0
+        self._stream, self._summed = stream, summed
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # so that more of it is read ahead
 
-def read_ahead(file: Path, spans: list[tuple[int, int]]) -> Iterator[tuple[int, memoryview]]:
-    """(start, content) of each span of a file. The content is gone when the next is asked for."""
-    room = max((stop - start for start, stop in spans), default=1)
-    with file.open("rb", buffering=0) as stream, ThreadPoolExecutor(AHEAD - 1) as disk:
-        turns = zip(spans, cycle([mmap(-1, room) for _ in range(AHEAD)]), strict=False)
-        reads = deque(disk.submit(_read, stream.fileno(), *turn) for turn in islice(turns, AHEAD - 1))
-        for start, _ in spans:
-            content = reads.popleft().result()
-            reads.extend(disk.submit(_read, stream.fileno(), *turn) for turn in islice(turns, 1))
-            yield start, content
+    def read_into(self, room: memoryview) -> None:
+        """Fill the room. EOFError if the file ends before."""
+        while len(room):
+            count = self._stream.readinto(room)
+            if not count:
+                raise EOFError(f"ends at byte {self.position}")
+            if self._summed:
+                self.checksum = crc32(room[:count], self.checksum)
+            self.position += count
+            room = room[count:]
 
-
-def _read(handle: int, span: tuple[int, int], buffer: mmap) -> memoryview:
-    start, stop = span
-    content, done = memoryview(buffer)[: stop - start], 0
-    while done < len(content):
-        count = os.preadv(handle, [content[done:]], start + done)
-        if not count:
-            raise EOFError(f"ends at byte {start + done}")
-        done += count
-    return content
+    def pass_to(self, position: int) -> None:
+        """Leave out what stands before it. ValueError if that was read already."""
+        if position < self.position:
+            raise ValueError(f"byte {position} was read already")
+        if not self._summed:
+            self.position = self._stream.seek(position)
+        while self.position < position:
+            self.read_into(memoryview(bytearray(min(PIECE, position - self.position))))

@@ -4,22 +4,21 @@ import io
 import pickle
 import struct
 import zipfile
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from isal.isal_zlib import crc32
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from trainer.checkpoint_files import Sums, check_size, check_sum, cut, read_ahead
+from trainer.checkpoint_files import Source, Sums, check_size, check_sum
 from trainer.errors import RunError, first_line
 
+HEAD = 1 << 16  # bytes of a stored tensor that are read first: more than stands before its numbers
 _METADATA = "torch.distributed.checkpoint.metadata"
 _INDEX_CLASSES = {
     ("pathlib", "PosixPath"),
@@ -103,28 +102,54 @@ class Reader(dcp.FileSystemReader):
     def _read_file(
         self, name: str, parts: dict[tuple[int, int], list[ReadItem]], summed: bool, planner: LoadPlanner
     ) -> None:
-        file, total, wrong = Path(self.path) / name, 0, None
+        file, wrong = Path(self.path) / name, None
+        size, checksum = self._files[name] if summed else (0, 0)
         if summed:
-            check_size(file, self._files[name][0])
-        spans, left = cut(list(parts), file.stat().st_size), deque(parts.items())
-        if not summed:
-            spans = [span for span in spans if any(span[0] <= start < span[1] for start, _ in parts)]
-        with ThreadPoolExecutor(1) as adder:
-            for start, content in read_ahead(file, spans):
-                adding = adder.submit(crc32, content, total) if summed else None
-                while left and left[0][0][0] < start + len(content) and not wrong:
-                    (first, last), items = left.popleft()
-                    try:
-                        stored = self._tensor(content[first - start : last - start])
-                        for item in items:
-                            self._fill(item, stored, planner)
-                    except Exception as error:
-                        wrong = error  # of a damaged file, the checksum says it better
-                total = adding.result() if adding else 0
-        if summed:
-            check_sum(file, total, self._files[name][1])
+            check_size(file, size)
+        starts, stops = zip(*parts, strict=True) if parts else ((), ())
+        if any(start < stop for start, stop in zip((*starts, file.stat().st_size), (0, *stops), strict=True)):
+            raise ValueError("what is stored overlaps, or lies behind the end of the file")
+        with file.open("rb", buffering=0) as stream:
+            source = Source(stream, summed)
+            try:
+                for (start, stop), items in parts.items():
+                    source.pass_to(start)
+                    self._read_part(source, stop, items, planner)
+            except Exception as error:
+                wrong = error  # of a damaged file, the checksum says it better
+            if summed:
+                source.pass_to(size)
+                check_sum(file, source.checksum, checksum)
         if wrong:
             raise wrong
+
+    def _read_part(self, source: Source, stop: int, items: list[ReadItem], planner: LoadPlanner) -> None:
+        """Fill what the items want of a stored tensor. A large one that is wanted as it is goes where it belongs."""
+        content = torch.empty(stop - source.position, dtype=torch.uint8).numpy().data
+        source.read_into(content[:HEAD])
+        rest = self._rest(content[:HEAD], items, planner) if len(content) > HEAD else None
+        if rest is not None:
+            source.read_into(rest)
+            source.pass_to(stop)
+            return
+        source.read_into(content[HEAD:])
+        stored = self._tensor(content)
+        for item in items:
+            self._fill(item, stored, planner)
+
+    def _rest(self, head: memoryview, items: list[ReadItem], planner: LoadPlanner) -> memoryview | None:
+        """The memory of the numbers after those in the head, which it gets, if it is laid out as they are stored."""
+        target = planner.resolve_tensor(items[0]).detach()
+        if len(items) > 1 or items[0].lengths != target.shape or target.device.type != "cpu":
+            return None
+        length, layout = self._known(head) or (0, None)
+        if layout != (target.dtype, target.numel(), target.shape, target.stride(), 0) or not target.is_contiguous():
+            return None
+        numbers = target.reshape(-1).view(torch.uint8).numpy().data
+        first = head[length : length + len(numbers)]
+        numbers[: len(first)] = first
+        planner.commit_tensor(items[0], target)
+        return numbers[len(first) :]
 
     def _fill(self, item: ReadItem, stored: Tensor, planner: LoadPlanner) -> None:
         for dimension, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
@@ -138,17 +163,22 @@ class Reader(dcp.FileSystemReader):
     def _tensor(self, content: memoryview) -> Tensor:
         """What torch.save wrote, in the memory of the content. What stands before the numbers is the same for all
         tensors of a kind: torch.load, which takes its time, reads the first of each."""
-        for length in {len(before) for before in self._layouts}:
-            if layout := self._layouts.get(bytes(content[:length])):
-                break
-        else:
-            length, layout = _layout(content)
-            self._layouts[bytes(content[:length])] = layout
-        dtype, count, *view = layout
+        known = self._known(content)
+        if known is None:
+            known = _layout(content)
+            self._layouts[bytes(content[: known[0]])] = known[1]
+        length, (dtype, count, *view) = known
         numbers = (
             torch.frombuffer(content, dtype=dtype, count=count, offset=length) if count else torch.empty(0, dtype=dtype)
         )
         return numbers.as_strided(*view)
+
+    def _known(self, content: memoryview) -> tuple[int, tuple] | None:
+        """What _layout says of content that begins like one that was read before."""
+        for length in {len(before) for before in self._layouts}:
+            if layout := self._layouts.get(bytes(content[:length])):
+                return length, layout
+        return None
 
 
 def _layout(content: memoryview) -> tuple[int, tuple]:

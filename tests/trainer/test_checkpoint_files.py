@@ -5,23 +5,20 @@ import os
 import random
 import subprocess
 import zlib
-from itertools import pairwise
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from hypothesis import given
-from hypothesis import strategies as st
 
 from trainer import checkpoint
-from trainer.checkpoint_files import AHEAD, LONG, PIECE, check_file, cut, read_ahead, written
+from trainer.checkpoint_files import AHEAD, PIECE, Source, check_file, written
 from trainer.errors import RunError
 
 RANDOM = random.SystemRandom()
 
 
 def random_state(seed):
-    """Tensors of many pieces, small ones of one shape and of others, strided, empty, half."""
+    """Tensors of many pieces, large and small ones of one shape and of others, strided, empty, half."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -31,7 +28,10 @@ def random_state(seed):
     shared = normal(100)
     return {
         "model": {
-            "large": normal(PIECE // 4 * 5 + seed),
+            "large": normal(PIECE // 4 * 2 + seed),
+            **{f"wide {i}": normal(300, 100) for i in range(4)},
+            **{f"wide half {i}": normal(300, 150).bfloat16() for i in range(3)},
+            **{f"wide turned {i}": normal(100, 300).T for i in range(3)},
             "turned": normal(50, 20).T,
             "every second": normal(40)[::2],
             "cube": normal(3, 4, 5).permute(2, 0, 1),
@@ -39,7 +39,7 @@ def random_state(seed):
             "empty": torch.empty(0, 3),
             **{f"small {i}": normal(size) for i, size in enumerate(sizes)},
         },
-        "ema": {"large": normal(PIECE // 4 * 2), **{f"small {i}": normal(7, 3) for i in range(20)}},
+        "ema": {"large": normal(PIECE // 4 * 2 + seed), **{f"small {i}": normal(7, 3) for i in range(20)}},
         "optimizer": {"state": {"a": {"step": normal(), "first": shared[:50], "second": shared[50:]}}},
     }
 
@@ -82,7 +82,8 @@ def test_what_stock_dcp_saved_we_load_bit_for_bit(seed, alone, tmp_path):
     checksum = zlib.crc32(json.dumps(fields).encode())
     (folder / checkpoint.MANIFEST).write_text(json.dumps({**fields, "crc32": checksum}, indent=1))
     loaded = empty(state)
-    loaded["model"]["turned"] = torch.zeros(50, 20).T
+    loaded["model"] |= {"turned": torch.zeros(50, 20).T, "wide 2": torch.zeros(100, 300).T}
+    loaded["model"] |= {"wide 3": torch.zeros(600, 100)[::2], "wide half 1": torch.zeros(300, 150)}
     assert checkpoint.load(folder, loaded) == 1
     assert len(contents) == seed + 3 and same(state, loaded)
 
@@ -108,8 +109,8 @@ def test_a_part_that_is_loaded_is_right_and_all_files_are_verified(alone, tmp_pa
 
 def contents():
     """Of sizes about those of pages, pieces and buffers."""
-    pieces = [size for piece in (4096, PIECE, LONG) for size in (piece - 1, piece, piece + 1)]
-    for size in (0, 1, *pieces, (AHEAD + 2) * LONG, (AHEAD + 1) * LONG + 4099):
+    pieces = [size for piece in (4096, PIECE) for size in (piece - 1, piece, piece + 1)]
+    for size in (0, 1, *pieces, (AHEAD + 2) * PIECE, (AHEAD + 1) * PIECE + 4099):
         yield RANDOM.randbytes(size)
 
 
@@ -119,23 +120,35 @@ def check_written(folder):
         file, left = folder / f"file {number}", memoryview(content)
         with written(file, sums) as stream:
             while len(left):
-                size = RANDOM.choice([1, 30, 5000, PIECE, 3 * PIECE, 2 * LONG])
+                size = RANDOM.choice([1, 30, 5000, PIECE, 3 * PIECE])
                 assert stream.write(left[:size]) == len(left[:size])
                 left = left[size:]
                 assert stream.tell() == len(content) - len(left)
         assert file.read_bytes() == content
         assert sums[file.name] == [len(content), zlib.crc32(content)]
         check_file(file, *sums[file.name])
-        spans = cut([], len(content))
-        assert b"".join(bytes(piece) for _, piece in read_ahead(file, spans)) == content
         if content:
             with pytest.raises(RunError, match="its checksum is not that"):
                 check_file(file, len(content), zlib.crc32(content) ^ 1)
-            some = sorted(RANDOM.sample(range(len(content) + 1), min(len(content) + 1, 6)))
-            spans = list(zip(some[::2], some[1::2], strict=False))
-            assert [(start, bytes(piece)) for start, piece in read_ahead(file, spans)] == [
-                (start, content[start:stop]) for start, stop in spans
-            ]
+        check_read(file, content)
+
+
+def check_read(file, content):
+    cuts = sorted(RANDOM.choices(range(len(content) + 1), k=6))
+    for summed in (True, False):
+        with file.open("rb", buffering=0) as stream:
+            source = Source(stream, summed)
+            for start, stop in zip(cuts[::2], cuts[1::2], strict=True):
+                source.pass_to(start)
+                source.read_into(room := memoryview(bytearray(stop - start)))
+                assert room == content[start:stop] and source.position == stop
+            source.pass_to(len(content))
+            assert not summed or source.checksum == zlib.crc32(content)
+            with pytest.raises(EOFError, match=f"ends at byte {len(content)}"):
+                source.read_into(memoryview(bytearray(1)))
+            if content:
+                with pytest.raises(ValueError, match="was read already"):
+                    source.pass_to(len(content) - 1)
 
 
 def test_a_file_is_what_was_written_to_it_and_so_are_its_sum_and_what_is_read_of_it(tmp_path):
@@ -152,27 +165,3 @@ def test_also_where_the_file_system_has_no_way_past_the_cache(tmp_path):
         check_written(tmp_path)
     finally:
         subprocess.run(["umount", "--lazy", tmp_path], check=True)
-
-
-@given(st.lists(st.integers(0, 3 * PIECE), max_size=12), st.integers(0, 2 * PIECE))
-def test_a_file_is_cut_without_gaps_into_spans_that_leave_its_parts_whole(gaps, rest):
-    ends = [sum(gaps[: i + 1]) for i in range(len(gaps))]
-    parts = [(start, stop) for start, stop in zip(ends[::2], ends[1::2], strict=False) if start < stop]
-    size = (ends[-1] if ends else 0) + rest
-    spans = cut(parts, size)
-    assert [start for start, _ in spans] == [0, *(stop for _, stop in spans[:-1])][: len(spans)]
-    assert (spans[-1][1] if spans else 0) == size
-    assert all(stop - start >= PIECE for start, stop in spans[:-1])
-    assert all(any(first <= start and stop <= last for first, last in spans) for start, stop in parts)
-    largest = max((stop - start for start, stop in parts), default=0)
-    assert all(stop - start < 2 * PIECE + largest for start, stop in spans)
-
-
-@given(st.lists(st.integers(1, 100), min_size=2, max_size=9), st.data())
-def test_parts_that_overlap_or_lie_behind_the_end_are_refused(lengths, data):
-    ends = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    parts = list(pairwise(ends))
-    number = data.draw(st.integers(0, len(parts) - 1))
-    parts[number] = (parts[number][0], parts[number][1] + data.draw(st.integers(1, 50)))
-    with pytest.raises(ValueError, match="overlaps, or lies behind the end"):
-        cut(parts, ends[-1])

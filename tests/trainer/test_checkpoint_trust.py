@@ -142,7 +142,7 @@ def test_damage_is_found_on_loading_and_named_by_all_ranks_however_many_they_are
 
 def test_the_checksums_are_of_all_bytes_also_of_large_files(tmp_path):
     with process_group():
-        checkpoint.save(tmp_path, 1, {"model": {"a": torch.randn(3_000_001)}}, "", "images")
+        checkpoint.save(tmp_path, 1, {"model": {"a": torch.randn(9_000_001)}}, "", "images")
     contents = {path.name: path.read_bytes() for path in (tmp_path / "000000000001").iterdir()}
     files = json.loads(contents.pop(checkpoint.MANIFEST))["files"]
     assert files == {name: [len(content), zlib.crc32(content)] for name, content in contents.items()}

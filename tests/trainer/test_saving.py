@@ -136,7 +136,7 @@ def measure(folder, asynchronous, size):
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_there_is_one_copy_of_the_state_however_many_saves_and_none_at_the_end(asynchronous, ranks, tmp_path):
-    ranks.run(1, measure, tmp_path, asynchronous, 96 * MB)
+    ranks.run(1, measure, tmp_path, asynchronous, 256 * MB)
     first, five, after, ended = json.loads((tmp_path / "memory.json").read_text())
     copies = 1 if asynchronous else 0
     slack = 0.35  # of what checkpoints take besides
