@@ -127,28 +127,29 @@ class Reader(dcp.FileSystemReader):
         """Fill what the items want of a stored tensor. A large one that is wanted as it is goes where it belongs."""
         content = torch.empty(stop - source.position, dtype=torch.uint8).numpy().data
         source.read_into(content[:HEAD])
-        rest = self._rest(content[:HEAD], items, planner) if len(content) > HEAD else None
+        target = planner.resolve_tensor(items[0]).detach()
+        whole = len(items) == 1 and items[0].lengths == target.shape
+        rest = self._rest(content[:HEAD], target) if whole and len(content) > HEAD else None
         if rest is not None:
             source.read_into(rest)
             source.pass_to(stop)
+            planner.commit_tensor(items[0], target)
             return
         source.read_into(content[HEAD:])
         stored = self._tensor(content)
         for item in items:
             self._fill(item, stored, planner)
 
-    def _rest(self, head: memoryview, items: list[ReadItem], planner: LoadPlanner) -> memoryview | None:
-        """The memory of the numbers after those in the head, which it gets, if it is laid out as they are stored."""
-        target = planner.resolve_tensor(items[0]).detach()
-        if len(items) > 1 or items[0].lengths != target.shape or target.device.type != "cpu":
-            return None
+    def _rest(self, head: memoryview, target: Tensor) -> memoryview | None:
+        """If the target is laid out as the stored tensor is, it gets the numbers in the head; its memory for others."""
         length, layout = self._known(head) or (0, None)
-        if layout != (target.dtype, target.numel(), target.shape, target.stride(), 0) or not target.is_contiguous():
+        if layout != (target.dtype, target.numel(), target.shape, target.stride(), 0):
+            return None
+        if target.device.type != "cpu" or not target.is_contiguous():
             return None
         numbers = target.reshape(-1).view(torch.uint8).numpy().data
         first = head[length : length + len(numbers)]
         numbers[: len(first)] = first
-        planner.commit_tensor(items[0], target)
         return numbers[len(first) :]
 
     def _fill(self, item: ReadItem, stored: Tensor, planner: LoadPlanner) -> None:
