@@ -106,8 +106,8 @@ class Reader(dcp.FileSystemReader):
         size, checksum = self._files[name] if summed else (0, 0)
         if summed:
             check_size(file, size)
-        starts, stops = zip(*parts, strict=True) if parts else ((), ())
-        if any(start < stop for start, stop in zip((*starts, file.stat().st_size), (0, *stops), strict=True)):
+        edges = [0, *(edge for part in parts for edge in part), file.stat().st_size]
+        if edges != sorted(edges):
             raise ValueError("what is stored overlaps, or lies behind the end of the file")
         with file.open("rb", buffering=0) as stream:
             source = Source(stream, summed)
