@@ -53,6 +53,7 @@ class Faults:
     def start(self, name: str, root: Path = ROOT, env: dict[str, str] | None = None) -> None:
         steps = LONG if name == "time limit" else STEPS
         changes = [f"run={self.run(name)}", f"train.images={128 * steps}"] + ["train.timeout=60"] * (name == "hang")
+        changes += [f"checkpoint.every={128 * steps}"] * (name == "preemption")  # at the stop and the end
         done = self._submit(*NODES, *RUNS[name], *CONFIG, *changes, root=root, env=env or self.env)
         assert done.returncode == 0, done.stderr
         self.jobs[name] = re.match(r"job (\d+):", done.stdout)[1]
@@ -230,5 +231,8 @@ def test_a_host_that_failed_twice_is_left_out(faults):
 
 
 def test_what_was_done_before_a_signal_is_not_done_again(faults):
-    checkpoints = [int(path.name) for path in (faults.run("preemption") / "checkpoints").iterdir()]
-    assert any(position % 2560 for position in checkpoints), "saved where it was stopped"
+    run = faults.run("preemption")
+    stopped, end = sorted((run / "checkpoints").iterdir())
+    assert 0 < int(stopped.name) < int(end.name) == 128 * STEPS
+    logs = [path.read_text() for path in (run / "logs").rglob("*.log")]
+    assert sum(f"continuing from {stopped}" in log for log in logs) == 1
