@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from data.errors import DataError
 from data.files import WORK
 
 
@@ -77,8 +78,12 @@ def wait_for_lock(folder: Path, name: str) -> Iterator[None]:
 
 def _open_lock(folder: Path, name: str) -> TextIO:
     while True:
-        with suppress(FileExistsError):  # here, and gone a moment later: another process that is done tidied it away
+        try:
             (folder / WORK).mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            if error.filename != str(folder / WORK):
+                raise DataError(f"{error.filename}: a link to nothing; give another folder") from None
+            # here, and gone a moment later: another process that is done tidied it away
         with suppress(FileNotFoundError):  # just so
             return (folder / WORK / f"{name}.lock").open("w")
 

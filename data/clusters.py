@@ -12,7 +12,7 @@ from data.errors import DataError
 from data.files import appearing, disk_errors
 from data.shards import agree_on_settings, begin, finish, shard_names, write_shard
 from data.sources import Item
-from data.store import Store, read_manifest
+from data.store import Store, contents_digest, read_manifest
 
 ORDER = "order.npy"
 UNIT = 16  # shard sizes are multiples of it, hence of every group size up to it that is a power of two
@@ -38,8 +38,11 @@ def _cluster_latents(
             f"--features {features}: are of other images ({len(vectors)}) than --latents {latents} ({len(moments)});"
             " make both of the same"
         )
-    encoder = vectors.manifest["settings"].get("encoder_weights")
-    settings = moments.manifest["settings"] | {"encoder_weights": encoder, "shard_size": shard_size}
+    settings = moments.manifest["settings"] | {
+        "encoder_weights": vectors.manifest["settings"].get("encoder_weights"),
+        "features": contents_digest(vectors.manifest),
+        "shard_size": shard_size,
+    }
     agree_on_settings(out, settings | {"keys": moments.manifest["keys"]})
     sizes = shard_sizes(len(moments), shard_size)
     with wait_for_lock(out, ORDER):

@@ -5,9 +5,7 @@ similarities.npy  (n, k) float16, rounded down: what passes a threshold is truly
 manifest.json     which features, how many, how found
 """
 
-import json
 import shutil
-from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +19,7 @@ from data.files import WORK, appearing, disk_errors, write_json
 from data.ivf import IVFSearch
 from data.neighbors import ExactSearch, NeighborGraph
 from data.shards import MANIFEST, agree_on_settings
-from data.store import Store, read_manifest
+from data.store import Store, contents_digest, read_manifest
 
 IDS, SIMILARITIES, PARTS = "ids.npy", "similarities.npy", "parts"
 PART, BLOCK, SAMPLE = 16_384, 1024, 1000
@@ -61,7 +59,7 @@ def _build_graph(
     settings = {
         "name": manifest["settings"].get("name"),
         "keys": manifest["keys"],
-        "features": sha256(json.dumps(manifest["shards"]).encode()).hexdigest(),
+        "features": contents_digest(manifest),
         "neighbors": neighbors,
         "method": method if method == "exact" else f"ivf, {probes} probes",
     }

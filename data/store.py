@@ -1,6 +1,7 @@
 """Reading a store that data/shards.py wrote, at random, through memory maps: the tar shards are the storage format."""
 
 import json
+from hashlib import sha256 as new_hash
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,16 @@ def read_manifest(folder: Path, kind: str, made_by: str) -> dict:
     if manifest["kind"] != kind:
         raise DataError(f"{folder}: holds {manifest['kind']}, not {kind}; give a folder made by {made_by}")
     return manifest
+
+
+def contents_digest(manifest: dict) -> str:
+    """A checksum of all that the shards of a store hold."""
+    return new_hash(json.dumps(manifest["shards"]).encode()).hexdigest()
+
+
+def damaged(shard: Path, wrong: str) -> DataError:
+    """The error about a shard that is not as it was written."""
+    return DataError(f"{shard}: {wrong}; remove it, and start what made {shard.parent} again")
 
 
 class Store:
@@ -43,13 +54,21 @@ class Store:
         if entry is not None:
             start += entry.astype(np.int64) * size
         for row, shard, begin in zip(rows, where["shard"].tolist(), start.tolist(), strict=True):
-            row[:] = self._map(field, out.dtype, shard)[begin : begin + size]
+            found = self._map(field, out.dtype, shard)[begin : begin + size]
+            if len(found) < size:
+                raise damaged(self._path(shard), f"ends before number {begin + size} of its {field}")
+            row[:] = found
         return out
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / self.manifest["shards"][shard]["name"]
 
     def _map(self, field: str, dtype: np.dtype, shard: int) -> np.ndarray:
         found = self._maps.get((field, shard))
         if found is None:
-            path = self.folder / self.manifest["shards"][shard]["name"]
+            path = self._path(shard)
+            if not path.is_file():
+                raise damaged(path, "is gone")
             size = path.stat().st_size // dtype.itemsize
             # numpy's memory maps keep a file open each, and there may be more shards than files that may be open
             mapped = torch.from_file(str(path), shared=False, size=size, dtype=getattr(torch, dtype.name))

@@ -10,6 +10,7 @@ from torch import Tensor
 from data.errors import DataError
 from data.latents import LatentFormat
 from data.randomness import Draws
+from data.store import damaged
 
 
 class StreamedLatents:
@@ -43,16 +44,26 @@ class StreamedLatents:
 
     def read_shards(self, shards: tuple[int, ...]) -> "Pool":
         """All images of some shards, read from start to end by the webdataset library."""
-        names = [self.format.manifest["shards"][shard]["name"] for shard in shards]
-        urls = [str(self.folder / name) for name in names]
-        samples = list(webdataset.WebDataset(urls, shardshuffle=False, nodesplitter=None, workersplitter=None).decode())
-        if len(samples) != sum(self.counts[shard] for shard in shards):
-            raise DataError(
-                f"{self.folder}: {', '.join(names)} hold {len(samples)} images, the manifest says otherwise"
-            )
+        samples = [sample for shard in shards for sample in self._samples(shard)]
         features = np.stack([sample["feature.npy"] for sample in samples]) if self.has_features else None
         label = np.array([sample["cls"] for sample in samples], np.int64)
         return Pool(self, np.stack([sample["moments.npy"] for sample in samples]), label, features)
+
+    def _samples(self, shard: int) -> list[dict]:
+        path = self.folder / self.format.manifest["shards"][shard]["name"]
+        needed = {"moments.npy", "cls"} | ({"feature.npy"} if self.has_features else set())
+        whole = webdataset.WebDataset(str(path), shardshuffle=False, nodesplitter=None, workersplitter=None).decode()
+        try:
+            samples = [sample for sample in whole if needed <= sample.keys()]
+        except OSError as error:
+            if path.exists():  # the machine's fault, not the file's
+                raise
+            raise damaged(path, "is gone") from error
+        except Exception as error:  # readers raise nearly anything at damaged files
+            raise damaged(path, f"cannot be read ({type(error).__name__})") from error
+        if len(samples) != self.counts[shard]:
+            raise damaged(path, f"holds {len(samples)} images, should be {self.counts[shard]}")
+        return samples
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,13 @@ class DDPM(Path):
         super().__init__(config)
         beta = torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64)
         self._alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
+        self._on_device: dict[torch.device, Tensor] = {}
 
     def alpha_bar(self, t: Tensor) -> Tensor:
         """alpha^2 of steps from -1 on, float64."""
-        return self._alpha_bar.to(t.device)[t.long() + 1]
+        if t.device not in self._on_device:
+            self._on_device[t.device] = self._alpha_bar.to(t.device)  # once: the host waits for such a copy
+        return self._on_device[t.device][t.long() + 1]
 
     def schedule(self, t: Tensor) -> Schedule:
         """alpha^2 = alpha_bar, sigma^2 = 1 - alpha_bar; the derivatives are not defined."""

@@ -41,16 +41,16 @@ def guided(
 
     c is the prediction for `label` (B,) at group size C, u the one without label at group size UC, of the same noisy
     images; with a `weaker` network u is its prediction for the label at group size C instead (autoguidance: Karras et
-    al., arXiv 2406.02507). `weight` is a number, or one per image (B,). Where it is 1, or outside the `interval` of
-    log-SNR (Kynkaanniemi et al., arXiv 2404.07724), u is not computed. Only the first `channels` of an image are guided
-    (null: all; the public code of SiT has 3), and no variance. Outside the log-SNR `window`, groups are of one image. B
-    is a multiple of both group sizes.
+    al., arXiv 2406.02507). `weight` is a number, or one per image (B,). If it is the number 1, and outside the
+    `interval` of log-SNR (Kynkaanniemi et al., arXiv 2404.07724), u is not computed. Only the first `channels` of an
+    image are guided (null: all; the public code of SiT has 3), and no variance. Outside the log-SNR `window`, groups
+    are of one image. B is a multiple of both group sizes.
     """
     for name, size in (("cond_group_size", cond_group_size), ("uncond_group_size", uncond_group_size)):
         if len(label) % size:
             raise ValueError(f"{name}={size}: must divide the number of images sampled together, {len(label)}")
     null = torch.full_like(label, NULL_LABEL)
-    unguided = bool((torch.as_tensor(weight) == 1).all())
+    unguided = not isinstance(weight, Tensor) and weight == 1  # whatever the values: ranks must make the same calls
     factor = weight.view(-1, 1, 1, 1) if isinstance(weight, Tensor) else weight
 
     def denoise(x: Tensor, t: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,12 +18,12 @@ from slurm.supervise import STOP
 
 ASK_QUEUE = 30.0  # seconds
 NOT_THERE = "not in the queue"
-_JOB = "job"  # a file in the run folder: Slurm's number of its job, or "local PID"
+_JOB = "job"  # a file in the run folder: Slurm's number of its job, or "local PID HOST"
 
 
 def note_job(run: Path, number: str, cluster: Literal["local", "slurm"]) -> None:
     """Which job does a run, or here, which process."""
-    write_whole(run / _JOB, f"{number}\n" if cluster == "slurm" else f"local {number}\n")
+    write_whole(run / _JOB, f"{number}\n" if cluster == "slurm" else f"local {number} {socket.gethostname()}\n")
 
 
 def job_of(run: Path) -> str | None:
@@ -74,10 +75,9 @@ def cancel(folder: Path) -> None:
 def _cancel(run: Path) -> None:
     job = job_of(run)
     if job is None:
-        pid = (run / _JOB).read_text().split()[1] if (run / _JOB).is_file() else "?"
-        command = Path(f"/proc/{pid}/cmdline")
-        if not command.is_file() or b"submitit" not in command.read_bytes():  # a number is given to others later
-            raise LaunchError(f"its process {pid} is not on this machine; it runs on another one, or no more")
+        pid, host = _process(run)
+        if not _is_here(pid):
+            raise LaunchError(f"its process {pid} is not on this machine; it runs on {host}, or no more")
         os.kill(int(pid), signal.SIGTERM)
     elif queue_state(job) == "RUNNING":
         _scancel("--signal=USR2", job)
@@ -87,6 +87,19 @@ def _cancel(run: Path) -> None:
         write_state(run, read_state(run).model_copy(update=stopped))
 
 
+def _process(run: Path) -> tuple[str, str]:
+    """(number, host) of the process that does a run without Slurm."""
+    said = (run / _JOB).read_text().split() if (run / _JOB).is_file() else []
+    return said[1] if said else "?", said[2] if len(said) > 2 else "another one"
+
+
+def _is_here(pid: str) -> bool:
+    try:
+        return b"submitit" in Path(f"/proc/{pid}/cmdline").read_bytes()  # a number is given to others later
+    except OSError:  # it ends just now, or has ended
+        return False
+
+
 def _scancel(*arguments: str) -> None:
     done = subprocess.run(["scancel", *arguments], capture_output=True, text=True)
     if done.returncode:
@@ -94,7 +107,8 @@ def _scancel(*arguments: str) -> None:
 
 
 def lost_or_ended(run: Path) -> Callable[[], bool]:
-    """A function that tells whether a run has ended, or its job is not in the queue any more: that, it asks seldom."""
+    """A function that tells whether a run has ended, or its job is not in the queue any more (that, it asks seldom), or
+    its process is no more."""
     asked = time.monotonic()
 
     def ended() -> bool:
@@ -102,7 +116,10 @@ def lost_or_ended(run: Path) -> Callable[[], bool]:
         job = job_of(run)
         if read_state(run).ended:
             return True
-        if job is None or time.monotonic() - asked < ASK_QUEUE:
+        if job is None:
+            pid, host = _process(run)
+            return host == socket.gethostname() and not _is_here(pid)
+        if time.monotonic() - asked < ASK_QUEUE:
             return False
         asked = time.monotonic()
         return _queued(job) == NOT_THERE  # Slurm may not answer just now

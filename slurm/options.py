@@ -40,13 +40,14 @@ def load_options(site: str | None, settings: list[str]) -> ClusterOptions:
         path = Path(site) if site.endswith((".yaml", ".yml")) else SITES / f"{site}.yaml"
         if not path.is_file():
             raise LaunchError(f"--site {site}: {path} is no file; sites are files as in {SITES}/")
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = _read_site(path)
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not (name and equals and value):
             raise LaunchError(f"--slurm {setting}: write FIELD=VALUE, as partition=gpu or time=1440 (minutes)")
         if name in ("sbatch", "setup"):
-            tree[name] = [*tree.get(name, []), value]
+            before = tree.get(name) or []
+            tree[name] = [*before, value] if isinstance(before, list) else before
         else:
             tree[name] = value
     try:
@@ -58,7 +59,22 @@ def load_options(site: str | None, settings: list[str]) -> ClusterOptions:
         raise LaunchError(f"--slurm {name}={tree[name]}: {first['msg']}{known}") from None
     for text in options.sbatch:
         sbatch_option(text)
+    if options.signal_delay >= 60 * options.time:
+        raise LaunchError(
+            f"--slurm signal_delay={options.signal_delay}: seconds, but time={options.time} is minutes; the run would"
+            " end as it begins; set less"
+        )
     return options
+
+
+def _read_site(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LaunchError(f"--site {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise LaunchError(f"--site {path}: holds a {type(tree).__name__}; it must hold fields, as `partition: gpu`")
+    return tree
 
 
 def sbatch_option(text: str) -> tuple[str, str | bool]:

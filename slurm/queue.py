@@ -21,7 +21,7 @@ def requeue(excluded: str) -> None:
     """Have this job start again, without the hosts `excluded`."""
     job = _this_job()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # also in scontrol: a job that is requeued is terminated meanwhile
-    if leaving() is None:
+    if leaving() != "requeued":
         scontrol("requeue", job)
     if excluded:
         scontrol("update", f"JobId={job}", f"ExcNodeList={excluded}")
@@ -29,7 +29,7 @@ def requeue(excluded: str) -> None:
 
 def seconds_left() -> float:
     """Until the time limit."""
-    end = _field("EndTime")
+    end = _fields()["EndTime"]
     return float("inf") if end == "Unknown" else datetime.fromisoformat(end).timestamp() - time.time()
 
 
@@ -67,14 +67,17 @@ def _this_job() -> str:
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
-def leaving() -> Literal["requeued", "cancelled"] | None:
-    """Whether this job, of which we are a part, is at its end by Slurm's will or a user's."""
-    if _field("JobState") == "RUNNING":
+def leaving() -> Literal["requeued", "preempted", "cancelled"] | None:
+    """Whether this job, of which we are a part, is at its end by Slurm's will (`preempted`: for good, unless somebody
+    requeues it) or a user's."""
+    shown = _fields()
+    if shown["JobState"] == "RUNNING":
         return None
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    return "requeued" if int(_field("Restarts")) > restarts else "cancelled"
+    if int(shown["Restarts"]) > int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+        return "requeued"
+    return "cancelled" if shown.get("PreemptTime", "None") == "None" else "preempted"
 
 
-def _field(name: str) -> str:
-    shown = scontrol("show", "job", "--oneliner", _this_job())
-    return re.search(rf"(?:^| ){name}=(\S*)", shown)[1]
+def _fields() -> dict[str, str]:
+    """What Slurm says of this job."""
+    return dict(re.findall(r"(?:^| )(\w+)=(\S*)", scontrol("show", "job", "--oneliner", _this_job())))

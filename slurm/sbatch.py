@@ -21,7 +21,8 @@ def sbatch_parameters(
         "ntasks_per_node": tasks_per_node,
         "gpus_per_node": gpus_per_node or None,
         "signal_delay_s": options.signal_delay,
-        "setup": ["export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}", *options.setup],
+        # the second: srun passes on what is set here, also where the site's rule is sbatch --export=NONE
+        "setup": ["export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}", "export SLURM_EXPORT_ENV=ALL", *options.setup],
         "additional_parameters": {
             "requeue": True,
             **({"reservation": options.reservation} if options.reservation else {}),

@@ -99,6 +99,8 @@ def script(
 
 def check_folder(folder: Path, cluster: Literal["local", "slurm"]) -> None:
     """LaunchError if nothing can be written there, or if nodes cannot see it."""
+    if ":" in str(folder):
+        raise LaunchError(f"run={folder}: to Python the : in it ends a path; set run= to another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / ".writable", "")

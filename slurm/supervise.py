@@ -19,7 +19,7 @@ from slurm.tasks import run_by_srun, run_here
 from slurm.verdict import decide, judge
 
 STOP = "stop-requested"  # a file in the run folder: its user wants it to end
-LOST = "a node was lost, or the job was requeued"
+LOST = "a node was lost, or the job was preempted or requeued"
 LAST_MOMENT = 20.0  # seconds before the time limit when tasks that have not saved are given up
 
 
@@ -74,7 +74,7 @@ def _supervise(job: Job) -> str:
         write_state(job.run, state)
         _attempt(job, attempt, signals)
         end = leaving() if job.on_slurm and attempt.outcome != "finished" else None
-        if end == "requeued" and attempt.outcome == "failed":
+        if end in ("requeued", "preempted") and attempt.outcome == "failed":
             attempt.outcome, attempt.why, attempt.host = "lost", LOST, ""
         if attempt.host:
             state.host_failures[attempt.host] = state.host_failures.get(attempt.host, 0) + 1

@@ -23,7 +23,8 @@ def main(logs: Path) -> int:
     signals = note_signals()
     if "RANK" not in os.environ:
         _set_ranks()
-    record = partial(write_record, logs, int(os.environ["RANK"]), host=socket.gethostname())
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()  # Slurm's name for it need not be its own
+    record = partial(write_record, logs, int(os.environ["RANK"]), host=host)
     record(outcome="running")
     try:
         from slurm.health import check_node  # it takes seconds to import torch, and a signal may come at any time

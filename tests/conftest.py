@@ -1,5 +1,6 @@
 """What tests of several folders need."""
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -8,6 +9,9 @@ from diffusers import AutoencoderKL
 
 from data.graph import build_graph
 from data.shards import agree_on_settings, finish, shard_names, write_shard
+
+hypothesis.settings.register_profile("ours", deadline=None)  # a busy machine may stop for minutes
+hypothesis.settings.load_profile("ours")
 
 
 @pytest.fixture(scope="session")

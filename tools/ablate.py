@@ -11,7 +11,7 @@ from pathlib import Path
 from command_line import numbers, positive, run_tool
 from preprocessing import add_process_options, run_in_processes
 
-from trainer.ablation import correlations, plan_cells, run_cells, summarise, table
+from trainer.ablation import check_results, correlations, plan_cells, run_cells, summarise, table
 
 
 def main(arguments: list[str]) -> None:
@@ -26,6 +26,7 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_intermixed_args(arguments)
     out = args.out.absolute()
     cells, configs = plan_cells(Path(args.words[0]), args.words[1:], args.axis, args.seeds, out)
+    check_results(configs, args.guidance, out)
     run_in_processes(args, run_cells, configs=configs, guidance=args.guidance, out=out)
     missing = sum(not (out / f"{name}.json").exists() for name in configs)
     if missing:

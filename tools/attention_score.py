@@ -12,9 +12,8 @@ from trainer import checkpoint
 from trainer.attention_checkpoint import data_scores, form, load, one_group, sampling_scores
 from trainer.attention_scores import as_record
 from trainer.config import parse_config
-from trainer.errors import RunError
 from trainer.run_folder import read_config
-from trainer.weights import find_checkpoint
+from trainer.weights import find_checkpoint, place_in_run
 
 
 def main(arguments: list[str]) -> None:
@@ -44,9 +43,7 @@ def main(arguments: list[str]) -> None:
     tree["groups"]["query"] = args.query or tree["groups"]["query"]
     config = parse_config(tree)
     query = config.groups.query
-    if not args.out and folder.parent.name != "checkpoints":
-        raise RunError(f"{folder}: a checkpoint outside a run; say where to write with --out")
-    out = args.out or folder.parent.parent / "attention" / (query if args.during == "data" else "sampling")
+    out = args.out or place_in_run(folder, f"attention/{query if args.during == 'data' else 'sampling'}")
 
     loaded = load(folder, config, args.raw, args.weights)
     groups = form(loaded, args.groups)

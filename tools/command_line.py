@@ -21,6 +21,14 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(text: str) -> int:
+    """A whole number from 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more")
+    return value
+
+
 def numbers(text: str) -> tuple[float, ...]:
     """As 1,1.5,2; what is no number, argparse refuses."""
     return tuple(float(number) for number in text.split(","))

@@ -68,6 +68,9 @@ def _check(args: argparse.Namespace) -> None:
         raise RunError(f"--images {args.images}: needs --detector and --reference")
     if bool(args.detector) != bool(args.reference):
         raise RunError("--detector, --reference: give both, or none of them")
+    for option, given in {"--metrics": args.metrics, "--cache": args.cache}.items():
+        if given and not args.detector:
+            raise RunError(f"{option} {given}: needs --detector and --reference")
     if args.overrides and not args.sweep:
         raise RunError(f"{args.overrides[0]}: is for --sweep; otherwise give it to tools/sample.py")
 

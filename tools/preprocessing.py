@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from command_line import places, positive
+from command_line import not_negative, places, positive
 
 from data.shards import MANIFEST
 from data.sources import Source, list_source
@@ -20,8 +20,8 @@ from slurm.options import load_options
 
 def add_process_options(parser: argparse.ArgumentParser, gpus: bool = True) -> None:
     """Where the tool runs, and whether it has a use for GPUs."""
-    parser.add_argument("--nodes", type=int, help="Slurm nodes: a job array of as many jobs, which share the work")
-    parser.add_argument("--procs", type=int, help="processes per node; default: one per GPU (on Slurm: 8)")
+    parser.add_argument("--nodes", type=positive, help="Slurm nodes: a job array of as many jobs, which share the work")
+    parser.add_argument("--procs", type=positive, help="processes per node; default: one per GPU (on Slurm: 8)")
     if gpus:
         parser.add_argument("--cpu", action="store_true", help="ask Slurm for no GPUs")
     else:
@@ -34,9 +34,9 @@ def add_image_options(parser: argparse.ArgumentParser, shard_size: int = 2048) -
     """Which images become which shards."""
     parser.add_argument("--images", type=Path, required=True, help="a tree of class folders, or a folder of tar shards")
     parser.add_argument("--out", type=Path, required=True, help="where the shards go; on a shared file system")
-    parser.add_argument("--workers", type=int, default=4, help="processes that decode images, for each GPU")
+    parser.add_argument("--workers", type=not_negative, default=4, help="processes that decode images, for each GPU")
     parser.add_argument("--shard-size", type=positive, default=shard_size, help="images of a shard (of class folders)")
-    parser.add_argument("--max-rejects", type=int, default=0, help="images that may be damaged; see rejected.jsonl")
+    parser.add_argument("--max-rejects", type=not_negative, default=0, help="damaged images allowed: rejected.jsonl")
     parser.add_argument("--verify", action="store_true", help="only prove that all is there, once and unharmed")
 
 

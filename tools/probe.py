@@ -15,7 +15,7 @@ from trainer import checkpoint
 from trainer.attention_plots import save
 from trainer.probe import linear_probe, probe_map
 from trainer.run_folder import read_config
-from trainer.weights import find_checkpoint
+from trainer.weights import find_checkpoint, place_in_run
 
 
 def main(arguments: list[str]) -> None:
@@ -29,9 +29,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--weights", type=Path, help="those of this file, as tools/reconstruct_ema.py writes")
     args = parser.parse_args(arguments)
     folder, levels = find_checkpoint(args.run), list(args.log_snr)
+    out = args.out or place_in_run(folder, "probe")
     with tqdm(unit="img", desc="features") as bar:
         probe = linear_probe(folder, read_config(folder), levels, args.images, args.raw, args.weights, bar.update)
-    out = args.out or args.run / "probe"
     out.mkdir(parents=True, exist_ok=True)
     record = {
         "checkpoint": str(folder),

@@ -16,8 +16,8 @@ from trainer.config_file import set_dotted
 from trainer.errors import RunError
 from trainer.run_folder import read_config
 from trainer.sample_many import RECORD, sample_many
-from trainer.samples import make_samples, write_samples
-from trainer.weights import find_checkpoint
+from trainer.samples import fixed, make_samples, write_samples
+from trainer.weights import find_checkpoint, place_in_run
 
 FREE = ("sample.", "model.group_layers=", "precision=", "data.")  # what need not be as it was in training
 
@@ -31,28 +31,27 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--raw", action="store_true", help="the weights themselves instead of their EMA")
     parser.add_argument("--weights", type=Path, help="a file, as tools/reconstruct_ema.py or convert_weights.py writes")
     parser.add_argument("--num", type=positive, help="so many samples, their classes balanced")
-    parser.add_argument("--format", choices=["npz", "png"], default="npz", help="with --num: one file, or one for each")
+    parser.add_argument("--format", choices=["npz", "png"], help="with --num: one file (default), or one for each")
     add_process_options(parser)
     args = parser.parse_intermixed_args(arguments)
 
     folder, config = find(args)
-    run = folder.parent.parent if folder and folder.parent.name == "checkpoints" else None
-    if not args.out and not run:
-        raise RunError(f"{args.run}: not in a run folder; say where to write with --out")
+    args.out = args.out or place_in_run(folder, f"samples-{args.num}" if args.num else "")
     if args.num:
-        args.out = args.out or run / f"samples-{args.num}"
-        about = {"number": args.num, "out": args.out.absolute(), "form": args.format, "raw": args.raw}
+        about = {"number": args.num, "out": args.out.absolute(), "form": args.format or "npz", "raw": args.raw}
         run_in_processes(args, sample_many, folder=folder, config=config, file=args.weights, **about)
         if not args.nodes:
             complete = (args.out / RECORD).exists()
             print(f"{args.out}: {f'{args.num} images' if complete else 'not complete; the same command goes on'}")
         return
-    out = args.out or run
+    for option, given in {"--nodes": args.nodes, "--procs": args.procs, "--format": args.format}.items():
+        if given:
+            raise RunError(f"{option} {given}: is for --num; without it, this process makes a picture and an .npz")
     with tqdm(unit="img", desc="sample") as bar:
         pixels, label, record = make_samples(folder, config, args.raw, args.weights, bar.update)
-    write_samples(out, pixels, label, record, config.sample.group_size)
+    write_samples(args.out, pixels, label, record, config.sample.group_size)
     each = f"{record['evaluations']} evaluations each"
-    print(f"{out / 'samples.png'} {out / 'samples.npz'}: {label.size} images, {each}")
+    print(f"{args.out / 'samples.png'} {args.out / 'samples.npz'}: {label.size} images, {each}")
 
 
 def find(args: argparse.Namespace) -> tuple[Path | None, Config]:
@@ -64,12 +63,12 @@ def find(args: argparse.Namespace) -> tuple[Path | None, Config]:
     if args.run.suffix == ".yaml":
         if not args.weights:
             raise RunError(f"{args.run}: a config has no weights; give a file with --weights, or a run folder")
-        return None, load_config(args.run, args.overrides)
+        return None, fixed(load_config(args.run, args.overrides))
     folder = find_checkpoint(args.run.absolute())
     tree = read_config(folder).model_dump()
     for override in args.overrides:
         set_dotted(tree, override)
-    return folder, parse_config(tree)
+    return folder, fixed(parse_config(tree))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import submitit
-from command_line import places, run_tool
+from command_line import places, positive, run_tool
 
 from slurm.control import cancel, follow, lost_or_ended, runs_in, status
 from slurm.errors import LaunchError
@@ -35,13 +35,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--cluster", choices=["local", "debug", "slurm"], help="default: slurm with --nodes, else local"
     )
-    parser.add_argument("--nodes", type=int, help="Slurm nodes")
-    parser.add_argument("--procs", type=int, help="processes per node; default: one per GPU (on Slurm: 8)")
+    parser.add_argument("--nodes", type=positive, help="Slurm nodes")
+    parser.add_argument("--procs", type=positive, help="processes per node; default: one per GPU (on Slurm: 8)")
     parser.add_argument("--cpu", action="store_true", help="ask Slurm for no GPUs")
     parser.add_argument("--site", help="a file of options of the cluster, or its name in configs/cluster/")
     parser.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="as --slurm partition=gpu")
     parser.add_argument("--sweep", action="append", default=[], metavar="field=a,b,c", help="a run for each value")
-    parser.add_argument("--parallel", type=int, default=256, help="runs of a sweep at once")
+    parser.add_argument("--parallel", type=positive, default=256, help="runs of a sweep at once")
     parser.add_argument("--dry-run", action="store_true", help="print config, script and estimate, and stop")
     parser.add_argument("--utilisation", type=float, default=0.4, help="of the peak, for the estimate")
     for action in ("status", "follow", "cancel"):

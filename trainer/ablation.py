@@ -19,7 +19,7 @@ from data.images import DataConfig
 from trainer import attention_checkpoint as attention
 from trainer.build import open_data
 from trainer.config import Config, load_config
-from trainer.config_file import to_yaml
+from trainer.config_file import dotted, to_yaml
 from trainer.errors import RunError
 from trainer.evaluate import make_evaluator
 from trainer.loop import train
@@ -65,6 +65,27 @@ def plan_cells(
     return cells, configs
 
 
+def check_results(configs: dict[str, Config], guidance: tuple[float, ...], out: Path) -> None:
+    """RunError if a result that is there already was made with other settings: one table is of one setting."""
+    for name, config in configs.items():
+        path = out / f"{name}.json"
+        if not path.exists():
+            continue
+        before, now = json.loads(path.read_text()).get("settings", {}), _settings(config, guidance)
+        for field, value in now.items():
+            if before.get(field) != value:
+                raise RunError(
+                    f"{field}={value}: {path} was made with {field}={before.get(field)}; set it back, or give another"
+                    " --out"
+                )
+
+
+def _settings(config: Config, guidance: tuple[float, ...]) -> dict:
+    """As JSON gives them back."""
+    fields = dotted(config.model_copy(update={"run": ""}).model_dump(mode="json"))
+    return fields | {"--guidance": list(guidance)}
+
+
 def run_cells(
     configs: dict[str, Config], guidance: tuple[float, ...], out: Path, process: int = 0, processes: int = 1
 ) -> None:
@@ -82,7 +103,7 @@ def run_cells(
         if config.data not in evaluators:
             evaluators[config.data] = make_evaluator(*(open_data(config, split) for split in ("train", "heldout")))
         result = measure_run(config, guidance, evaluators[config.data])
-        write_json(out / f"{names[number]}.json", result)
+        write_json(out / f"{names[number]}.json", result | {"settings": _settings(config, guidance)})
         claims.release(number)
 
 
@@ -102,7 +123,7 @@ def measure_run(
 
 def attention_score(checkpoint: Path, config: Config) -> float | None:
     """S_cross on groups of the data with noise as in training, over layers and noise levels; None without groups."""
-    if config.groups.size < 2:
+    if config.groups.size < 2 or config.model.group_layers == ():
         return None
     loaded = attention.load(checkpoint, config)
     return attention.data_scores(loaded, attention.form(loaded, GROUPS_SCORED)).mean_score

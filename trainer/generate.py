@@ -1,6 +1,6 @@
 """A class-balanced set of images from a network, over the ranks; noise belongs to the number of the sample."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,9 @@ from models.guidance import Network
 from models.paths import make_path
 from trainer.config import Config
 from trainer.ranks import Ranks
+
+GRID_COLUMNS = 16
+GRID_HEIGHT, GRID_IMAGE = 4096, 32  # pixels: of the picture at most, and of an image at least
 
 
 class Networks(NamedTuple):
@@ -31,9 +34,10 @@ def generate(
     images: Images,
     ranks: Ranks,
     progress: Callable[[int], object] = lambda number: None,
+    classes: Sequence[int] | None = None,
 ) -> tuple[Tensor, int]:
     """(images (classes, sample.per_class, C, H, W), latents or in [-1, 1], on the CPU, groups contiguous; number of
-    evaluations).
+    evaluations). `classes`: which; None: all.
 
     Any number of ranks makes the same images. Groups are dealt to the ranks in equal numbers (the last one again, where
     they do not divide), because a sharded network needs all ranks in every call. A class has whole groups, cut to
@@ -42,22 +46,23 @@ def generate(
     sample, shape = config.sample, images.shape
     size = sample.group_size
     per_class = -(-sample.per_class // size)  # in groups, from here on
-    groups = images.num_classes * per_class
-    per_rank = -(-groups // ranks.world_size)
-    mine = np.minimum(np.arange(per_rank) + ranks.rank * per_rank, groups - 1)
+    classes = range(images.num_classes) if classes is None else classes
+    groups = (np.array(classes)[:, None] * per_class + np.arange(per_class)).ravel()
+    per_rank = -(-len(groups) // ranks.world_size)
+    mine = groups[np.minimum(np.arange(per_rank) + ranks.rank * per_rank, len(groups) - 1)]
     parts, evaluations = [], 0
     for chosen in np.array_split(mine, -(-per_rank // max(sample.batch // size, 1))):
         made, number = generate_groups(networks, config, shape, chosen, chosen // per_class, ranks.device)
-        parts.append(made)
+        parts.append(made.cpu())
         evaluations = max(evaluations, number)
         progress(len(made))
     made = torch.cat(parts)
     if ranks.world_size > 1:
-        gathered = torch.empty(ranks.world_size * len(made), *shape, device=made.device)
+        gathered = torch.empty(ranks.world_size * len(made), *shape)
         dist.all_gather_into_tensor(gathered, made)
         made = gathered
-    made = made[: groups * size].view(images.num_classes, per_class * size, *shape)
-    return made[:, : sample.per_class].cpu(), evaluations
+    made = made[: len(groups) * size].view(len(classes), per_class * size, *shape)
+    return made[:, : sample.per_class], evaluations
 
 
 def generate_groups(
@@ -76,6 +81,8 @@ def generate_groups(
     weights = np.array(sample.guidance, np.float32)[groups % len(sample.guidance)]
     arrays = (drawn.noise, classes.repeat(size), drawn.slot, weights.repeat(size))
     noise, label, slot, weight = (torch.from_numpy(array).to(device) for array in arrays)
+    if len(set(sample.guidance)) == 1:
+        weight = sample.guidance[0]
 
     def draw_step(step: int) -> Tensor:
         return torch.from_numpy(step_noise(sample.seed, numbers, shape, step)).to(device)
@@ -100,10 +107,18 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return pixels.movedim(-3, -1).numpy()
 
 
-def grid(images: np.ndarray, group_size: int, enlarge: int = 1) -> np.ndarray:
+def classes_shown(number: int, height: int) -> range:
+    """Those of so many classes whose images (`height` pixels) `grid` has room for: evenly spaced ones."""
+    rows = max(1, GRID_HEIGHT // max(height, GRID_IMAGE))
+    return range(0, number, -(-number // rows))
+
+
+def grid(images: np.ndarray, group_size: int) -> np.ndarray:
     """uint8 (classes, n, H, W, C) -> one picture (height, width, C): a class per row, lines between images, and white
-    between groups."""
+    between groups; no more than 16 columns, and small images enlarged."""
+    images = images[:, :GRID_COLUMNS]
     classes, number, height, width, channels = images.shape
+    enlarge = max(1, GRID_IMAGE // height)
     line, gap = 1, max(height // 4, 2)
     lefts = [i * (width + line) + i // group_size * gap for i in range(number)]
     canvas = np.full((classes * (height + line) - line, lefts[-1] + width, channels), 255, np.uint8)

@@ -17,7 +17,7 @@ from trainer.config import Config
 from trainer.decode import make_decoder
 from trainer.engines import Engine
 from trainer.errors import RunError
-from trainer.generate import Networks, generate, grid, to_uint8
+from trainer.generate import Networks, classes_shown, generate, grid, to_uint8
 from trainer.metrics import NEIGHBOURS
 from trainer.monitor import Monitor
 from trainer.ranks import Ranks, from_rank_0
@@ -32,7 +32,7 @@ class Looks:
         self._config, self._images, self._ranks = config, images, ranks
         self._score_due = False
         if config.train.sample_every or config.evaluate.every:
-            from_rank_0(lambda: bool(self._decoder()))
+            self._height = from_rank_0(lambda: Generated(torch.zeros(1, *images.shape), self._decoder()).shape[0])
         self._measure = make_measure(config, images, ranks) if config.evaluate.every else None
 
     def catch_up(self, engine: Engine, batch: int, position: int, monitor: Monitor) -> None:
@@ -58,11 +58,12 @@ class Looks:
             return bool(every) and has_passed(every, before, position)
 
         if passed(train.sample_every):
+            classes = classes_shown(self._images.num_classes, self._height)
             with engine.ema_weights():
-                samples, _ = generate(Networks(engine), config, self._images, self._ranks)
+                samples, _ = generate(Networks(engine), config, self._images, self._ranks, classes=classes)
             if self._ranks.rank == 0:
                 pixels = to_uint8(self._decoder()(samples))
-                monitor.picture("samples", grid(pixels, config.sample.group_size, enlarge=4), position)
+                monitor.picture("samples", grid(pixels, config.sample.group_size), position)
         if passed(config.evaluate.every):
             self._evaluate(engine, position, monitor)
         self._score_due |= passed(train.score_every)

@@ -15,7 +15,8 @@ def plot_sweep(rows: list[dict], path: Path) -> None:
     that guidance trades for each other, one against the other."""
     first, *others = rows[0]["axes"]
     measures = [name for name, value in rows[0].items() if isinstance(value, float)]
-    measures = [name for name in measures if len({row[name] for row in rows}) > 1]  # others say nothing here
+    varied = [name for name in measures if len({row[name] for row in rows}) > 1]
+    measures = varied or measures  # others say nothing here
     panels = [(first, name) for name in measures] + [pair for pair in TRADED if set(pair) <= set(measures)]
     lines: dict[str, list[dict]] = {}
     for row in rows:

@@ -64,6 +64,7 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=longer)
     # so that DDP has not the last one: it frees it with the GIL held, and waits for threads that may wait for the GIL
     _kept["group"] = dist.group.WORLD
+    ended = False
     try:
         ones = torch.ones((), device=device)
         dist.all_reduce(ones)
@@ -71,6 +72,7 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
             raise RuntimeError(f"{world_size} ranks add up to {ones}: this machine or its network computes wrong")
         yield Ranks(rank, world_size, device, local_world_size)
         dist.barrier()  # a rank that leaves early closes connections that others still use
+        ended = True
     except RuntimeError as error:
         broken = re.search("gloo|NCCL|Connection|[Tt]imed out", str(error))  # a rank is gone, or did not answer in time
         if broken and (absent := _absent(store, rank, world_size)):
@@ -78,7 +80,9 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
         raise
     finally:
         deepspeed = sys.modules.get("deepspeed")
-        if deepspeed and deepspeed.comm.is_initialized():
+        if device.type == "cuda" and not ended:
+            pass  # NCCL would wait for ranks that are still at work, and what is wrong here would not be said
+        elif deepspeed and deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()  # and forget the groups that it remembers
         else:
             dist.destroy_process_group()

@@ -1,6 +1,5 @@
 """Samples of a checkpoint: samples.npz, samples.png, and samples.json, which says how they were made."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,18 +8,17 @@ import torch
 from PIL import Image
 from torch import nn
 
+from data.files import sha256, write_json
 from data.images import Images
 from trainer import checkpoint
 from trainer.build import build_network, open_data
 from trainer.config import Config
 from trainer.decode import make_decoder
 from trainer.errors import RunError
-from trainer.generate import Networks, generate, grid, to_uint8
+from trainer.generate import Networks, classes_shown, generate, grid, to_uint8
 from trainer.ranks import Ranks, local_device
 from trainer.run_folder import read_config
-from trainer.weights import find_checkpoint, read_weights, start_from
-
-GRID_COLUMNS = 16
+from trainer.weights import find_checkpoint, find_weights, read_weights, start_from
 
 
 def make_samples(
@@ -44,6 +42,13 @@ def make_samples(
     return to_uint8(decode(made)), label, record
 
 
+def fixed(config: Config) -> Config:
+    """With the checkpoints that sample.weaker and sample.small mean now: a run that goes on has others later."""
+    named = {name: getattr(config.sample, name) for name in ("weaker", "small")}
+    found = {name: str(find_weights(path).absolute()) for name, path in named.items() if path}
+    return config.model_copy(update={"sample": config.sample.model_copy(update=found)})
+
+
 def describe(folder: Path | None, config: Config, raw: bool, file: Path | None) -> dict:
     """How samples are made: what two results must share to be compared."""
     position = checkpoint.read_manifest(folder)["position"] if folder else None
@@ -52,6 +57,7 @@ def describe(folder: Path | None, config: Config, raw: bool, file: Path | None) 
         "checkpoint": folder and str(folder),
         "position": position,
         "weights": weights,
+        "weights_sha256": file and sha256(file),
         "precision": config.precision,
     }
     return about | {"path": config.path.name, "group_layers": config.model.group_layers} | config.sample.model_dump()
@@ -96,13 +102,14 @@ def _load_other(name: str, config: Config, images: Images) -> nn.Module | None:
 
 
 def write_samples(out: Path, pixels: np.ndarray, label: np.ndarray, record: dict, group_size: int) -> None:
-    """samples.npz (arr_0 (N, H, W, C) uint8, as ADM's evaluator takes, arr_1 labels), samples.json, and samples.png."""
+    """samples.npz (arr_0 (N, H, W, C) uint8, as ADM's evaluator takes, arr_1 labels), samples.png (of many classes
+    some), and samples.json."""
     out.mkdir(parents=True, exist_ok=True)
     flat = pixels.reshape(-1, *pixels.shape[2:])
     (out / "samples.json").unlink(missing_ok=True)  # never beside samples that it does not describe
     partial = out / "samples.partial.npz"
     np.savez(partial, arr_0=flat, arr_1=label.ravel())
     partial.replace(out / "samples.npz")
-    (out / "samples.json").write_text(json.dumps(record, indent=1) + "\n")
-    picture = grid(pixels[:, :GRID_COLUMNS], group_size, enlarge=max(1, 32 // pixels.shape[2]))
+    picture = grid(pixels[list(classes_shown(len(pixels), pixels.shape[2]))], group_size)
     Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(out / "samples.png")
+    write_json(out / "samples.json", record)  # last, whole: all is there

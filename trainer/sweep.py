@@ -9,7 +9,7 @@ from trainer.config import Config, parse_config
 from trainer.config_file import set_dotted
 from trainer.errors import RunError
 from trainer.run_folder import read_config
-from trainer.samples import make_samples, write_samples
+from trainer.samples import fixed, make_samples, write_samples
 
 WEIGHTS = "weights"  # the axis of which weights: ema, raw, or a file as tools/reconstruct_ema.py writes
 Axes = dict[str, list[str]]  # values of each swept setting
@@ -65,7 +65,7 @@ def _config(checkpoint: Path, overrides: list[str], choice: dict[str, str]) -> C
         if not setting.startswith("sample."):
             raise RunError(f"{setting}: only sample.* can be set here; the rest is what the run was trained with")
         set_dotted(tree, setting)
-    return parse_config(tree)
+    return fixed(parse_config(tree))
 
 
 def _there(folder: Path, checkpoint: Path, config: Config, weights: str) -> bool:

@@ -30,6 +30,13 @@ def find_checkpoint(path: Path) -> Path:
     return complete[-1]
 
 
+def place_in_run(checkpoint_folder: Path | None, name: str) -> Path:
+    """Where to write what is made of a checkpoint: so named, in its run folder. RunError if it is in none."""
+    if checkpoint_folder is None or checkpoint_folder.parent.name != checkpoint.CHECKPOINTS:
+        raise RunError(f"{checkpoint_folder or 'weights'}: not in a run folder; say where to write with --out")
+    return checkpoint_folder.parent.parent / name
+
+
 def find_weights(path: str | Path) -> Path:
     """The file, or the checkpoint, that a path means."""
     path = Path(path)

@@ -1,5 +1,6 @@
 """Shards of similar images: their sizes, what stands in them, many processes, killed and started again."""
 
+import json
 import os
 import runpy
 import shutil
@@ -223,3 +224,17 @@ def test_fewer_images_than_a_unit_are_one_shard(make_latents, tmp_path):
     folder = make_latents(tmp_path / "set", number=13, shards=2, neighbors=3)
     manifest = cluster(folder, tmp_path / "out", shard_size=4)
     assert [shard["images"] for shard in manifest["shards"]] == [13]
+
+
+def test_shards_of_other_features_are_not_added(folder, make_latents, tmp_path):
+    """Of the same images by the same network: its precision, or the crop, may be another."""
+    cluster(folder, tmp_path / "out")
+    shard = sorted((tmp_path / "out").glob("*.tar"))[1]
+    shard.unlink()
+    shutil.copytree(folder / "features", tmp_path / "features")
+    manifest = json.loads((tmp_path / "features/manifest.json").read_text())
+    manifest["shards"][0]["sha256"] = "0" * 64
+    (tmp_path / "features/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"features=.* was begun with features="):
+        cluster_latents(folder / "latents", tmp_path / "features", tmp_path / "out", 64)
+    assert not shard.exists()

@@ -304,3 +304,17 @@ def test_a_store_of_more_shards_than_files_may_be_open_is_read(tmp_path):
         np.testing.assert_array_equal(store.read("moments", np.arange(90)), arrays["moments"])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.5, None])
+def test_a_shard_that_is_cut_or_gone_is_named_by_what_reads_it(tmp_path, share):
+    make_store(tmp_path, cuts=(3,))
+    shard = sorted(tmp_path.glob("*.tar"))[1]
+    if share is None:
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[: int(share * shard.stat().st_size)])
+    store = Store(tmp_path, read_manifest(tmp_path, "latents", "it"))
+    assert len(store.read("moments", np.arange(3))) == 3
+    with pytest.raises(DataError, match=f"{shard.name}: .*; remove it, and start what made .* again"):
+        store.read("moments", np.arange(len(store)))

@@ -62,7 +62,7 @@ def test_each_image_is_guided_by_its_own_weight(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("weight", [1, 1.0, torch.ones(8)])
+@pytest.mark.parametrize("weight", [1, 1.0])
 @pytest.mark.parametrize(("c", "uc"), [(1, 4), (4, 4), (8, 2)])
 def test_weight_1_is_the_conditional_prediction_alone(seed, c, uc, weight):
     network, weaker = Recorder(group_mean), Recorder(group_mean)

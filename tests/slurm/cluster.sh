@@ -2,7 +2,8 @@
 # A real Slurm of N virtual nodes on this one machine: node1 ... nodeN, without systemd, containers, accounting or GPUs.
 #
 #   cluster.sh install    install Slurm and munge (Debian, Ubuntu; as root)
-#   cluster.sh up N       start a cluster of N nodes, partitions main and urgent (whose jobs preempt those of main)
+#   cluster.sh up N       start a cluster of N nodes, partitions main, scratch and urgent, whose jobs preempt the others'
+#                         (those of main are requeued, those of scratch are cancelled)
 #   cluster.sh lose NODE  as when it loses power: nothing of it answers, and no peer sees a connection close
 #   cluster.sh mend NODE  switch a lost node on again
 #   cluster.sh restart    stop slurmctld, and start it again some seconds later
@@ -85,24 +86,26 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 # nodes have what they claim to have
 SlurmdParameters=config_overrides
-SlurmdTimeout=10
+SlurmdTimeout=30
+MessageTimeout=60
 SlurmctldTimeout=10
 ReturnToService=2
-KillWait=10
+KillWait=30
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=60 State=UP
+PartitionName=scratch Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=CANCEL State=UP
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF State=UP
 END
   for ((k = 1; k <= nodes; k++)); do
-    if own_hostnames; then hostname=node$k; fi
+    if own_hostnames; then hostname=$(hostname_of "node$k"); fi
     echo "NodeName=node$k NodeHostname=$hostname NodeAddr=127.0.0.1 Port=$((PORT + k)) CPUs=$CPUS_PER_NODE RealMemory=2000"
   done >> "$SLURM_CONF"
 }
 
 name_node() { # jobs connect to the first of their nodes by its name
-  if [ -w /etc/hosts ]; then echo "127.0.0.1 $1 $HOSTS_MARK" >> /etc/hosts; fi
+  if [ -w /etc/hosts ]; then echo "127.0.0.1 $1 $(hostname_of "$1") $HOSTS_MARK" >> /etc/hosts; fi
   getent hosts "$1" > /dev/null || fail "$1: unknown host; run this as root, or add to /etc/hosts: 127.0.0.1 $1"
 }
 
@@ -114,12 +117,14 @@ unname_nodes() {
   fi
 }
 
+hostname_of() { echo "$1.test"; } # as on many a site, not the name that Slurm has for the node
+
 own_hostnames() { unshare --uts true 2> /dev/null; } # whether each node can have a hostname of its own: as root
 
 start_node() {
   mkdir -p "$FOLDER/spool/$1"
   if own_hostnames; then
-    unshare --uts sh -c 'hostname "$0" && exec slurmd -N "$0"' "$1"
+    unshare --uts sh -c 'hostname "$0" && exec slurmd -N "$1"' "$(hostname_of "$1")" "$1"
   else
     slurmd -N "$1"
   fi
@@ -167,11 +172,11 @@ own_processes() { # the daemons and the tasks of jobs, but no program of a user 
 }
 
 wait_for() { # wait_for COMMAND...: until it succeeds
-  local end=$((SECONDS + 30))
+  local end=$((SECONDS + 300))
   until "$@" > /dev/null 2>&1; do
     if ((SECONDS >= end)); then
       tail -n 5 "$FOLDER"/log/* >&2
-      fail "still fails after 30 s: $*"
+      fail "still fails after 300 s: $*"
     fi
     sleep 0.1
   done

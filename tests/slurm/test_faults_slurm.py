@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ NODES = ["--nodes", "2", "--procs", "2", "--cpu"]
 AWAY = ["--slurm", "exclude=node[1-2]"]  # where only the preempted run is
 RUNS = {
     "lost node": [*AWAY, "--slurm", "sbatch=--exclusive"],
-    "time limit": [*AWAY, "--slurm", "time=2", "--slurm", "signal_delay=75"],
+    "time limit": [*AWAY, "--slurm", "time=6", "--slurm", "signal_delay=315"],
     "preemption": ["--slurm", "sbatch=--nodelist=node[1-2]"],
     "signals": AWAY,
     "requeue": AWAY,
@@ -98,7 +99,8 @@ def faults(cluster, submit, tmp_path_factory, wait_for_end):
 
     def signal_tasks(name, *numbers):
         for (pid, _), number in zip(faults.tasks(name).values(), numbers, strict=False):
-            os.kill(pid, number)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, number)
 
     def lose_node():
         faults.slurm(CLUSTER, "lose", read_state(faults.run("lost node")).attempts[0].hosts[1])
@@ -111,9 +113,16 @@ def faults(cluster, submit, tmp_path_factory, wait_for_end):
         (copy / "trainer/loop.py").write_text("raise SystemExit('this is not the code that was submitted')")
         faults.slurm("scontrol", "requeue", faults.jobs["requeue"])
 
+    def stopped_once(name):
+        state = read_state(faults.run(name))
+        return bool(state.attempts) and state.attempts[0].outcome == "stopped"
+
+    def extend():
+        faults.slurm("scontrol", "update", f"JobId={faults.jobs['time limit']}", "TimeLimit=60")
+
     def steps(number, attempt=1):
         def reached(name):
-            if faults.steps(name) < number or len(read_state(faults.run(name)).attempts) != attempt:
+            if faults.steps(name) < number or len(read_state(faults.run(name)).attempts) < attempt:
                 return False
             return len(faults.tasks(name)) == 4
 
@@ -136,6 +145,7 @@ def faults(cluster, submit, tmp_path_factory, wait_for_end):
     plan = [  # (run, when, what); those of one run in this order
         ("lost node", steps(15), lambda _: lose_node()),
         ("preemption", steps(10), lambda _: preempt()),
+        ("time limit", stopped_once, lambda _: extend()),  # for the rest
         ("signals", started, to_tasks(signal.SIGTERM)),  # before the first step
         ("signals", saving, to_tasks(signal.SIGTERM)),
         ("signals", steps(35, 3), to_tasks(signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR2)),
@@ -196,13 +206,15 @@ def test_after_the_fault_the_run_ends_as_one_without(faults, undisturbed, tensor
 
 
 def outcomes(faults, name):
-    return [attempt.outcome for attempt in read_state(faults.run(name)).attempts]
+    """Of the attempts; a port that somebody else took first is nobody's fault."""
+    attempts = read_state(faults.run(name)).attempts
+    return [attempt.outcome for attempt in attempts if "EADDRINUSE" not in attempt.why]
 
 
 def test_each_fault_was_met_in_its_way(faults):
     assert outcomes(faults, "signals")[:4] == ["stopped", "stopped", "stopped", "finished"]
     assert outcomes(faults, "preemption") == ["stopped", "finished"]
-    assert outcomes(faults, "time limit")[-2:] == ["stopped", "finished"]
+    assert outcomes(faults, "time limit") == ["stopped", "finished"]
     requeued = outcomes(faults, "requeue")
     assert requeued in (["stopped", "lost", "finished"], ["stopped", "stopped", "finished"]), "as SIGTERM comes in time"
     assert outcomes(faults, "lost node") == ["lost", "finished"]

@@ -100,12 +100,13 @@ def test_the_script_of_a_dry_run_is_accepted_and_nothing_is_left_of_it(submit, c
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        (["--slurm", "partition=gpu"], r"partition=gpu: not on this cluster; it has main, urgent"),
+        (["--slurm", "partition=gpu"], r"partition=gpu: not on this cluster; it has main, scratch, urgent"),
         (["--slurm", "gpus_per_node=4"], r"gpus_per_node=4: a node of partition main has 0; ask for .*--cpu"),
         (["--slurm", "partitions=main"], r"--slurm partitions=main: Extra inputs are not permitted; known are part.*"),
         (["--slurm", "time=1:00"], r"--slurm time=1:00: .*integer.*"),
         (["--slurm", "sbatch=-N3", "--cpu"], r"--slurm sbatch=-N3: write it as --name=value"),
         (["--site", "mars", "--cpu"], r"--site mars: configs/cluster/mars.yaml is no file.*"),
+        (["--slurm", "time=2", "--cpu"], r"--slurm signal_delay=120: seconds, but time=2 is minutes.*"),
         (["--slurm", "exclude=node99", "--cpu"], r".*[Ii]nvalid node name.*"),
         (
             ["--nodes", "64", "--cpu", "train.global_batch=256"],
@@ -121,8 +122,8 @@ def test_what_cannot_run_is_said_before_anything_is_queued(submit, cluster, tmp_
     done = submit("--nodes", "2", "--procs", "1", *options, *SHORT, f"run={tmp_path}/run")
     assert done.returncode == 1
     assert re.search(f"(?m)^error: (?:{error})$", done.stderr), done.stderr
-    queue = subprocess.run(["squeue", "--noheader", "--name=run"], env=cluster, capture_output=True, text=True)
-    assert queue.stdout == ""
+    named = ["squeue", "--noheader", f"--name=run,{tmp_path.name}"]
+    assert subprocess.run(named, env=cluster, check=True, capture_output=True, text=True).stdout == ""
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,11 @@ def test_nodes_without_slurm(options: list[str], error: str, tmp_path: Path):
 
 def test_folders_that_nodes_cannot_see_or_nobody_can_write(submit, tmp_path):
     (tmp_path / "file").touch()
-    for run, error in ((tmp_path / "file/run", "cannot be written"), (tmp_path / "50%", "a pattern")):
+    for run, error in (
+        (tmp_path / "file/run", "cannot be written"),
+        (tmp_path / "50%", "a pattern"),
+        (tmp_path / "10:30", "ends a path"),
+    ):
         done = submit(*ONE, *SHORT, f"run={run}")
         assert done.returncode == 1 and re.fullmatch(f"error: run=.*{error}.*\n", done.stderr), done.stderr
     memory = Path("/dev/shm") / tmp_path.name
@@ -196,6 +201,19 @@ def test_one_member_of_a_sweep_is_requeued_and_leaves_the_others_alone(submit, w
     for run in runs:
         assert wait_for_end(run).state == "finished"
         assert [attempt.outcome for attempt in read_state(run).attempts] == ["stopped", "finished"]
+
+
+def test_a_site_that_cancels_what_it_preempts_and_passes_no_environment_on(submit, cluster, wait_for_end, tmp_path):
+    site = ["--slurm", "partition=scratch", "--slurm", "sbatch=--export=NONE", "--slurm", "sbatch=--nodelist=node[7-8]"]
+    config = [*SMALL, "train.images=25600", "checkpoint.every=25600"]
+    done = submit("--nodes", "2", "--procs", "1", "--cpu", *site, *config, f"run={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    until(lambda: steps(tmp_path) > 5 or read_state(tmp_path).ended)
+    urgent = ["sbatch", "--partition=urgent", "--nodelist=node[7-8]", "--ntasks-per-node=8", "--output=/dev/null"]
+    subprocess.run([*urgent, "--wrap=sleep 1"], env=cluster, check=True, capture_output=True)
+    state = wait_for_end(tmp_path)
+    assert [attempt.outcome for attempt in state.attempts] == ["stopped", "finished"], state
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2, "saved when it was preempted, and at the end"
 
 
 def is_task(process, run):

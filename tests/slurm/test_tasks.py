@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from slurm import health, supervise, tasks
+from slurm.control import lost_or_ended, note_job
+from slurm.errors import LaunchError
 from slurm.health import NodeError, check_node
 from slurm.options import ClusterOptions, load_options
 from slurm.records import read_records
@@ -52,6 +54,8 @@ def fail_once(stop_requested):
 
     if os.environ["RANK"] == "1" and not Path(os.environ["MARK"]).exists():
         Path(os.environ["MARK"]).touch()
+        while not Path(os.environ["MARK"] + "2").exists():
+            time.sleep(0.05)
         raise ValueError("a bad day\nof rank 1")
     if os.environ["RANK"] == "0" and not Path(os.environ["MARK"] + "2").exists():
         Path(os.environ["MARK"] + "2").touch()
@@ -182,3 +186,37 @@ def test_the_example_of_a_site_is_a_good_one():
     options = load_options("example", ["setup=module load cuda", "time=60"])
     assert options.partition == "gpu" and options.time == 60
     assert options.setup == ["export NCCL_DEBUG=WARN", "module load cuda"]
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "message"),
+    [
+        ("time: [", [], "not YAML"),
+        ("- gpu", [], "holds a list; it must hold fields"),
+        ("setup: x", ["setup=y"], "--slurm setup=x: Input should be a valid list"),
+        ("setup:", ["setup=y"], ""),
+        ("time: 2", ["signal_delay=120"], "signal_delay=120: seconds, but time=2 is minutes"),
+        ("time: 2", ["signal_delay=119"], ""),
+    ],
+)
+def test_a_bad_site_is_one_line(tmp_path, content, settings, message):
+    (tmp_path / "site.yaml").write_text(content)
+    if not message:
+        load_options(str(tmp_path / "site.yaml"), settings)
+        return
+    with pytest.raises(LaunchError) as error:
+        load_options(str(tmp_path / "site.yaml"), settings)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_who_follows_a_run_whose_process_was_killed_is_not_kept_waiting(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)", "submitit"])
+    write_state(tmp_path, RunState(state="running", logs=str(tmp_path)))
+    note_job(tmp_path, str(process.pid), "local")
+    ended = lost_or_ended(tmp_path)
+    assert not ended()
+    process.kill()
+    process.wait()
+    assert ended()
+    (tmp_path / "job").write_text(f"local {process.pid} another-machine")
+    assert not ended()

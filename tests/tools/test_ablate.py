@@ -13,7 +13,8 @@ import pytest
 
 from tests.patience import PATIENCE
 from tests.trainer.forked import TINY
-from trainer.ablation import Cell, at_real_accuracy, correlations, plan_cells, summarise, table
+from trainer.ablation import Cell, at_real_accuracy, attention_score, correlations, plan_cells, summarise, table
+from trainer.config import load_config
 from trainer.errors import RunError
 
 WHAT = [TINY, "train.images=64", "checkpoint.every=32", "groups.size=4", "groups.splits=4", "sample.per_class=3"]
@@ -99,6 +100,26 @@ def _kill_all(process):
         except ProcessLookupError:
             continue
     process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [(["--guidance", "2"], "--guidance=[2.0]: "), (["train.images=32"], "train.images=32: "), (["seed=5"], None)],
+)
+def test_results_of_other_settings_are_not_mixed_in(whole, tool, changes, message):
+    out, _ = whole
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    said = tool("ablate", *WHAT, *HOW, *changes, "--out", out, code=1 if message else 0).err
+    if message:
+        error = said.splitlines()[-1]
+        assert error.startswith(f"error: {message}") and "was made with" in error and "give another --out" in error
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()}.keys() == before.keys()
+    assert all(path.read_bytes() == before[path] for path in before if path.name != "ablation.svg")
+
+
+def test_a_run_whose_layers_share_nothing_has_no_attention_score():
+    config = load_config(TINY, ["groups.size=4", "model.group_layers=[]", "run=unused"])
+    assert attention_score(Path("nowhere"), config) is None
 
 
 @pytest.mark.parametrize(

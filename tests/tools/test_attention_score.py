@@ -200,7 +200,7 @@ def test_wrong_runs_and_options_are_one_line(make_run, tool, capsys, tmp_path):
     moved = shutil.copytree(find_checkpoint(folder), tmp_path / "moved")
     for arguments, said in (
         ((folder, "--patch", 0, 4, 0, 0), "patch: image 4 is not there; choose from 0 to 3"),
-        ((moved,), "a checkpoint outside a run; say where to write with --out"),
+        ((moved,), "not in a run folder; say where to write with --out"),
     ):
         with pytest.raises(RunError, match=said):
             main([str(argument) for argument in arguments])

@@ -106,10 +106,20 @@ def test_a_sweep_samples_and_measures_every_combination_and_makes_none_twice(run
     assert len(rows) == 8 and all({"fid", "kid", "precision", "recall"} <= row.keys() for row in rows)
 
 
+def test_a_sweep_of_one_value_has_its_measures_and_a_picture(run, tmp_path):
+    evaluate(run, "sample.per_class=4", "--sweep", "sample.guidance=1.5", "--out", tmp_path)
+    (row,) = [json.loads(line) for line in (tmp_path / "sweep.jsonl").read_text().splitlines()]
+    assert row["axes"] == {"sample.guidance": "1.5"} and row["images"] == 40
+    with Image.open(tmp_path / "sweep.png") as picture:
+        assert min(picture.size) > 300 and np.asarray(picture.convert("L")).std() > 5
+
+
 ERRORS = {
     "no run": ([], "RUN: give a run folder, or --images"),
     "half a detector": (["RUN", "--detector", "x.pt"], "--detector, --reference: give both"),
     "images alone": (["--images", "x.npz"], "--images x.npz: needs --detector and --reference"),
+    "metrics alone": (["RUN", "--metrics", "fid"], "--metrics fid: needs --detector and --reference"),
+    "a cache alone": (["RUN", "--cache", "x"], "--cache x: needs --detector and --reference"),
     "an override": (["RUN", "sample.steps=3"], "sample.steps=3: is for --sweep"),
     "a sweep of the model": (["RUN", "--sweep", "model.depth=1,2"], "only sample.* and weights"),
     "an empty sweep": (["RUN", "--sweep", "sample.steps="], "write field=value,value"),

@@ -217,7 +217,10 @@ def test_wrong_options_are_one_line(photographs, vae, tmp_path, options, message
     assert re.search(message, error)
 
 
-@pytest.mark.parametrize("options", [["--batch", 0], ["--shard-size", -3], ["--size", "x"], ["--precision", "fp64"]])
+@pytest.mark.parametrize(
+    "options",
+    [["--batch", 0], ["--shard-size", -3], ["--workers", -1], ["--nodes", 0], ["--size", "x"], ["--precision", "fp64"]],
+)
 def test_impossible_values_are_refused(photographs, vae, tmp_path, options):
     assert options[0] in call(*latents(photographs, tmp_path / "out", vae, *options), code=2).err
     assert not (tmp_path / "out").exists()

@@ -99,6 +99,9 @@ def test_bad_calls_are_one_line_and_no_traceback(road, tmp_path):
         ("sample", [tmp_path], "no complete checkpoint"),
         ("sample", [run, "optim.lr=1"], "optim.lr=1: only sample.*"),
         ("sample", [run, "sample.step=1"], "did you mean sample.steps?"),
+        ("sample", [run, "--procs", 2], "--procs 2: is for --num"),
+        ("sample", [run, "--format", "png"], "--format png: is for --num"),
+        ("sample", [run, "sample.weaker=nowhere"], "nowhere: no such file or folder"),
         ("evaluate", [tmp_path], "config.yaml"),
         (
             "submit",
@@ -119,7 +122,7 @@ def test_two_sharded_ranks_showed_the_samples_that_one_process_makes_from_the_em
     config = load_config(run / "config.yaml")
     ema, raw = (make_samples(find_checkpoint(run), config, raw)[0] for raw in (False, True))
     difference = {
-        name: abs(grid(pixels, 4, enlarge=4).squeeze(-1).astype(int) - shown[..., 0])
+        name: abs(grid(pixels, 4).squeeze(-1).astype(int) - shown[..., 0])
         for name, pixels in (("ema", ema), ("raw", raw))
     }
     assert difference["ema"].max() <= 1
@@ -152,7 +155,7 @@ def test_how_many_images_are_made_at_once_does_not_matter(per_class, batch, step
 def test_uint8_and_grid_put_every_pixel_where_it_belongs():
     assert to_uint8(torch.tensor([-2.0, -1, 0, 1, 2]).view(5, 1, 1, 1)).ravel().tolist() == [0, 0, 128, 255, 255]
     images = np.arange(3 * 4 * 2 * 2, dtype=np.uint8).reshape(3, 4, 2, 2, 1)
-    picture = grid(images, group_size=2)[..., 0]
+    picture = grid(images, group_size=2)[::16, ::16, 0]  # small images are enlarged
     assert picture.shape == (3 * 3 - 1, 4 * 3 - 1 + 2)
     for row in range(3):
         for column in range(4):

@@ -1,5 +1,6 @@
 """Ranks forked from one process that has imported everything, so that they start in a moment."""
 
+import itertools
 import multiprocessing
 import os
 import sys
@@ -9,7 +10,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from slurm.tasks import free_port
 from tests.patience import PATIENCE
 from trainer import checkpoint, ranks
 from trainer.config import load_config
@@ -23,6 +23,15 @@ CONTEXT.set_forkserver_preload(["pytest", "tests.trainer.forked", *SLOW])
 TINY = Path(__file__).parent / "tiny.yaml"
 # DeepSpeed keeps the weights in many groups, as it does those of large networks
 GROUPS = "deepspeed={zero_optimization: {allgather_bucket_size: 10_000, sub_group_size: 5_000}}"
+
+
+_NUMBERS = itertools.count()
+
+
+def _port():
+    """One that nobody else takes: above those of cluster.sh, below those of the kernel, and this worker's own."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 2
+    return 30_100 + 1_300 * worker + next(_NUMBERS) % 1_300
 
 
 def train_tiny(*overrides):
@@ -59,7 +68,7 @@ class Forked:
         return self._start(world_size, function, [arguments])
 
     def _start(self, world_size, function, calls):
-        ports, started = [free_port() for _ in calls], []
+        ports, started = [_port() for _ in calls], []
         for rank in range(world_size):
             errors = self.folder / f"stderr-{len(self.processes) + rank}"
             process = CONTEXT.Process(target=_rank, args=(rank, world_size, ports, errors, function, calls))

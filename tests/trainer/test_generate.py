@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.special import expit
 from scipy.stats import norm
 
@@ -13,7 +16,7 @@ from models.samplers import SAMPLERS
 from tests.models.gaussian import mixture
 from trainer.batches import make_batches
 from trainer.config import load_config
-from trainer.generate import Networks, generate, generate_groups
+from trainer.generate import Networks, classes_shown, generate, generate_groups
 from trainer.monitor import Monitor
 from trainer.ranks import Ranks
 
@@ -114,3 +117,37 @@ def test_in_a_runs_batches_groups_share_attention_at_the_noisy_end(tiny, tmp_pat
                 assert (sigma > alpha).tolist() == [True] * batch.sharing + [False] * (len(t) - batch.sharing)
                 counts.append((batch.sharing, len(t)))
     assert 0 < sum(sharing for sharing, _ in counts) < sum(number for _, number in counts)
+
+
+@pytest.mark.parametrize("guidance", ["[1.5, 1.0]", "[1.0]", "[2.0, 1.0, 1.0]"])
+@pytest.mark.parametrize("world_size", [3, 8])
+def test_all_ranks_call_the_network_as_often(make, monkeypatch, guidance, world_size):
+    """Which a sharded network needs, whatever the weights of a rank's groups are."""
+    config, network, _ = make("path=linear", f"sample.guidance={guidance}", "sample.per_class=1", "sample.batch=4")
+    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda out, own: out.copy_(own.repeat(world_size, 1, 1, 1)))
+    calls = []
+    for rank in range(world_size):
+
+        def counted(*arguments, rank=rank):
+            calls.append(rank)
+            return network(*arguments)
+
+        generate(Networks(counted), config, open_images(config.data), Ranks(rank, world_size, CPU))
+    assert len({calls.count(rank) for rank in range(world_size)}) == 1
+
+
+def test_some_classes_alone_have_the_images_that_they_have_among_all(make):
+    config, network, _ = make("path=linear", "sample.per_class=6")
+    images, ranks = open_images(config.data), Ranks(0, 1, CPU)
+    whole, _ = generate(Networks(network), config, images, ranks)
+    some, _ = generate(Networks(network), config, images, ranks, classes=range(1, 10, 4))
+    assert torch.equal(some, whole[[1, 5, 9]])
+
+
+@given(st.integers(1, 30_000), st.integers(1, 1024))
+def test_the_classes_shown_fit_a_picture_and_are_spread_over_all(number, height):
+    shown = classes_shown(number, height)
+    side = max(height, 32)
+    assert shown[0] == 0 and len(shown) * side <= max(4096, side)
+    assert len(shown) == number or len(shown) * side > 4096 // 2 - side, "as many as fit, nearly"
+    assert number - shown[-1] <= shown.step

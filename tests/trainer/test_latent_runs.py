@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from data.clusters import cluster_latents
 from data.errors import DataError
 from data.images import open_images
+from data.streamed_latents import StreamedLatents
 from tests.trainer.forked import train_tiny
 from trainer.build import make_planner
 from trainer.config import load_config
@@ -166,9 +167,25 @@ def test_a_damaged_shard_ends_a_streamed_run_with_its_name(folder, tiny, tmp_pat
         content = shard.read_bytes()
         shard.write_bytes(content[: len(content) // 2 // 512 * 512])
     config = load_config(tiny, [*streamed(tmp_path), f"run={tmp_path}/run", "engine=single"])
-    with pytest.raises((DataError, RunError), match=r"latents-\d{6}\.tar.* hold \d+ images"):
+    with pytest.raises((DataError, RunError), match=r"latents-\d{6}\.tar: holds \d+ images, should be 16; remove it"):
         train(config)
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.parametrize("how", ["cut", "overwritten", "empty", "gone"])
+def test_the_damaged_one_of_some_shards_is_named(folder, tmp_path, how):
+    shutil.copytree(folder / "clustered", tmp_path / "clustered")
+    rng = np.random.default_rng()
+    number, shards = rng.integers(10), sorted((tmp_path / "clustered").glob("*.tar"))
+    content, place = bytearray(shards[number].read_bytes()), rng.integers(1000, 9000)
+    content[place : place + 512] = rng.bytes(512)  # at least one header of a member
+    shards[number].unlink()
+    if how != "gone":
+        shards[number].write_bytes({"cut": content[:place], "overwritten": content, "empty": b""}[how])
+    images = StreamedLatents(str(tmp_path / "clustered"), None, False, {})
+    with pytest.raises(DataError, match=f"{shards[number].name}: .*; remove it, and start what made .* again") as error:
+        images.read_shards((*range(number), *range(number, 10)))
+    assert "\n" not in str(error.value)
 
 
 @pytest.fixture(scope="module")
