@@ -1,5 +1,6 @@
 """Samples of a checkpoint: samples.npz, samples.png, and samples.json, which says how they were made."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from data.files import sha256, write_json
+from data.files import sha256
 from data.images import Images
 from trainer import checkpoint
 from trainer.build import build_network, open_data
@@ -112,4 +113,6 @@ def write_samples(out: Path, pixels: np.ndarray, label: np.ndarray, record: dict
     partial.replace(out / "samples.npz")
     picture = grid(pixels[list(classes_shown(len(pixels), pixels.shape[2]))], group_size)
     Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(out / "samples.png")
-    write_json(out / "samples.json", record)  # last, whole: all is there
+    partial = out / "samples.partial.json"
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(out / "samples.json")  # last: all is there
