@@ -115,7 +115,7 @@ def faults(cluster, submit, tmp_path_factory, wait_for_end):
 
     def stopped_once(name):
         state = read_state(faults.run(name))
-        return bool(state.attempts) and state.attempts[0].outcome == "stopped"
+        return bool(state and state.attempts) and state.attempts[0].outcome == "stopped"
 
     def extend():
         faults.slurm("scontrol", "update", f"JobId={faults.jobs['time limit']}", "TimeLimit=60")
