@@ -1,4 +1,4 @@
-# make demo | test | install. Needs Python 3.11+ and make, nothing else.
+# make demo | test | install. Needs Python 3.11 to 3.13 and make, nothing else.
 PYTHON ?= python3
 BIN = .venv/bin
 RUN ?= runs/digits

@@ -100,7 +100,17 @@ def _attempt(job: Job, attempt: Attempt, signals: list[int]) -> None:
         def deadline() -> float:
             return time.time() + seconds_left() - LAST_MOMENT
 
-        ends = run_by_srun(job.logs, job.code, job.cpus_per_task, job.gpus_per_node, deadline)
+        heard = 0
+
+        def watch() -> None:
+            """Who is preempted for good is killed soon, this supervisor too: the job has to be in the queue by then."""
+            nonlocal heard
+            if len(signals) > heard:
+                heard = len(signals)
+                if leaving() == "preempted":
+                    requeue("")
+
+        ends = run_by_srun(job.logs, job.code, job.cpus_per_task, job.gpus_per_node, deadline, watch)
     else:
         ends = run_here(job.logs, job.code, job.tasks, job.visible_gpus, lambda: bool(signals))
     judge(attempt, read_records(job.logs), ends, job.logs)

@@ -20,11 +20,16 @@ GPUS = "GPUS_PROMISED"  # the environment variable that tells a task how many it
 
 
 def run_by_srun(
-    logs: Path, code: Path, cpus_per_task: int | None, gpus: int, deadline: Callable[[], float]
+    logs: Path,
+    code: Path,
+    cpus_per_task: int | None,
+    gpus: int,
+    deadline: Callable[[], float],
+    watch: Callable[[], None],
 ) -> dict[int, str]:
     """Run all tasks of this job's allocation, whose nodes have so many GPUs each. One that fails takes the others with
-    it; at `deadline()` (seconds since 1970; it may be moved) all are given up. Returns how tasks ended that ended
-    badly, the first to do so first, by rank."""
+    it; at `deadline()` (seconds since 1970; it may be moved) all are given up. `watch` is called all the time. Returns
+    how tasks ended that ended badly, the first to do so first, by rank."""
     command = ["srun", "--kill-on-bad-exit=1", "--unbuffered", "--open-mode=append", f"--output={logs}/%t.log"]
     if cpus_per_task:
         command.append(f"--cpus-per-task={cpus_per_task}")  # which srun does not take over from sbatch
@@ -34,6 +39,7 @@ def run_by_srun(
         srun = subprocess.Popen([*command, *_task_command(logs)], env=env, stderr=said)
     end, late = deadline(), False
     while srun.poll() is None:
+        watch()
         if time.time() > end and not late:
             end = deadline()  # as it is now
             late = time.time() > end
