@@ -32,6 +32,11 @@ def damaged(shard: Path, wrong: str) -> DataError:
     return DataError(f"{shard}: {wrong}; remove it, and start what made {shard.parent} again")
 
 
+def gone(shard: Path) -> DataError:
+    """The error about a shard that is not there."""
+    return DataError(f"{shard}: is gone; put it back, or start what made {shard.parent} again")
+
+
 class Store:
     """Arrays of images by number. Nothing is in memory but what the system keeps of the files."""
 
@@ -68,7 +73,7 @@ class Store:
         if found is None:
             path = self._path(shard)
             if not path.is_file():
-                raise damaged(path, "is gone")
+                raise gone(path)
             size = path.stat().st_size // dtype.itemsize
             # numpy's memory maps keep a file open each, and there may be more shards than files that may be open
             mapped = torch.from_file(str(path), shared=False, size=size, dtype=getattr(torch, dtype.name))

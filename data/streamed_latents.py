@@ -10,7 +10,7 @@ from torch import Tensor
 from data.errors import DataError
 from data.latents import LatentFormat
 from data.randomness import Draws
-from data.store import damaged
+from data.store import damaged, gone
 
 
 class StreamedLatents:
@@ -52,13 +52,13 @@ class StreamedLatents:
     def _samples(self, shard: int) -> list[dict]:
         path = self.folder / self.format.manifest["shards"][shard]["name"]
         needed = {"moments.npy", "cls"} | ({"feature.npy"} if self.has_features else set())
-        whole = webdataset.WebDataset(str(path), shardshuffle=False, nodesplitter=None, workersplitter=None).decode()
+        whole = webdataset.WebDataset([str(path)], shardshuffle=False, nodesplitter=None, workersplitter=None).decode()
         try:
             samples = [sample for sample in whole if needed <= sample.keys()]
-        except OSError as error:
-            if path.exists():  # the machine's fault, not the file's
-                raise
-            raise damaged(path, "is gone") from error
+        except FileNotFoundError as error:
+            raise gone(path) from error
+        except (OSError, MemoryError):  # the machine's fault, not the file's
+            raise
         except Exception as error:  # readers raise nearly anything at damaged files
             raise damaged(path, f"cannot be read ({type(error).__name__})") from error
         if len(samples) != self.counts[shard]:

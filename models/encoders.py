@@ -30,8 +30,10 @@ class Encoder:
     @torch.inference_mode()
     def features(self, inputs: Tensor) -> Tensor:
         """Inputs (B, 3, H, W) -> one vector of length 1 per image (B, d), fp32: the projected embedding of a model of
-        images and texts (CLIP, SigLIP), else the pooled output of an image tower (DINOv2: its class token)."""
+        images and texts (CLIP, SigLIP), else the pooled output of an image tower (DINOv2: its class token), or the mean
+        of its patches (I-JEPA)."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             embed = getattr(self.network, "get_image_features", self.network)
             output = embed(pixel_values=inputs)
-        return normalize(output.pooler_output.float().flatten(1), dim=1)
+        pooled = output.pooler_output if output.pooler_output is not None else output.last_hidden_state.mean(dim=1)
+        return normalize(pooled.float().flatten(1), dim=1)

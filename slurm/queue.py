@@ -21,7 +21,7 @@ def requeue(excluded: str) -> None:
     """Have this job start again, without the hosts `excluded`."""
     job = _this_job()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # also in scontrol: a job that is requeued is terminated meanwhile
-    if leaving() != "requeued":
+    if leaving() in (None, "preempted"):
         scontrol("requeue", job)
     if excluded:
         scontrol("update", f"JobId={job}", f"ExcNodeList={excluded}")
@@ -69,7 +69,7 @@ def _this_job() -> str:
 
 def leaving() -> Literal["requeued", "preempted", "cancelled"] | None:
     """Whether this job, of which we are a part, is at its end by Slurm's will (`preempted`: for good, unless somebody
-    requeues it) or a user's."""
+    requeues it) or a user's. Who uses scancel when Slurm has begun to preempt is not told from Slurm."""
     shown = _fields()
     if shown["JobState"] == "RUNNING":
         return None

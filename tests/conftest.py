@@ -89,6 +89,7 @@ def save_encoder(random_weights, tmp_path_factory):
         ),
         "siglip_vision": lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**vision)),
         "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**vision)),
+        "ijepa": lambda: transformers.IJepaModel(transformers.IJepaConfig(**vision)),
         "resnet": lambda: transformers.ResNetModel(
             transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
         ),

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="where to write; default: the run folder, or samples-N in it")
     parser.add_argument("--raw", action="store_true", help="the weights themselves instead of their EMA")
     parser.add_argument("--weights", type=Path, help="a file, as tools/reconstruct_ema.py or convert_weights.py writes")
-    parser.add_argument("--num", type=positive, help="so many samples, their classes balanced")
+    parser.add_argument("--num", type=positive, help="so many samples, the classes of their groups in turn")
     parser.add_argument("--format", choices=["npz", "png"], help="with --num: one file (default), or one for each")
     add_process_options(parser)
     args = parser.parse_intermixed_args(arguments)

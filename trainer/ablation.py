@@ -28,6 +28,7 @@ from trainer.samples import make_samples
 from trainer.weights import find_checkpoint
 
 GROUPS_SCORED = 64  # for the attention score of a run
+FREE = ("run", "checkpoint.", "resume.", "data.workers", "train.log_every", "train.timeout")  # of no result's concern
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ def check_results(configs: dict[str, Config], guidance: tuple[float, ...], out: 
         path = out / f"{name}.json"
         if not path.exists():
             continue
-        before, now = json.loads(path.read_text()).get("settings", {}), _settings(config, guidance)
+        before, now = json.loads(path.read_text()).get("settings"), _settings(config, guidance)
+        if before is None:
+            raise RunError(f"{path}: says no settings, so another version made it; give another --out")
         for field, value in now.items():
             if before.get(field) != value:
                 raise RunError(
@@ -81,9 +84,9 @@ def check_results(configs: dict[str, Config], guidance: tuple[float, ...], out: 
 
 
 def _settings(config: Config, guidance: tuple[float, ...]) -> dict:
-    """As JSON gives them back."""
-    fields = dotted(config.model_copy(update={"run": ""}).model_dump(mode="json"))
-    return fields | {"--guidance": list(guidance)}
+    """Those that a result depends on, as JSON gives them back."""
+    fields = dotted(config.model_dump(mode="json"))
+    return {name: fields[name] for name in fields if not name.startswith(FREE)} | {"--guidance": list(guidance)}
 
 
 def run_cells(

@@ -163,7 +163,8 @@ def check_world(config: Config, world_size: int) -> None:
     if batch % unit:
         raise RunError(
             f"train.global_batch={batch}: must be a multiple of world size x groups.size = {world_size} x"
-            f" {config.groups.size} = {unit}; set {_nearest(batch, unit)}"
+            f" {config.groups.size} = {unit}; set {_nearest(batch, unit)}, or as many ranks as divide"
+            f" {batch // config.groups.size}"
         )
     if config.groups.mixing == "within_step" and config.groups.splits % world_size:
         raise RunError(

@@ -31,7 +31,9 @@ class Looks:
     def __init__(self, config: Config, images: Images, ranks: Ranks) -> None:
         self._config, self._images, self._ranks = config, images, ranks
         self._score_due = False
-        if config.train.sample_every or config.evaluate.every:
+        if config.evaluate.every:
+            from_rank_0(lambda: bool(self._decoder()))
+        if config.train.sample_every:
             self._height = from_rank_0(lambda: Generated(torch.zeros(1, *images.shape), self._decoder()).shape[0])
         self._measure = make_measure(config, images, ranks) if config.evaluate.every else None
 

@@ -80,7 +80,7 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
         raise
     finally:
         deepspeed = sys.modules.get("deepspeed")
-        if device.type == "cuda" and not ended:
+        if device.type == "cuda" and world_size > 1 and not ended:
             pass  # NCCL would wait for ranks that are still at work, and what is wrong here would not be said
         elif deepspeed and deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()  # and forget the groups that it remembers

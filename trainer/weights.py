@@ -71,7 +71,8 @@ def read_weights(path: str | Path, raw: bool = False, values: bool = True) -> di
 
 def start_from(network: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Copy weights into a whole network; one on the meta device is only compared. Of the sample embedding the rows that
-    both have: others stay as they are. RunError names the first parameter that differs."""
+    both have: others stay as they are, around the one of weights with one, as all of their images had it. RunError
+    names the first parameter that differs."""
     own = network.state_dict()
     for name in own | weights:
         wanted, found = (tuple(part[name].shape) if name in part else "missing" for part in (own, weights))
@@ -81,6 +82,8 @@ def start_from(network: nn.Module, weights: dict[str, Tensor], source: str) -> N
     for name, tensor in own.items():
         rows = min(len(tensor), len(weights[name]))
         tensor[:rows].copy_(weights[name][:rows])
+        if name == SAMPLE_TABLE and len(weights[name]) == 1:
+            tensor[1:] += weights[name]
 
 
 def export_weights(source: Path, out: Path, raw: bool = False) -> Path:

@@ -39,10 +39,12 @@ def expected_features(kind, folder, x):
         return network.vision_model(x).pooler_output
     if kind == "resnet":
         return network(x).last_hidden_state.mean(dim=(2, 3))
+    if kind == "ijepa":
+        return network(x).last_hidden_state.mean(dim=1)
     return network(x).pooler_output
 
 
-KINDS = {"dinov2": 32, "clip": 12, "siglip": 32, "siglip_vision": 32, "vit": 32, "resnet": 16}
+KINDS = {"dinov2": 32, "clip": 12, "siglip": 32, "siglip_vision": 32, "vit": 32, "ijepa": 32, "resnet": 16}
 
 
 @pytest.mark.parametrize(("kind", "width"), KINDS.items())

@@ -115,7 +115,7 @@ def faults(cluster, submit, tmp_path_factory, wait_for_end):
 
     def stopped_once(name):
         state = read_state(faults.run(name))
-        return bool(state and state.attempts) and state.attempts[0].outcome == "stopped"
+        return state is not None and any(attempt.outcome == "stopped" for attempt in state.attempts)
 
     def extend():
         faults.slurm("scontrol", "update", f"JobId={faults.jobs['time limit']}", "TimeLimit=60")

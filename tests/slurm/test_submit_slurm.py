@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -218,15 +219,21 @@ def test_a_site_that_cancels_what_it_preempts_and_passes_no_environment_on(submi
     until(lambda: steps(tmp_path) > 5 or read_state(tmp_path).ended)
     subprocess.run([*urgent, "--wrap=sleep 1"], env=cluster, check=True, capture_output=True)
     until(lambda: saved() and len(read_state(tmp_path).attempts) == 2 and steps(tmp_path) > saved()[0] // 128 + 5)
+    frozen = Thread(target=freeze, args=[next(p for p in Path("/proc").glob("[0-9]*") if is_task(p, tmp_path))])
+    frozen.start()
     subprocess.run([*urgent, "--wrap=sleep 1"], env=cluster, check=True, capture_output=True)
-    task = next(path for path in Path("/proc").glob("[0-9]*") if is_task(path, tmp_path))
-    with suppress(ProcessLookupError):
-        while True:  # Slurm wakes what it ends
-            os.kill(int(task.name), signal.SIGSTOP)
-            time.sleep(0.01)
+    frozen.join()
     state = wait_for_end(tmp_path)
     assert [attempt.outcome for attempt in state.attempts] == ["stopped", "lost", "finished"], state
     assert len(saved()) == 2, "where it was stopped, and at the end"
+
+
+def freeze(process):
+    """Again and again, as Slurm wakes what it ends; until it is gone."""
+    with suppress(ProcessLookupError):
+        for _ in range(round(PATIENCE / 0.01)):
+            os.kill(int(process.name), signal.SIGSTOP)
+            time.sleep(0.01)
 
 
 def is_task(process, run):

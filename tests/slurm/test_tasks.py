@@ -214,6 +214,8 @@ def test_who_follows_a_run_whose_process_was_killed_is_not_kept_waiting(tmp_path
     write_state(tmp_path, RunState(state="running", logs=str(tmp_path)))
     note_job(tmp_path, str(process.pid), "local")
     ended = lost_or_ended(tmp_path)
+    while b"submitit" not in Path(f"/proc/{process.pid}/cmdline").read_bytes():  # it has only just begun
+        time.sleep(0.01)
     assert not ended()
     process.kill()
     process.wait()

@@ -3,8 +3,11 @@
 import itertools
 import multiprocessing
 import os
+import random
+import socket
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,13 +28,18 @@ TINY = Path(__file__).parent / "tiny.yaml"
 GROUPS = "deepspeed={zero_optimization: {allgather_bucket_size: 10_000, sub_group_size: 5_000}}"
 
 
-_NUMBERS = itertools.count()
+_NUMBERS = itertools.count(random.SystemRandom().randrange(1_300))
 
 
 def _port():
     """One that nobody else takes: above those of cluster.sh, below those of the kernel, and this worker's own."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 2
-    return 30_100 + 1_300 * worker + next(_NUMBERS) % 1_300
+    for number in _NUMBERS:
+        port = 30_100 + 1_300 * worker + number % 1_300
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port
+    raise AssertionError
 
 
 def train_tiny(*overrides):

@@ -7,11 +7,13 @@ import torch
 
 from models.flops import forward_multiply_adds
 from models.network import make_network
+from models.paths import make_path
 from trainer.config import load_config
 from trainer.config_file import dotted
 
 ROOT = Path("configs")
 VARIANTS = {"light-4": (1, 4), "light-8": (1, 8), "light-16": (1, 16), "full-4": (4, 4)}  # C and UC
+GUIDANCE = ("sample.guidance", "sample.interval", "sample.guided_channels")
 BACKBONES = ["dit-xl-2", "sit-xl-2", "jit-b-16", "jit-l-16"]
 # (millions of parameters, 10^9 multiply-adds of a forward pass) of DiT (arXiv 2212.09748, table 4) and JiT (2511.13720,
 # table 5)
@@ -56,9 +58,9 @@ def test_a_variant_is_its_base_with_groups(backbone, variant):
     assert len(path.read_text().splitlines()) <= 3
     plain, config = load_config(ROOT / f"imagenet256/{backbone}.yaml"), load_config(path)
     before, after = dotted(plain.model_dump()), dotted(config.model_dump())
-    changed = {name for name in after if after[name] != before[name]} - {"run", "sample.guidance"}
+    changed = {name for name in after if after[name] != before[name]} - {"run", "train.images"}
     assert all(
-        name.startswith(("groups.", "model.max_group_size", "sample.uncond_group", "sample.cond_group"))
+        name.startswith(("groups.", "model.max_group_size", "sample.uncond_group", "sample.cond_group", *GUIDANCE))
         for name in changed
     )
     assert (config.sample.cond_group_size, config.sample.uncond_group_size) == VARIANTS[variant]
@@ -73,3 +75,32 @@ def test_every_config_builds_on_the_meta_device():
         assert all(p.is_meta for p in network_of(config).parameters())
         built += 1
     assert built >= len(PUBLISHED) + len(BACKBONES) * len(VARIANTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    {
+        **{f"imagenet256/sit-xl-2-{variant}": (0.25, 0.75) for variant in VARIANTS},
+        **{f"imagenet256/jit-{size}-16": (0.1, None) for size in "bl"},
+        **{f"imagenet512/jit-{size}-32": (0.1, None) for size in "bl"},
+    }.items(),
+)
+def test_guidance_acts_between_the_published_times(name, ends):
+    config = load_config(ROOT / f"{name}.yaml")
+    path = make_path(config.path)
+    for found, time in zip(config.sample.interval, ends, strict=True):
+        expected = time if time is None else float(path.log_snr(torch.tensor(time, dtype=torch.float64)))
+        assert found == (None if time is None else pytest.approx(expected, abs=1e-4))
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs"),
+    {"dit-xl-2": 1400, "sit-xl-2": 1400, "jit-b-16": 600, "dit-xl-2-light-4": 800, "sit-xl-2-full-4": 800}.items(),
+)
+def test_runs_are_as_long_as_the_published_ones(name, epochs):
+    assert load_config(ROOT / f"imagenet256/{name}.yaml").train.images == epochs * 1_281_167
+
+
+def test_no_two_configs_share_a_run_folder():
+    runs = [load_config(path).run for path in sorted(ROOT.glob("imagenet*/*.yaml"))]
+    assert len(set(runs)) == len(runs)

@@ -172,10 +172,11 @@ def test_a_damaged_shard_ends_a_streamed_run_with_its_name(folder, tiny, tmp_pat
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("how", ["cut", "overwritten", "empty", "gone"])
-def test_the_damaged_one_of_some_shards_is_named(folder, tmp_path, how):
+def test_the_damaged_one_of_some_shards_is_named(folder, tmp_path, how, seed):
     shutil.copytree(folder / "clustered", tmp_path / "clustered")
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(seed)
     number, shards = rng.integers(10), sorted((tmp_path / "clustered").glob("*.tar"))
     content, place = bytearray(shards[number].read_bytes()), rng.integers(1000, 9000)
     content[place : place + 512] = rng.bytes(512)  # at least one header of a member
@@ -183,8 +184,8 @@ def test_the_damaged_one_of_some_shards_is_named(folder, tmp_path, how):
     if how != "gone":
         shards[number].write_bytes({"cut": content[:place], "overwritten": content, "empty": b""}[how])
     images = StreamedLatents(str(tmp_path / "clustered"), None, False, {})
-    with pytest.raises(DataError, match=f"{shards[number].name}: .*; remove it, and start what made .* again") as error:
-        images.read_shards((*range(number), *range(number, 10)))
+    with pytest.raises(DataError, match=f"{shards[number].name}: .* start what made .* again") as error:
+        images.read_shards(tuple(range(10)))
     assert "\n" not in str(error.value)
 
 

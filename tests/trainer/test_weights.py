@@ -282,6 +282,23 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_written(run, tmp_p
     assert out.stat().st_mode == (run / NEWEST / "config.yaml").stat().st_mode
 
 
+def test_slots_of_weights_with_one_are_spread_around_it(config, alone, tmp_path):
+    """Which all images of a plain run had, so that its network is not another one for most images of a group."""
+    weights = drawn(
+        build_network(
+            config("groups.variant=none", "groups.size=1", "groups.share=0", "model.max_group_size=1"), IMAGES
+        )
+    )
+    torch.save(weights, tmp_path / "weights.pt")
+    started = config("model.max_group_size=9", f"init_from={tmp_path}/weights.pt")
+    fresh, table = (
+        network.state_dict()[SAMPLE_TABLE]
+        for network in (build_network(started, IMAGES), initial_network(started, IMAGES))
+    )
+    assert torch.equal(table[:1], weights[SAMPLE_TABLE])
+    assert torch.equal(table[1:], fresh[1:] + weights[SAMPLE_TABLE])
+
+
 def test_the_continued_recipe_takes_the_weights_of_the_plain_one():
     class Latents:
         shape, num_classes = (4, 32, 32), 1000
