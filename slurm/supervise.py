@@ -8,6 +8,7 @@ which the job is requeued. Near the time limit and on preemption the tasks save 
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,8 +108,9 @@ def _attempt(job: Job, attempt: Attempt, signals: list[int]) -> None:
             nonlocal heard
             if len(signals) > heard:
                 heard = len(signals)
-                if leaving() == "preempted":
-                    requeue("")
+                with suppress(SlurmError):  # it is asked again when the tasks have ended
+                    if leaving() == "preempted":
+                        requeue("")
 
         ends = run_by_srun(job.logs, job.code, job.cpus_per_task, job.gpus_per_node, deadline, watch)
     else:
