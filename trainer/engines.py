@@ -126,7 +126,12 @@ def _units(blocks: list[nn.Module]) -> list[list[nn.Module]]:
 def _recompute(block: nn.Module) -> None:
     """Keep only the block's inputs for the backward pass (Chen et al. 2016, "Training Deep Nets with Sublinear Memory
     Cost"). By its `forward`, so that names of parameters and the hooks of engines are as without."""
-    block.forward = partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)  # nothing random
+    inner = block.forward
+
+    def forward(*inputs: Tensor | int | bool | None) -> Tensor:  # a partial, torch.compile would leave alone
+        return recomputed(inner, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+
+    block.forward = forward
 
 
 def build_engine(config: EngineConfig, optim: OptimConfig, network: nn.Module, ranks: Ranks) -> Engine:
@@ -140,6 +145,8 @@ def build_engine(config: EngineConfig, optim: OptimConfig, network: nn.Module, r
         for block in network.blocks[:: config.activation_checkpointing]:
             _recompute(block)
     if config.compile:
+        # blocks share their code, whose forms count as one's: groups or none, parts of batches, training or not
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in network.blocks:
             block.compile()
     bf16 = config.precision == "bf16"

@@ -2,9 +2,11 @@
 
 import os
 import re
+import resource
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -52,9 +54,13 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
     )
+    _allow_files()
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.device_count() >= local_world_size:
         device, backend = local_device(), "cpu:gloo,cuda:nccl"
+    elif torch.cuda.is_available() and rank % local_world_size == 0:
+        seen = f"{torch.cuda.device_count()} GPUs for {local_world_size} ranks"
+        warnings.warn(f"CPUs are used: this process sees {seen}; let each see all of its machine", stacklevel=3)
     limit = timedelta(seconds=timeout)
     # NCCL would end the process where gloo, by which the ranks vote in each step, raises and says who does not answer
     longer = 2 * limit if device.type == "cuda" else limit
@@ -86,6 +92,12 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
             deepspeed.comm.destroy_process_group()  # and forget the groups that it remembers
         else:
             dist.destroy_process_group()
+
+
+def _allow_files() -> None:
+    """As many as the system lets us have: gloo takes one for each other rank, in each of several groups."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _absent(store: dist.Store, rank: int, world_size: int) -> list[int]:

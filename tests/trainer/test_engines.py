@@ -150,6 +150,7 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones(tiny, tmp_path):
     gradients = []
     for options in ([], ["compile=true"], ["compile=true", "activation_checkpointing=1"]):
         config = load_config(tiny, ["engine=single", *options, f"run={tmp_path}"])
+        torch._dynamo.utils.counters.clear()
         with process_group() as ranks:
             network = build_network(config, images)
             torch.manual_seed(0)
@@ -161,5 +162,7 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones(tiny, tmp_path):
                 x = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(group_size))
                 engine(x, number / 8, number, number, group_size).square().mean().backward()
             gradients.append([parameter.grad for parameter in network.parameters()])
+        graphs, breaks = (torch._dynamo.utils.counters[kind] for kind in ("stats", "graph_break"))
+        assert (graphs["unique_graphs"] > 0) == bool(options) and not breaks, "whole blocks are compiled"
     for eager, *compiled in zip(*gradients, strict=True):
         assert all(torch.allclose(eager, other, atol=1e-5, rtol=1e-4) for other in compiled)
