@@ -55,9 +55,10 @@ def _remove_incomplete(folder: Path) -> list[str]:
 
 
 def _all_find_whole(newest: Path) -> None:
-    """Damaged, on all ranks, if one of them finds the index damaged or a file missing."""
+    """Damaged, on all ranks, if one of them finds the index damaged, or one of its share of the files missing."""
     try:
         checkpoint.check_index(newest)
+        checkpoint.check_sizes(newest, dist.get_rank(), dist.get_world_size())
         mine = None
     except Damaged as damage:
         mine = str(damage)

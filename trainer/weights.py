@@ -42,7 +42,8 @@ def find_weights(path: str | Path) -> Path:
     path = Path(path)
     if path.is_dir():
         path = find_checkpoint(path)
-        checkpoint.check_index(path)  # the rest when it is loaded
+        checkpoint.check_index(path)
+        checkpoint.check_sizes(path)  # the rest when it is loaded
     elif not path.is_file():
         raise RunError(f"{path}: no such file or folder; {_GIVE}")
     elif path.suffix not in (".safetensors", ".pt", ".pth"):
