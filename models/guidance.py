@@ -50,7 +50,7 @@ def guided(
         if len(label) % size:
             raise ValueError(f"{name}={size}: must divide the number of images sampled together, {len(label)}")
     null = torch.full_like(label, NULL_LABEL)
-    unguided = not isinstance(weight, Tensor) and weight == 1  # whatever the values: ranks must make the same calls
+    unguided = not isinstance(weight, Tensor) and weight == 1  # whatever the values: all batches make the same calls
     factor = weight.view(-1, 1, 1, 1) if isinstance(weight, Tensor) else weight
 
     def denoise(x: Tensor, t: float) -> Tensor:

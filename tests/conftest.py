@@ -1,6 +1,5 @@
 """What tests of several folders need."""
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -9,9 +8,6 @@ from diffusers import AutoencoderKL
 
 from data.graph import build_graph
 from data.shards import agree_on_settings, finish, shard_names, write_shard
-
-hypothesis.settings.register_profile("ours", deadline=None)  # a busy machine may stop for minutes
-hypothesis.settings.load_profile("ours")
 
 
 @pytest.fixture(scope="session")

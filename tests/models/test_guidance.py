@@ -77,6 +77,15 @@ def test_weight_1_is_the_conditional_prediction_alone(seed, c, uc, weight):
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("c", "uc"), [(1, 4), (4, 4), (8, 2)])
+def test_weights_of_1_make_the_calls_that_others_make(seed, c, uc):
+    network, x = Recorder(group_mean), noise(seed)
+    out = guided(network, torch.ones(8), c, uc)(x, 0.5)
+    torch.testing.assert_close(out, group_mean(x, torch.full((8,), 0.5), LABEL, SLOT, c))
+    assert [call[2] for call in network.calls] == [c, uc]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("c", "uc"), [(1, 4), (4, 4), (8, 2)])
 def test_weight_0_is_the_unconditional_prediction(seed, c, uc):
     x = noise(seed)
     out = guided(group_mean, 0, c, uc)(x, 0.5)

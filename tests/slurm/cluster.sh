@@ -86,8 +86,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 # nodes have what they claim to have
 SlurmdParameters=config_overrides
-SlurmdTimeout=30
-MessageTimeout=60
+SlurmdTimeout=10
 SlurmctldTimeout=10
 ReturnToService=2
 KillWait=30
@@ -172,11 +171,11 @@ own_processes() { # the daemons and the tasks of jobs, but no program of a user 
 }
 
 wait_for() { # wait_for COMMAND...: until it succeeds
-  local end=$((SECONDS + 300))
+  local end=$((SECONDS + 30))
   until "$@" > /dev/null 2>&1; do
     if ((SECONDS >= end)); then
       tail -n 5 "$FOLDER"/log/* >&2
-      fail "still fails after 300 s: $*"
+      fail "still fails after 30 s: $*"
     fi
     sleep 0.1
   done

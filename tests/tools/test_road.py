@@ -155,7 +155,9 @@ def test_how_many_images_are_made_at_once_does_not_matter(per_class, batch, step
 def test_uint8_and_grid_put_every_pixel_where_it_belongs():
     assert to_uint8(torch.tensor([-2.0, -1, 0, 1, 2]).view(5, 1, 1, 1)).ravel().tolist() == [0, 0, 128, 255, 255]
     images = np.arange(3 * 4 * 2 * 2, dtype=np.uint8).reshape(3, 4, 2, 2, 1)
-    picture = grid(images, group_size=2)[::16, ::16, 0]  # small images are enlarged
+    enlarged = grid(images, group_size=2)[..., 0]
+    picture = enlarged[::16, ::16]
+    assert (enlarged == picture.repeat(16, axis=0).repeat(16, axis=1)).all()
     assert picture.shape == (3 * 3 - 1, 4 * 3 - 1 + 2)
     for row in range(3):
         for column in range(4):

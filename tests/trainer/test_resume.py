@@ -156,10 +156,10 @@ def test_told_to_stop_a_run_saves_and_continues_where_it_was(tmp_path, tiny, met
 def test_a_rank_that_no_longer_answers_is_named_within_the_timeout(frozen, ranks, tmp_path):
     """Also rank 0, which keeps the store by which the ranks ask for each other."""
     run = tmp_path / "run"
-    processes = ranks.start(2, train_tiny, f"run={run}", "train.timeout=25", "train.images=64000")
+    processes = ranks.start(2, train_tiny, f"run={run}", "train.timeout=12", "train.images=64000")
     wait_for(lambda: rows(run) >= 3, processes)
     ranks.signal([processes[frozen]], signal.SIGSTOP)
     begun = time.monotonic()
     [(code, errors)] = ranks.finish([processes[1 - frozen]])
-    assert time.monotonic() - begun < 200
+    assert time.monotonic() - begun < 60
     assert code and f"no answer from ranks {frozen}" in errors

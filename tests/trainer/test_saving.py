@@ -139,7 +139,7 @@ def test_there_is_one_copy_of_the_state_however_many_saves_and_none_at_the_end(a
     ranks.run(1, measure, tmp_path, asynchronous, 256 * MB)
     first, five, after, ended = json.loads((tmp_path / "memory.json").read_text())
     copies = 1 if asynchronous else 0
-    slack = 0.35  # of what checkpoints take besides
+    slack = 70 / 256  # of what checkpoints take besides, as buffers of 48 MB
     assert first < copies + slack
     assert five < first + slack
     assert after < copies + slack
