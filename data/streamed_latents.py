@@ -1,4 +1,4 @@
-"""Latents that are read shard by shard instead of image by image (see data/stream.py)."""
+"""Latents that are read shard by shard instead of image by image (see data/batches/stream.py)."""
 
 from dataclasses import dataclass
 from pathlib import Path

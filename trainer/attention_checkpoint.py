@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, MicroBatch, make_batch
+from data.batches.batch import Batch, MicroBatch, make_batch
 from data.images import Images
 from data.neighbors import nearest_neighbors
-from data.plan import form_groups
+from data.batches.plan import form_groups
 from data.streamed_latents import Pool, StreamedLatents
 from models.attention_score import observing, token_attention
 from models.objective import denoising_loss

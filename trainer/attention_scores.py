@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.batch import Batch
+from data.batches.batch import Batch
 from models.attention_score import attention_mass, cross_score, cross_share, observing
 from models.guidance import Network
 from models.objective import denoising_loss

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.images import Images
-from data.loader import BatchDataset, GroupSampler, load_batches
-from data.plan import Plan, steps_per_epoch
-from data.stream import StreamDataset, stream_batches
+from data.batches.loader import BatchDataset, GroupSampler, load_batches
+from data.batches.plan import Plan, steps_per_epoch
+from data.batches.stream import StreamDataset, stream_batches
 from data.streamed_latents import StreamedLatents
-from data.windows import Stream
+from data.batches.windows import Stream
 from models.guidance import Interval, inside
 from models.path import Path
 from models.paths import make_path

@@ -10,7 +10,7 @@ from torch import nn
 
 from data.errors import DataError
 from data.images import Images, open_images
-from data.plan import Plan, plan_epoch
+from data.batches.plan import Plan, plan_epoch
 from models.network import make_network
 from trainer import checkpoint
 from trainer.config import Config

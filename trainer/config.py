@@ -7,7 +7,7 @@ import pydantic
 from pydantic import BaseModel, Field, model_validator
 
 from data.images import DataConfig
-from data.plan import GroupsConfig, group_quantum
+from data.batches.plan import GroupsConfig, group_quantum
 from models.ddpm import respaced
 from models.generation import SampleConfig
 from models.model_config import ModelConfig

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch
+from data.batches.batch import Batch
 from data.images import Images
 from models.path import Path as NoisePath
 from trainer.attention_scores import step_scores

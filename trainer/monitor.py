@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from data.plan import Plan
+from data.batches.plan import Plan
 from trainer.attention_scores import Scores
 from trainer.errors import RunError
 from trainer.ranks import Ranks

@@ -15,7 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from data.batch import MicroBatch, make_batch
+from data.batches.batch import MicroBatch, make_batch
 from data.images import ARRAYS, Images
 from data.streamed_latents import Pool, StreamedLatents
 from models.objective import denoising_loss

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, chisquare, kstest
 
-from data.batch import Batch, MicroBatch, make_batch, spread_timesteps
+from data.batches.batch import Batch, MicroBatch, make_batch, spread_timesteps
 from data.images import ArrayImages
-from data.plan import GroupsConfig
+from data.batches.plan import GroupsConfig
 
 SLOTS = 16
 VARIANTS = ("none", "light", "full")

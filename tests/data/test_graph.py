@@ -16,7 +16,7 @@ import pytest
 import data.graph
 from data.errors import DataError
 from data.graph import build_graph, open_graph, round_down
-from data.groups import similar_groups
+from data.batches.groups import similar_groups
 from data.neighbors import NeighborGraph
 from data.store import Store, read_manifest
 from tests.patience import PATIENCE

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from data.groups import class_groups, similar_groups
+from data.batches.groups import class_groups, similar_groups
 from data.neighbors import NeighborGraph
 
 SEEDS = st.integers(0, 2**32)

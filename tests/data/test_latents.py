@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from data.batch import MicroBatch, make_batch
+from data.batches.batch import MicroBatch, make_batch
 from data.errors import DataError
 from data.images import DataConfig, open_images
 from data.latents import Latents
-from data.loader import BatchDataset, GroupSampler, load_batches
-from data.plan import GroupsConfig, plan_epoch
+from data.batches.loader import BatchDataset, GroupSampler, load_batches
+from data.batches.plan import GroupsConfig, plan_epoch
 from data.randomness import Stream, draw
 from data.shards import agree_on_settings, finish, shard_names, write_shard
 from data.store import Store, read_manifest

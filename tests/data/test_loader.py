@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.batch import Batch
-from data.loader import BatchDataset, GroupSampler, load_batches
+from data.batches.batch import Batch
+from data.batches.loader import BatchDataset, GroupSampler, load_batches
 from data.neighbors import nearest_neighbors
-from data.plan import GroupsConfig, Plan, plan_epoch, steps_per_epoch
+from data.batches.plan import GroupsConfig, Plan, plan_epoch, steps_per_epoch
 
 WORLDS = (1, 2, 4, 8)
 

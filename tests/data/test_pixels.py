@@ -9,14 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from data.batch import MicroBatch, make_batch
+from data.batches.batch import MicroBatch, make_batch
 from data.crop import center_crop
 from data.errors import DataError
 from data.graph import build_graph
 from data.images import DataConfig, open_images
-from data.loader import BatchDataset, GroupSampler, load_batches
+from data.batches.loader import BatchDataset, GroupSampler, load_batches
 from data.pixels import Pixels
-from data.plan import GroupsConfig, plan_epoch
+from data.batches.plan import GroupsConfig, plan_epoch
 from data.randomness import Stream, draw
 from data.shards import agree_on_settings, finish, write_shard
 from data.sources import list_source

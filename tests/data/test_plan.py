@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.neighbors import nearest_neighbors
-from data.plan import GroupsConfig, group_quantum, plan_epoch, steps_per_epoch
+from data.batches.plan import GroupsConfig, group_quantum, plan_epoch, steps_per_epoch
 
 
 @st.composite

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from data.batch import Batch
+from data.batches.batch import Batch
 from data.errors import DataError
-from data.plan import GroupsConfig
+from data.batches.plan import GroupsConfig
 from data.randomness import Stream as Purpose
 from data.randomness import draw
 from data.shards import agree_on_settings, finish, shard_names, write_shard
-from data.stream import StreamDataset, StreamReader, stream_batches
+from data.batches.stream import StreamDataset, StreamReader, stream_batches
 from data.streamed_latents import StreamedLatents
-from data.windows import Stream
+from data.batches.windows import Stream
 
 SHAPE = (1, 2, 2)
 CLASSES = 3

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data.plan import GroupsConfig
-from data.windows import Stream
+from data.batches.plan import GroupsConfig
+from data.batches.windows import Stream
 
 
 @st.composite

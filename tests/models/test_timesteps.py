@@ -6,7 +6,7 @@ import torch
 from scipy.special import expit
 from scipy.stats import chisquare, kstest, norm
 
-from data.batch import spread_timesteps
+from data.batches.batch import spread_timesteps
 from models.path import PathConfig
 from models.paths import PATHS, make_path
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.batch import MicroBatch, make_batch
+from data.batches.batch import MicroBatch, make_batch
 from data.images import ArrayImages
-from data.plan import GroupsConfig
+from data.batches.plan import GroupsConfig
 from models.embeddings import NULL_LABEL
 from models.generation import SampleConfig, sample_images
 from models.objective import denoising_loss

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.batch import make_batch
+from data.batches.batch import make_batch
 from data.images import DataConfig, open_images
-from data.loader import GroupSampler
+from data.batches.loader import GroupSampler
 from tests.patience import PATIENCE
 from tests.trainer.forked import train_tiny
 from trainer.build import make_planner

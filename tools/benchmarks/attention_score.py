@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import Figures, Targets
 from benchmarks.group import step_seconds
-from data.batch import Batch
+from data.batches.batch import Batch
 from models.dit import DiT
 from models.flows import LinearFlow
 from models.model_config import ModelConfig

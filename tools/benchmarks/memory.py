@@ -14,7 +14,7 @@ import torch
 from torch.multiprocessing import spawn
 
 from benchmarks import Figures, Targets
-from data.batch import Batch
+from data.batches.batch import Batch
 from models.dit import DiT
 from models.model_config import ModelConfig
 from models.objective import denoising_loss

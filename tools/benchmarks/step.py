@@ -7,10 +7,10 @@ import time
 import torch
 
 from benchmarks import Figures, Targets
-from data.batch import Batch
+from data.batches.batch import Batch
 from data.images import open_images
-from data.loader import BatchDataset, GroupSampler
-from data.plan import steps_per_epoch
+from data.batches.loader import BatchDataset, GroupSampler
+from data.batches.plan import steps_per_epoch
 from models.objective import denoising_loss
 from models.paths import make_path
 from trainer.build import build_network, make_planner

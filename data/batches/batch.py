@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data.images import Images
-from data.plan import GroupsConfig
+from data.batches.plan import GroupsConfig
 from data.randomness import Stream, draw
 
 

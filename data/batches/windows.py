@@ -10,7 +10,7 @@ from itertools import count
 
 import numpy as np
 
-from data.plan import GroupsConfig, grouped_before
+from data.batches.plan import GroupsConfig, grouped_before
 
 
 @dataclass(frozen=True)

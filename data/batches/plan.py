@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, Field, model_validator
 
-from data.groups import class_groups, similar_groups
+from data.batches.groups import class_groups, similar_groups
 from data.neighbors import NeighborGraph
 
 Level = Annotated[float, Field(ge=-np.inf)]  # not NaN

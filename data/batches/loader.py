@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data.batch import Batch, MicroBatch, make_batch
+from data.batches.batch import Batch, MicroBatch, make_batch
 from data.images import Images
-from data.plan import GroupsConfig, Plan
+from data.batches.plan import GroupsConfig, Plan
 
 
 class GroupSampler(Sampler[list[MicroBatch]]):

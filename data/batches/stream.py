@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from data.batch import Batch, MicroBatch, make_batch
-from data.loader import rank_pieces
+from data.batches.batch import Batch, MicroBatch, make_batch
+from data.batches.loader import rank_pieces
 from data.neighbors import nearest_neighbors
-from data.plan import form_groups
+from data.batches.plan import form_groups
 from data.streamed_latents import Pool, StreamedLatents
-from data.windows import Stream, Window
+from data.batches.windows import Stream, Window
 
 
 class StreamReader:
