@@ -11,7 +11,7 @@ from data.claims import Claims, wait_for_lock
 from data.errors import DataError
 from data.files import appearing, disk_errors
 from data.shards import agree_on_settings, begin, finish, shard_names, write_shard
-from data.sources import Item
+from data.extraction.sources import Item
 from data.store import Store, contents_digest, read_manifest
 
 ORDER = "order.npy"
@@ -118,7 +118,7 @@ def _along_the_means(features: np.ndarray, images: np.ndarray, share: float, rng
 
 @dataclass(frozen=True)
 class StoredKeys:
-    """The images of a store as a source (data/sources.py) for data/verify.py to compare with."""
+    """The images of a store as a source (data/extraction/sources.py) for data/extraction/verify.py to compare with."""
 
     store: Store
     parts: int = 1

@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from data.crop import center_crop
-from data.extract import Work, extract
+from data.extraction.crop import center_crop
+from data.extraction.extract import Work, extract
 
 BATCH = 32  # images that a worker prepares at once
 

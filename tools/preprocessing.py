@@ -12,8 +12,8 @@ from typing import Any
 from command_line import not_negative, places, positive
 
 from data.shards import MANIFEST
-from data.sources import Source, list_source
-from data.verify import verify_store
+from data.extraction.sources import Source, list_source
+from data.extraction.verify import verify_store
 from slurm.launch import call_share, follow, make_executor, submit, submit_array
 from slurm.options import load_options
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.crop import center_crop
+from data.extraction.crop import center_crop
 from data.errors import DataError
-from data.extract import Work, extract
+from data.extraction.extract import Work, extract
 from data.graph import build_graph
 from models.encoders import Encoder
 from models.fingerprint import fingerprint

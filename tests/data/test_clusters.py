@@ -19,7 +19,7 @@ from data.errors import DataError
 from data.neighbors import nearest_neighbors
 from data.store import Store, read_manifest
 from data.streamed_latents import StreamedLatents
-from data.verify import verify_store
+from data.extraction.verify import verify_store
 from tests.patience import PATIENCE
 
 

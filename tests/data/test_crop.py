@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.crop import center_crop, decode_rgb
+from data.extraction.crop import center_crop, decode_rgb
 
 SIZES = [(1, 1000), (1000, 1), (255, 256), (513, 400), (64, 64), (63, 65), (128, 128), (127, 300)]
 

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from tqdm import tqdm
 
-from data.extract import Work, extract
+from data.extraction.extract import Work, extract
 from data.files import WORK
 from data.shards import MANIFEST
-from data.sources import list_source
-from data.verify import verify_store
+from data.extraction.sources import list_source
+from data.extraction.verify import verify_store
 from tests.stores import encoded, shards, stored, write
 
 NUMBERS = 160

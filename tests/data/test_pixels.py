@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from data.batches.batch import MicroBatch, make_batch
-from data.crop import center_crop
+from data.extraction.crop import center_crop
 from data.errors import DataError
 from data.graph import build_graph
 from data.images import DataConfig, open_images
@@ -19,9 +19,9 @@ from data.pixels import Pixels
 from data.batches.plan import GroupsConfig, plan_epoch
 from data.randomness import Stream, draw
 from data.shards import agree_on_settings, finish, write_shard
-from data.sources import list_source
+from data.extraction.sources import list_source
 from data.store import Store, read_manifest
-from data.verify import verify_store
+from data.extraction.verify import verify_store
 from tests.stores import encoded, noise, pixels, stored, write
 
 NUMBER = 40

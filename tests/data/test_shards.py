@@ -26,7 +26,7 @@ from data.shards import (
     write_shard,
 )
 from data.store import Store, read_manifest
-from data.verify import verify_store
+from data.extraction.verify import verify_store
 from tests.patience import PATIENCE
 
 SETTINGS = {"name": "some/vae", "size": 8}

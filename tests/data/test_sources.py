@@ -8,7 +8,7 @@ import webdataset
 from PIL import Image
 
 from data.errors import DataError
-from data.sources import key_of, list_source, open_source, shared_source
+from data.extraction.sources import key_of, list_source, open_source, shared_source
 
 
 def picture(seed=0, side=8):

@@ -12,8 +12,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data.crop import center_crop
-from data.extract import Work, extract
+from data.extraction.crop import center_crop
+from data.extraction.extract import Work, extract
 from data.files import sha256
 from data.shards import INDEX, MANIFEST, REJECTED, keys_digest, record_of
 

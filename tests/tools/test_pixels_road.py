@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.crop import center_crop
+from data.extraction.crop import center_crop
 from data.graph import build_graph
 from data.shards import agree_on_settings, finish, write_shard
 from data.store import Store, read_manifest

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-from data.crop import center_crop
+from data.extraction.crop import center_crop
 from data.shards import MANIFEST
 from data.store import Store, read_manifest
 from tests.in_process import call

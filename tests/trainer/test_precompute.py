@@ -14,8 +14,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from data.files import WORK
-from data.sources import list_source
-from data.verify import verify_store
+from data.extraction.sources import list_source
+from data.extraction.verify import verify_store
 from tests.stores import SIDE, encoded, features, latents, noise, refused, shards, stored, write
 
 LONG = "/".join(f"{'long' * 20}-{i}" for i in range(4)) + "/" + "x" * 240

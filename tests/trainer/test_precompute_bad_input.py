@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from data.files import WORK
 from data.shards import MANIFEST
-from data.sources import list_source, shared_source
-from data.verify import verify_store
+from data.extraction.sources import list_source, shared_source
+from data.extraction.verify import verify_store
 from models.vae import VAE
 from tests.stores import cut, encoded, features, latents, noise, refused, sample, shards, stored, write, write_tar
 from trainer.errors import RunError

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-from data.crop import center_crop
+from data.extraction.crop import center_crop
 from models.detector import load_detector, resize_299
 from tests.stores import write_tar
 from tests.trainer import detectors

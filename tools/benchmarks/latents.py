@@ -12,8 +12,8 @@ from diffusers import AutoencoderKL
 
 from benchmarks import Figures, Targets
 from benchmarks.pictures import write_pictures
-from data.crop import center_crop, decode_rgb
-from data.extract import extract
+from data.extraction.crop import center_crop, decode_rgb
+from data.extraction.extract import extract
 from models.vae import VAE
 from trainer.precompute import latents_work
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from data.files import sha256
 from data.shards import INDEX, MANIFEST, REJECTED, array_offsets, keys_digest
-from data.sources import Source
+from data.extraction.sources import Source
 from data.tar import tar_samples
 
 

@@ -9,9 +9,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from data.claims import Claims
-from data.crop import decode_rgb
+from data.extraction.crop import decode_rgb
 from data.errors import DataError
-from data.sources import Item, Source
+from data.extraction.sources import Item, Source
 
 
 @dataclass

@@ -14,10 +14,10 @@ from PIL import Image
 from data.claims import Claims
 from data.errors import DataError
 from data.files import disk_errors
-from data.prepare import PreparedBatch, prepared_batches
+from data.extraction.prepare import PreparedBatch, prepared_batches
 from data.progress import Progress
 from data.shards import agree_on_settings, begin, finish, shard_names, write_shard
-from data.sources import shared_source
+from data.extraction.sources import shared_source
 
 
 @dataclass(frozen=True)
