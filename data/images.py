@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 from data import digits, glyphs
 from data.errors import DataError
 from data.latents import Latents
-from data.neighbors import NeighborGraph, nearest_neighbors
+from data.neighbors.exact import NeighborGraph, nearest_neighbors
 from data.pixels import Pixels
 from data.randomness import Draws
 from data.streamed_latents import StreamedLatents

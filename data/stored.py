@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from data.errors import DataError
-from data.graph import open_graph
-from data.neighbors import NeighborGraph
+from data.neighbors.graph import open_graph
+from data.neighbors.exact import NeighborGraph
 from data.store import Store
 
 

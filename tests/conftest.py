@@ -6,7 +6,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKL
 
-from data.graph import build_graph
+from data.neighbors.graph import build_graph
 from data.shards import agree_on_settings, finish, shard_names, write_shard
 
 

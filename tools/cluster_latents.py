@@ -10,7 +10,7 @@ from pathlib import Path
 from command_line import positive, run_tool
 from preprocessing import add_process_options, report, run_in_processes, verify_against
 
-from data.clusters import StoredKeys, cluster_latents
+from data.neighbors.clusters import StoredKeys, cluster_latents
 from data.store import Store, read_manifest
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data.batches.batch import Batch, MicroBatch, make_batch
 from data.images import Images
-from data.neighbors import nearest_neighbors
+from data.neighbors.exact import nearest_neighbors
 from data.batches.plan import form_groups
 from data.streamed_latents import Pool, StreamedLatents
 from models.attention_score import observing, token_attention

@@ -13,7 +13,7 @@ from torch import Tensor
 from data.extraction.crop import center_crop
 from data.errors import DataError
 from data.extraction.extract import Work, extract
-from data.graph import build_graph
+from data.neighbors.graph import build_graph
 from models.encoders import Encoder
 from models.fingerprint import fingerprint
 from models.vae import VAE
@@ -134,7 +134,7 @@ def _load(option: str, name: str, load: Callable[[], T]) -> T:
 
 
 def build_neighbors(precision: Precision | None, **arguments: Any) -> None:
-    """data.graph.build_graph on this process's device; `precision` None: the one that is fast there."""
+    """data.neighbors.graph.build_graph on this process's device; `precision` None: the one that is fast there."""
     device = local_device()
     precision = precision or ("bf16" if device.type == "cuda" else "fp32")
     with _data_errors():

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data.neighbors import NeighborGraph
+from data.neighbors.exact import NeighborGraph
 
 BLOCK = 2**16  # images whose neighbours are looked at together
 _NONE = np.uint32(2**32 - 1)

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, Field, model_validator
 
 from data.batches.groups import class_groups, similar_groups
-from data.neighbors import NeighborGraph
+from data.neighbors.exact import NeighborGraph
 
 Level = Annotated[float, Field(ge=-np.inf)]  # not NaN
 SHARES = {"none": 0.0, "light": 0.1, "full": 1.0}

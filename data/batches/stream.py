@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from data.batches.batch import Batch, MicroBatch, make_batch
 from data.batches.loader import rank_pieces
-from data.neighbors import nearest_neighbors
+from data.neighbors.exact import nearest_neighbors
 from data.batches.plan import form_groups
 from data.streamed_latents import Pool, StreamedLatents
 from data.batches.windows import Stream, Window

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data.images import ArrayImages
-from data.neighbors import nearest_neighbors
+from data.neighbors.exact import nearest_neighbors
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.clusters import StoredKeys, balanced_clusters, cluster_latents, shard_sizes
+from data.neighbors.clusters import StoredKeys, balanced_clusters, cluster_latents, shard_sizes
 from data.errors import DataError
-from data.neighbors import nearest_neighbors
+from data.neighbors.exact import nearest_neighbors
 from data.store import Store, read_manifest
 from data.streamed_latents import StreamedLatents
 from data.extraction.verify import verify_store
@@ -136,12 +136,12 @@ def test_every_image_keeps_its_moments_feature_label_and_key(folder, tmp_path):
 SLOWLY = """
 import sys, time
 from pathlib import Path
-import data.clusters
+import data.neighbors.clusters
 
-write = data.clusters.write_shard
-data.clusters.write_shard = lambda *arguments: time.sleep(float(sys.argv[5])) or write(*arguments)
+write = data.neighbors.clusters.write_shard
+data.neighbors.clusters.write_shard = lambda *arguments: time.sleep(float(sys.argv[5])) or write(*arguments)
 folder, out, process, processes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-data.clusters.cluster_latents(folder / "latents", folder / "features", out, 20, process, processes)
+data.neighbors.clusters.cluster_latents(folder / "latents", folder / "features", out, 20, process, processes)
 """
 
 

@@ -13,11 +13,11 @@ import time
 import numpy as np
 import pytest
 
-import data.graph
+import data.neighbors.graph
 from data.errors import DataError
-from data.graph import build_graph, open_graph, round_down
+from data.neighbors.graph import build_graph, open_graph, round_down
 from data.batches.groups import similar_groups
-from data.neighbors import NeighborGraph
+from data.neighbors.exact import NeighborGraph
 from data.store import Store, read_manifest
 from tests.patience import PATIENCE
 
@@ -107,8 +107,8 @@ def test_groups_of_a_stored_graph_keep_the_threshold_in_float64(folder, threshol
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("part", "block"), [(16_384, 1024), (64, 64), (77, 10), (7, 3), (499, 1024), (500, 7)])
 def test_a_stored_graph_is_that_of_brute_force_however_it_is_cut(folder, precision, part, block, monkeypatch, tmp_path):
-    monkeypatch.setattr(data.graph, "PART", part)
-    monkeypatch.setattr(data.graph, "BLOCK", block)
+    monkeypatch.setattr(data.neighbors.graph, "PART", part)
+    monkeypatch.setattr(data.neighbors.graph, "BLOCK", block)
     build(folder, tmp_path / "out", precision=precision)
     graph, manifest = open_graph(tmp_path / "out")
     cosine = cosines(rows_of(folder))
@@ -133,13 +133,13 @@ def test_a_graph_is_memory_mapped_and_its_manifest_names_the_features(folder):
 SLOWLY = """
 import sys, time
 from pathlib import Path
-import data.graph, data.neighbors
+import data.neighbors.graph, data.neighbors.exact
 
-data.graph.PART, data.graph.BLOCK = 25, 5
-find = data.neighbors.ExactSearch.nearest
-data.neighbors.ExactSearch.nearest = lambda *arguments: time.sleep(float(sys.argv[5])) or find(*arguments)
+data.neighbors.graph.PART, data.neighbors.graph.BLOCK = 25, 5
+find = data.neighbors.exact.ExactSearch.nearest
+data.neighbors.exact.ExactSearch.nearest = lambda *arguments: time.sleep(float(sys.argv[5])) or find(*arguments)
 features, out, process, processes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-data.graph.build_graph(features, out, 12, "exact", 1, "fp32", "cpu", process, processes)
+data.neighbors.graph.build_graph(features, out, 12, "exact", 1, "fp32", "cpu", process, processes)
 """
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from data.batches.groups import class_groups, similar_groups
-from data.neighbors import NeighborGraph
+from data.neighbors.exact import NeighborGraph
 
 SEEDS = st.integers(0, 2**32)
 KINDS = st.sampled_from(["scattered", "clustered", "tied"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.neighbors import ExactSearch
+from data.neighbors.exact import ExactSearch
 
 
 def worst_for_bfloat16(length, share):

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-import data.neighbors
-from data.neighbors import ExactSearch, nearest_neighbors
+import data.neighbors.exact
+from data.neighbors.exact import ExactSearch, nearest_neighbors
 
 SEEDS = range(4)
 
@@ -144,8 +144,8 @@ def test_whatever_the_first_look_misses_the_answer_is_that_of_float64_in_any_blo
     features = some_features(kind, rng)
     number = len(features)
     for columns, elements, k in ((2**17, 2**18, 20), (7, 1, 3), (37, 5000, 20), (299, 1, 1), (64, 100, number - 1)):
-        monkeypatch.setattr(data.neighbors, "COLUMNS", columns)
-        monkeypatch.setattr(data.neighbors, "EXACT_ELEMENTS", elements)
+        monkeypatch.setattr(data.neighbors.exact, "COLUMNS", columns)
+        monkeypatch.setattr(data.neighbors.exact, "EXACT_ELEMENTS", elements)
         asked = np.arange(number) if elements > 1000 else rng.permutation(number)[:40]
         ids, similarities = ExactSearch(features, "cpu", precision).nearest(asked, k)
         expected, cosine = by_sorting(features, k)

@@ -12,7 +12,7 @@ from PIL import Image
 from data.batches.batch import MicroBatch, make_batch
 from data.extraction.crop import center_crop
 from data.errors import DataError
-from data.graph import build_graph
+from data.neighbors.graph import build_graph
 from data.images import DataConfig, open_images
 from data.batches.loader import BatchDataset, GroupSampler, load_batches
 from data.pixels import Pixels

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.clusters import cluster_latents
+from data.neighbors.clusters import cluster_latents
 from models.attention_score import observing
 from models.path import PathConfig
 from models.paths import make_path

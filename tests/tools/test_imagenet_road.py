@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
-from data.graph import open_graph
+from data.neighbors.graph import open_graph
 from tests.in_process import call
 from tests.patience import PATIENCE
 from trainer.config import load_config

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data.extraction.crop import center_crop
-from data.graph import build_graph
+from data.neighbors.graph import build_graph
 from data.shards import agree_on_settings, finish, write_shard
 from data.store import Store, read_manifest
 from tests.stores import cut, shards, stored

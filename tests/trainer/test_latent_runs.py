@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from data.clusters import cluster_latents
+from data.neighbors.clusters import cluster_latents
 from data.errors import DataError
 from data.images import open_images
 from data.streamed_latents import StreamedLatents

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from benchmarks import Figures, Targets
-from data.neighbors import ExactSearch
+from data.neighbors.exact import ExactSearch
 
 NEIGHBORS, BLOCK = 64, 1024
 

@@ -10,7 +10,7 @@ import torch
 from benchmarks import Figures, Targets
 from benchmarks.group import step_seconds
 from data.batches.loader import GroupSampler
-from data.neighbors import NeighborGraph
+from data.neighbors.exact import NeighborGraph
 from data.batches.plan import GroupsConfig, Plan, plan_epoch, steps_per_epoch
 from models.dit import DiT
 from models.model_config import ModelConfig

@@ -3,7 +3,7 @@
 import numpy as np
 
 from data.errors import DataError
-from data.neighbors import ExactSearch
+from data.neighbors.exact import ExactSearch
 
 MORE = 16  # candidates besides those asked for: FAISS ranks in float32
 

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from data.claims import Claims, wait_for_lock
 from data.errors import DataError
 from data.files import WORK, appearing, disk_errors, write_json
-from data.ivf import IVFSearch
-from data.neighbors import ExactSearch, NeighborGraph
+from data.neighbors.ivf import IVFSearch
+from data.neighbors.exact import ExactSearch, NeighborGraph
 from data.shards import MANIFEST, agree_on_settings
 from data.store import Store, contents_digest, read_manifest
 
