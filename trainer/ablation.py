@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from data.claims import Claims
 from data.files import write_json
-from data.images import DataConfig
+from data.sets.registry import DataConfig
 from trainer import attention_checkpoint as attention
 from trainer.build import open_data
 from trainer.config import Config, load_config

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from data.batches.batch import Batch, MicroBatch, make_batch
-from data.images import Images
+from data.sets.registry import Images
 from data.neighbors.exact import nearest_neighbors
 from data.batches.plan import form_groups
-from data.streamed_latents import Pool, StreamedLatents
+from data.sets.streamed_latents import Pool, StreamedLatents
 from models.attention_score import observing, token_attention
 from models.objective import denoising_loss
 from models.path import share_at

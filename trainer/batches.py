@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data.images import Images
+from data.sets.registry import Images
 from data.batches.loader import BatchDataset, GroupSampler, load_batches
 from data.batches.plan import Plan, steps_per_epoch
 from data.batches.stream import StreamDataset, stream_batches
-from data.streamed_latents import StreamedLatents
+from data.sets.streamed_latents import StreamedLatents
 from data.batches.windows import Stream
 from models.guidance import Interval, inside
 from models.path import Path

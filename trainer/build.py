@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from data.errors import DataError
-from data.images import Images, open_images
+from data.sets.registry import Images, open_images
 from data.batches.plan import Plan, plan_epoch
 from models.network import make_network
 from trainer import checkpoint

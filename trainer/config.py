@@ -6,7 +6,7 @@ from pathlib import Path
 import pydantic
 from pydantic import BaseModel, Field, model_validator
 
-from data.images import DataConfig
+from data.sets.registry import DataConfig
 from data.batches.plan import GroupsConfig, group_quantum
 from models.ddpm import respaced
 from models.generation import SampleConfig

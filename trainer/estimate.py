@@ -18,7 +18,7 @@
 
 import torch
 
-from data.images import Images
+from data.sets.registry import Images
 from models.flops import forward_multiply_adds
 from trainer.build import build_network
 from trainer.config import Config

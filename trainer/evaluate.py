@@ -8,7 +8,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
-from data.images import ArrayImages
+from data.sets.registry import ArrayImages
 from trainer.errors import RunError
 from trainer.frechet import frechet_distance
 from trainer.generate import to_uint8

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.images import Images
+from data.sets.registry import Images
 from data.randomness import Stream, draw, step_noise
 from models.generation import sample_images
 from models.guidance import Network

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data.batches.batch import Batch
-from data.images import Images
+from data.sets.registry import Images
 from models.path import Path as NoisePath
 from trainer.attention_scores import step_scores
 from trainer.build import open_data

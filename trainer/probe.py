@@ -16,8 +16,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from data.batches.batch import MicroBatch, make_batch
-from data.images import ARRAYS, Images
-from data.streamed_latents import Pool, StreamedLatents
+from data.sets.registry import ARRAYS, Images
+from data.sets.streamed_latents import Pool, StreamedLatents
 from models.objective import denoising_loss
 from models.path import share_at
 from models.paths import make_path

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from data.images import Images
-from data.streamed_latents import StreamedLatents
+from data.sets.registry import Images
+from data.sets.streamed_latents import StreamedLatents
 from trainer import checkpoint
 from trainer.checkpoint import DAMAGED
 from trainer.checkpoint_files import Damaged

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from data.files import sha256
-from data.images import Images
+from data.sets.registry import Images
 from trainer import checkpoint
 from trainer.build import build_network, open_data
 from trainer.config import Config

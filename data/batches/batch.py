@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.images import Images
+from data.sets.registry import Images
 from data.batches.plan import GroupsConfig
 from data.randomness import Stream, draw
 

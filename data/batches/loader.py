@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.batches.batch import Batch, MicroBatch, make_batch
-from data.images import Images
+from data.sets.registry import Images
 from data.batches.plan import GroupsConfig, Plan
 
 

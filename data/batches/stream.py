@@ -18,7 +18,7 @@ from data.batches.batch import Batch, MicroBatch, make_batch
 from data.batches.loader import rank_pieces
 from data.neighbors.exact import nearest_neighbors
 from data.batches.plan import form_groups
-from data.streamed_latents import Pool, StreamedLatents
+from data.sets.streamed_latents import Pool, StreamedLatents
 from data.batches.windows import Stream, Window
 
 

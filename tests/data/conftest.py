@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.images import ArrayImages
+from data.sets.registry import ArrayImages
 from data.neighbors.exact import nearest_neighbors
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, chisquare, kstest
 
 from data.batches.batch import Batch, MicroBatch, make_batch, spread_timesteps
-from data.images import ArrayImages
+from data.sets.registry import ArrayImages
 from data.batches.plan import GroupsConfig
 
 SLOTS = 16

@@ -18,7 +18,7 @@ from data.neighbors.clusters import StoredKeys, balanced_clusters, cluster_laten
 from data.errors import DataError
 from data.neighbors.exact import nearest_neighbors
 from data.store import Store, read_manifest
-from data.streamed_latents import StreamedLatents
+from data.sets.streamed_latents import StreamedLatents
 from data.extraction.verify import verify_store
 from tests.patience import PATIENCE
 

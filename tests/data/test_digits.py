@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import sklearn.datasets
 
-from data import digits
-from data.images import ArrayImages, DataConfig, open_images
+from data.sets import digits
+from data.sets.registry import ArrayImages, DataConfig, open_images
 
 SPLITS = ("train", "heldout")
 

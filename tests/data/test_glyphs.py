@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import ImageFont
 
-from data import glyphs
+from data.sets import glyphs
 from data.errors import DataError
-from data.images import ArrayImages, DataConfig, open_images
+from data.sets.registry import ArrayImages, DataConfig, open_images
 from trainer.config import load_config
 
 SPLITS = ("train", "heldout")
@@ -79,7 +79,7 @@ def test_features_are_whole_numbers_of_ink(splits):
 
 
 def test_another_process_draws_the_same_images(splits):
-    code = "from data.images import *; print(open_images(DataConfig(name='glyphs'), 'heldout').identity)"
+    code = "from data.sets.registry import *; print(open_images(DataConfig(name='glyphs'), 'heldout').identity)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == splits["heldout"].identity != splits["train"].identity
 

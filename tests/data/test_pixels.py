@@ -13,9 +13,9 @@ from data.batches.batch import MicroBatch, make_batch
 from data.extraction.crop import center_crop
 from data.errors import DataError
 from data.neighbors.graph import build_graph
-from data.images import DataConfig, open_images
+from data.sets.registry import DataConfig, open_images
 from data.batches.loader import BatchDataset, GroupSampler, load_batches
-from data.pixels import Pixels
+from data.sets.pixels import Pixels
 from data.batches.plan import GroupsConfig, plan_epoch
 from data.randomness import Stream, draw
 from data.shards import agree_on_settings, finish, write_shard

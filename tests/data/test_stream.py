@@ -17,7 +17,7 @@ from data.randomness import Stream as Purpose
 from data.randomness import draw
 from data.shards import agree_on_settings, finish, shard_names, write_shard
 from data.batches.stream import StreamDataset, StreamReader, stream_batches
-from data.streamed_latents import StreamedLatents
+from data.sets.streamed_latents import StreamedLatents
 from data.batches.windows import Stream
 
 SHAPE = (1, 2, 2)

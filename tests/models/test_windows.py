@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data.batches.batch import MicroBatch, make_batch
-from data.images import ArrayImages
+from data.sets.registry import ArrayImages
 from data.batches.plan import GroupsConfig
 from models.embeddings import NULL_LABEL
 from models.generation import SampleConfig, sample_images

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data.images import DataConfig, open_images
+from data.sets.registry import DataConfig, open_images
 from tests.in_process import call
 from trainer.build import build_network
 from trainer.config import load_config

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from data.images import DataConfig, open_images
+from data.sets.registry import DataConfig, open_images
 from tests.trainer.forked import train_tiny
 from trainer.build import build_network
 from trainer.config import load_config

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from data.images import DataConfig, open_images
+from data.sets.registry import DataConfig, open_images
 from tests.trainer.forked import GROUPS, train_tiny
 from trainer.build import build_network, open_data
 from trainer.config import load_config

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from data.images import DataConfig, open_images
+from data.sets.registry import DataConfig, open_images
 from trainer.errors import RunError
 from trainer.evaluate import make_evaluator
 from trainer.frechet import frechet_distance

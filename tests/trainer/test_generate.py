@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.special import expit
 from scipy.stats import norm
 
-from data.images import open_images
+from data.sets.registry import open_images
 from data.randomness import Stream, draw, step_noise
 from models.network import make_network
 from models.samplers import SAMPLERS

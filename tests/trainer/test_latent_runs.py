@@ -12,8 +12,8 @@ from diffusers import AutoencoderKL
 
 from data.neighbors.clusters import cluster_latents
 from data.errors import DataError
-from data.images import open_images
-from data.streamed_latents import StreamedLatents
+from data.sets.registry import open_images
+from data.sets.streamed_latents import StreamedLatents
 from tests.trainer.forked import train_tiny
 from trainer.build import make_planner
 from trainer.config import load_config

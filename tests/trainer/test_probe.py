@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from data.images import ArrayImages, open_images
+from data.sets.registry import ArrayImages, open_images
 from models.network import make_network
 from trainer import checkpoint
 from trainer.build import build_network

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data.batches.batch import make_batch
-from data.images import DataConfig, open_images
+from data.sets.registry import DataConfig, open_images
 from data.batches.loader import GroupSampler
 from tests.patience import PATIENCE
 from tests.trainer.forked import train_tiny

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.images import DataConfig, open_images
+from data.sets.registry import DataConfig, open_images
 from trainer import checkpoint
 from trainer.build import build_network, check_start, initial_network
 from trainer.config import load_config

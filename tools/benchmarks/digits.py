@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import Figures, Targets
-from data.images import DataConfig, open_images
+from data.sets.registry import DataConfig, open_images
 from trainer.config import load_config
 from trainer.evaluate import evaluate
 from trainer.samples import make_samples

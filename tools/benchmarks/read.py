@@ -18,7 +18,7 @@ import webdataset
 from benchmarks import Figures, Targets
 from benchmarks.plan import IMAGES, class_clusters
 from data.files import write_json
-from data.latents import Latents
+from data.sets.latents import Latents
 from data.batches.loader import BatchDataset, GroupSampler
 from data.batches.plan import GroupsConfig, plan_epoch, steps_per_epoch
 from data.shards import INDEX, MANIFEST, agree_on_settings, finish, shard_names, write_shard

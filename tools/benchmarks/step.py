@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import Figures, Targets
 from data.batches.batch import Batch
-from data.images import open_images
+from data.sets.registry import open_images
 from data.batches.loader import BatchDataset, GroupSampler
 from data.batches.plan import steps_per_epoch
 from models.objective import denoising_loss

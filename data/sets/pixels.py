@@ -8,13 +8,13 @@ from torch import Tensor
 
 from data.randomness import Draws
 from data.store import read_manifest
-from data.stored import StoredImages, check_expected
+from data.sets.stored import StoredImages, check_expected
 
 MADE_BY = "tools/precompute_pixels.py"
 
 
 class Pixels(StoredImages):
-    """The images of a store by number; see data.images.Images. DataError where `expected` (channels, side; None: any)
+    """The images of a store by number; see data.sets.registry.Images. DataError where `expected` (channels, side; None: any)
     is not so."""
 
     posterior = False

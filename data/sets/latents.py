@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data.randomness import Draws
 from data.store import read_manifest
-from data.stored import StoredImages, check_expected
+from data.sets.stored import StoredImages, check_expected
 
 MADE_BY = "tools/precompute_latents.py"
 
@@ -35,7 +35,7 @@ class LatentFormat:
 
 
 class Latents(StoredImages):
-    """The images of a store by number; see data.images.Images."""
+    """The images of a store by number; see data.sets.registry.Images."""
 
     posterior = True
 

@@ -12,7 +12,7 @@ from data.store import Store
 
 
 class StoredImages:
-    """The images of a store by number; see data.images.Images. What it holds and the field of the config that names it
+    """The images of a store by number; see data.sets.registry.Images. What it holds and the field of the config that names it
     have one name, latents or pixels."""
 
     mirrored = True

@@ -8,13 +8,13 @@ import webdataset
 from torch import Tensor
 
 from data.errors import DataError
-from data.latents import LatentFormat
+from data.sets.latents import LatentFormat
 from data.randomness import Draws
 from data.store import damaged, gone
 
 
 class StreamedLatents:
-    """A store of latents of which only the manifest is read; see data.images.Images. `open` its shards in windows."""
+    """A store of latents of which only the manifest is read; see data.sets.registry.Images. `open` its shards in windows."""
 
     posterior = mirrored = True
 

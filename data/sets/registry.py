@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field, model_validator
 
-from data import digits, glyphs
+from data.sets import digits
+from data.sets import glyphs
 from data.errors import DataError
-from data.latents import Latents
+from data.sets.latents import Latents
 from data.neighbors.exact import NeighborGraph, nearest_neighbors
-from data.pixels import Pixels
+from data.sets.pixels import Pixels
 from data.randomness import Draws
-from data.streamed_latents import StreamedLatents
+from data.sets.streamed_latents import StreamedLatents
 
 ARRAYS = {"digits": digits.load, "glyphs": glyphs.load}  # images that fit in memory
 OF_STORES = {
