@@ -7,7 +7,7 @@ import transformers
 from diffusers import AutoencoderKL
 
 from data.neighbors.graph import build_graph
-from data.shards import agree_on_settings, finish, shard_names, write_shard
+from data.stores.shards import agree_on_settings, finish, shard_names, write_shard
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import webdataset
 from PIL import Image
 
 from data.precompute_pixels import precompute_pixels
-from data.store import Store, read_manifest
+from data.stores.store import Store, read_manifest
 from trainer.errors import RunError
 from trainer.precompute import precompute_features, precompute_latents
 

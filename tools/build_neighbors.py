@@ -10,7 +10,7 @@ from pathlib import Path
 from command_line import positive, run_tool
 from preprocessing import add_process_options, report, run_in_processes
 
-from data.shards import MANIFEST
+from data.stores.shards import MANIFEST
 from trainer.precompute import build_neighbors
 
 

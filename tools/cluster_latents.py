@@ -11,7 +11,7 @@ from command_line import positive, run_tool
 from preprocessing import add_process_options, report, run_in_processes, verify_against
 
 from data.neighbors.clusters import StoredKeys, cluster_latents
-from data.store import Store, read_manifest
+from data.stores.store import Store, read_manifest
 
 
 def main(arguments: list[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from command_line import run_tool
 
-from data.files import appearing
+from data.stores.files import appearing
 from trainer.report import render
 
 

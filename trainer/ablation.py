@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from data.claims import Claims
-from data.files import write_json
+from data.stores.claims import Claims
+from data.stores.files import write_json
 from data.sets.registry import DataConfig
 from trainer import attention_checkpoint as attention
 from trainer.build import open_data

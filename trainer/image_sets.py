@@ -14,7 +14,7 @@ from numpy.lib import format as npy
 
 from data.extraction.crop import center_crop, decode_rgb
 from data.errors import DataError
-from data.files import sha256
+from data.stores.files import sha256
 from data.extraction.sources import EXTENSIONS, Item, list_source
 from trainer.errors import RunError, first_line
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import appearing, sha256
+from data.stores.files import appearing, sha256
 from models.detector import Detector
 from trainer.errors import RunError
 from trainer.image_sets import ARRAY, open_image_set, open_npz

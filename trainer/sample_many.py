@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data.claims import Claims, wait_for_lock
+from data.stores.claims import Claims, wait_for_lock
 from data.errors import DataError
-from data.files import appearing, disk_errors, write_json
-from data.shards import agree_on_settings
+from data.stores.files import appearing, disk_errors, write_json
+from data.stores.shards import agree_on_settings
 from trainer.build import open_data
 from trainer.config import Config
 from trainer.decode import make_decoder

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from data.files import sha256
+from data.stores.files import sha256
 from data.sets.registry import Images
 from trainer import checkpoint
 from trainer.build import build_network, open_data

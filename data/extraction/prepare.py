@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from data.claims import Claims
+from data.stores.claims import Claims
 from data.extraction.crop import decode_rgb
 from data.errors import DataError
 from data.extraction.sources import Item, Source

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from data.claims import wait_for_lock
+from data.stores.claims import wait_for_lock
 from data.errors import DataError
-from data.files import write_json
-from data.tar import tar_samples
+from data.stores.files import write_json
+from data.stores.tar import tar_samples
 
 EXTENSIONS = {"bmp", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp"}
 

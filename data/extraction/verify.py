@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import sha256
-from data.shards import INDEX, MANIFEST, REJECTED, array_offsets, keys_digest
+from data.stores.files import sha256
+from data.stores.shards import INDEX, MANIFEST, REJECTED, array_offsets, keys_digest
 from data.extraction.sources import Source
-from data.tar import tar_samples
+from data.stores.tar import tar_samples
 
 
 def verify_store(folder: Path, source: Source) -> Iterator[str]:

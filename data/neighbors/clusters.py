@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.claims import Claims, wait_for_lock
+from data.stores.claims import Claims, wait_for_lock
 from data.errors import DataError
-from data.files import appearing, disk_errors
-from data.shards import agree_on_settings, begin, finish, shard_names, write_shard
+from data.stores.files import appearing, disk_errors
+from data.stores.shards import agree_on_settings, begin, finish, shard_names, write_shard
 from data.extraction.sources import Item
-from data.store import Store, contents_digest, read_manifest
+from data.stores.store import Store, contents_digest, read_manifest
 
 ORDER = "order.npy"
 UNIT = 16  # shard sizes are multiples of it, hence of every group size up to it that is a power of two

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.claims import Claims, wait_for_lock
+from data.stores.claims import Claims, wait_for_lock
 from data.errors import DataError
-from data.files import WORK, appearing, disk_errors, write_json
+from data.stores.files import WORK, appearing, disk_errors, write_json
 from data.neighbors.ivf import IVFSearch
 from data.neighbors.exact import ExactSearch, NeighborGraph
-from data.shards import MANIFEST, agree_on_settings
-from data.store import Store, contents_digest, read_manifest
+from data.stores.shards import MANIFEST, agree_on_settings
+from data.stores.store import Store, contents_digest, read_manifest
 
 IDS, SIMILARITIES, PARTS = "ids.npy", "similarities.npy", "parts"
 PART, BLOCK, SAMPLE = 16_384, 1024, 1000

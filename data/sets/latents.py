@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from data.randomness import Draws
-from data.store import read_manifest
+from data.stores.store import read_manifest
 from data.sets.stored import StoredImages, check_expected
 
 MADE_BY = "tools/precompute_latents.py"

@@ -8,7 +8,7 @@ import numpy as np
 from data.errors import DataError
 from data.neighbors.graph import open_graph
 from data.neighbors.exact import NeighborGraph
-from data.store import Store
+from data.stores.store import Store
 
 
 class StoredImages:

@@ -10,7 +10,7 @@ from torch import Tensor
 from data.errors import DataError
 from data.sets.latents import LatentFormat
 from data.randomness import Draws
-from data.store import damaged, gone
+from data.stores.store import damaged, gone
 
 
 class StreamedLatents:

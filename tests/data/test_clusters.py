@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from data.neighbors.clusters import StoredKeys, balanced_clusters, cluster_latents, shard_sizes
 from data.errors import DataError
 from data.neighbors.exact import nearest_neighbors
-from data.store import Store, read_manifest
+from data.stores.store import Store, read_manifest
 from data.sets.streamed_latents import StreamedLatents
 from data.extraction.verify import verify_store
 from tests.patience import PATIENCE

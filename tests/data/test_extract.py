@@ -13,8 +13,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.extraction.extract import Work, extract
-from data.files import WORK
-from data.shards import MANIFEST
+from data.stores.files import WORK
+from data.stores.shards import MANIFEST
 from data.extraction.sources import list_source
 from data.extraction.verify import verify_store
 from tests.stores import encoded, shards, stored, write

@@ -18,7 +18,7 @@ from data.errors import DataError
 from data.neighbors.graph import build_graph, open_graph, round_down
 from data.batches.groups import similar_groups
 from data.neighbors.exact import NeighborGraph
-from data.store import Store, read_manifest
+from data.stores.store import Store, read_manifest
 from tests.patience import PATIENCE
 
 FILES = ("ids.npy", "similarities.npy", "manifest.json")

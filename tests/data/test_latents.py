@@ -15,8 +15,8 @@ from data.sets.latents import Latents
 from data.batches.loader import BatchDataset, GroupSampler, load_batches
 from data.batches.plan import GroupsConfig, plan_epoch
 from data.randomness import Stream, draw
-from data.shards import agree_on_settings, finish, shard_names, write_shard
-from data.store import Store, read_manifest
+from data.stores.shards import agree_on_settings, finish, shard_names, write_shard
+from data.stores.store import Store, read_manifest
 from data.sets.streamed_latents import StreamedLatents
 
 ANY = {"channels": None, "side": None, "scaling": None}

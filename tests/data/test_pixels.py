@@ -18,9 +18,9 @@ from data.batches.loader import BatchDataset, GroupSampler, load_batches
 from data.sets.pixels import Pixels
 from data.batches.plan import GroupsConfig, plan_epoch
 from data.randomness import Stream, draw
-from data.shards import agree_on_settings, finish, write_shard
+from data.stores.shards import agree_on_settings, finish, write_shard
 from data.extraction.sources import list_source
-from data.store import Store, read_manifest
+from data.stores.store import Store, read_manifest
 from data.extraction.verify import verify_store
 from tests.stores import encoded, noise, pixels, stored, write
 

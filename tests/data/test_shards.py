@@ -13,8 +13,8 @@ import pytest
 import webdataset
 
 from data.errors import DataError
-from data.files import sha256
-from data.shards import (
+from data.stores.files import sha256
+from data.stores.shards import (
     INDEX,
     MANIFEST,
     agree_on_settings,
@@ -25,7 +25,7 @@ from data.shards import (
     shard_names,
     write_shard,
 )
-from data.store import Store, read_manifest
+from data.stores.store import Store, read_manifest
 from data.extraction.verify import verify_store
 from tests.patience import PATIENCE
 

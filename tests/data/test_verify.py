@@ -14,8 +14,8 @@ from PIL import Image
 
 from data.extraction.crop import center_crop
 from data.extraction.extract import Work, extract
-from data.files import sha256
-from data.shards import INDEX, MANIFEST, REJECTED, keys_digest, record_of
+from data.stores.files import sha256
+from data.stores.shards import INDEX, MANIFEST, REJECTED, keys_digest, record_of
 
 DAMAGED = "b/2"
 

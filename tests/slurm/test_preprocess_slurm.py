@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from data.store import Store, read_manifest
+from data.stores.store import Store, read_manifest
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from data.extraction.crop import center_crop
 from data.neighbors.graph import build_graph
-from data.shards import agree_on_settings, finish, write_shard
-from data.store import Store, read_manifest
+from data.stores.shards import agree_on_settings, finish, write_shard
+from data.stores.store import Store, read_manifest
 from tests.stores import cut, shards, stored
 from tools.benchmarks.pictures import write_pictures
 from trainer.config import load_config

@@ -16,8 +16,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 from data.extraction.crop import center_crop
-from data.shards import MANIFEST
-from data.store import Store, read_manifest
+from data.stores.shards import MANIFEST
+from data.stores.store import Store, read_manifest
 from tests.in_process import call
 from tests.patience import PATIENCE
 from trainer.errors import RunError

@@ -13,7 +13,7 @@ import webdataset
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from data.files import WORK
+from data.stores.files import WORK
 from data.extraction.sources import list_source
 from data.extraction.verify import verify_store
 from tests.stores import SIDE, encoded, features, latents, noise, refused, shards, stored, write

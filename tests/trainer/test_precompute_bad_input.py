@@ -11,8 +11,8 @@ import torch
 import webdataset
 from safetensors.torch import load_file, save_file
 
-from data.files import WORK
-from data.shards import MANIFEST
+from data.stores.files import WORK
+from data.stores.shards import MANIFEST
 from data.extraction.sources import list_source, shared_source
 from data.extraction.verify import verify_store
 from models.vae import VAE

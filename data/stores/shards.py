@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
-from data.claims import wait_for_lock
+from data.stores.claims import wait_for_lock
 from data.errors import DataError
-from data.files import WORK, appearing, partial_of, sha256, write_json
-from data.tar import tar_samples
+from data.stores.files import WORK, appearing, partial_of, sha256, write_json
+from data.stores.tar import tar_samples
 
 SETTINGS, INDEX, MANIFEST, REJECTED = "settings.json", "index.npy", "manifest.json", "rejected.jsonl"
 

@@ -1,4 +1,4 @@
-"""Reading a store that data/shards.py wrote, at random, through memory maps: the tar shards are the storage format."""
+"""Reading a store that data/stores/shards.py wrote, at random, through memory maps: the tar shards are the storage format."""
 
 import json
 from hashlib import sha256 as new_hash
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from data.errors import DataError
-from data.shards import INDEX, MANIFEST
+from data.stores.shards import INDEX, MANIFEST
 
 
 def read_manifest(folder: Path, kind: str, made_by: str) -> dict:

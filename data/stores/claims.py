@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from data.errors import DataError
-from data.files import WORK
+from data.stores.files import WORK
 
 
 class Claims:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.shards import record_of
+from data.stores.shards import record_of
 
 
 class Progress:
