@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from models.embeddings import NULL_LABEL
+from models.backbones.embeddings import NULL_LABEL
 from models.path import Path
 from models.samplers import Denoise
 

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from models.embeddings import NULL_LABEL
+from models.backbones.embeddings import NULL_LABEL
 from models.path import Path
 
 

@@ -13,7 +13,7 @@ import yaml
 from command_line import run_tool
 from torch import Tensor
 
-from models.model_config import ModelConfig
+from models.backbones.config import ModelConfig
 from models.path import PathConfig
 from models.published import CLASSES, EQUAL, FORMATS, convert, recognise, to_diffusers
 from trainer.build import open_data

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.batches.batch import Batch
-from models.attention_score import attention_mass, cross_score, cross_share, observing
+from models.backbones.attention_mass import attention_mass, cross_score, cross_share, observing
 from models.guidance import Network
 from models.objective import denoising_loss
 from models.path import Path

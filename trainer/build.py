@@ -11,7 +11,7 @@ from torch import nn
 from data.errors import DataError
 from data.sets.registry import Images, open_images
 from data.batches.plan import Plan, plan_epoch
-from models.network import make_network
+from models.backbones.registry import make_network
 from trainer import checkpoint
 from trainer.config import Config
 from trainer.errors import RunError

@@ -10,7 +10,7 @@ from data.sets.registry import DataConfig
 from data.batches.plan import GroupsConfig, group_quantum
 from models.ddpm import respaced
 from models.generation import SampleConfig
-from models.model_config import ModelConfig
+from models.backbones.config import ModelConfig
 from models.path import PathConfig
 from models.samplers import SAMPLERS
 from trainer.checkpoint import CheckpointConfig, ResumeConfig

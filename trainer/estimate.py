@@ -19,7 +19,7 @@
 import torch
 
 from data.sets.registry import Images
-from models.flops import forward_multiply_adds
+from models.backbones.flops import forward_multiply_adds
 from trainer.build import build_network
 from trainer.config import Config
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from models.dit import DiT, ModelConfig
-from models.jit import JiT, RMSNorm
+from models.backbones.dit import DiT, ModelConfig
+from models.backbones.jit import JiT, RMSNorm
 
 SIDE, CHANNELS, CLASSES = 6, 3, 5
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.attention import GroupAttention
+from models.backbones.attention import GroupAttention
 
 SEEDS = range(4)
 WIDTH, HEADS, TOKENS = 24, 3, 5

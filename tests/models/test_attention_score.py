@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from models import attention_score
-from models.attention_score import attention_mass, cross_score, cross_share, observing, token_attention
+from models.backbones import attention_mass as attention_score
+from models.backbones.attention_mass import attention_mass, cross_score, cross_share, observing, token_attention
 
 SEEDS = range(4)
 SIZES = pytest.mark.parametrize("group_size", [2, 3, 4, 8])

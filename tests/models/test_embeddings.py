@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.dit import unpatchify
-from models.embeddings import (
+from models.backbones.dit import unpatchify
+from models.backbones.embeddings import (
     NULL_LABEL,
     LabelEmbedder,
     PatchEmbedder,

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from models.embeddings import NULL_LABEL
+from models.backbones.embeddings import NULL_LABEL
 from models.guidance import guided as guided_on
 from models.paths import PATHS, LinearFlow
 from models.samplers import SAMPLERS, SamplerConfig

@@ -3,7 +3,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from models.embeddings import NULL_LABEL
+from models.backbones.embeddings import NULL_LABEL
 from models.objective import denoising_loss
 from models.path import PathConfig
 from models.paths import PATHS, LinearFlow, make_path

@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
-from models.dit import DiT
-from models.embeddings import NULL_LABEL
-from models.model_config import SIZES, ModelConfig
+from models.backbones.dit import DiT
+from models.backbones.embeddings import NULL_LABEL
+from models.backbones.config import SIZES, ModelConfig
 from models.path import PathConfig
 from models.published import EQUAL, convert, first_half, recognise, to_diffusers, turn_time
 from tests.published import CHANNELS, CLASSES, NETWORKS, SIDE, SLOTS, Denoiser, make

@@ -12,7 +12,7 @@ import torch
 from data.batches.batch import MicroBatch, make_batch
 from data.sets.registry import ArrayImages
 from data.batches.plan import GroupsConfig
-from models.embeddings import NULL_LABEL
+from models.backbones.embeddings import NULL_LABEL
 from models.generation import SampleConfig, sample_images
 from models.objective import denoising_loss
 from models.path import PathConfig

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from data.neighbors.clusters import cluster_latents
-from models.attention_score import observing
+from models.backbones.attention_mass import observing
 from models.path import PathConfig
 from models.paths import make_path
 from tools.attention_score import main

@@ -13,7 +13,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from models.model_config import SIZES
+from models.backbones.config import SIZES
 from models.published import EQUAL, convert
 from tests.published import CHANNELS, CLASSES, SIDE, SLOTS, make
 from trainer.build import build_network, check_start, initial_network, open_data

@@ -8,8 +8,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models.flows import LinearFlow
-from models.model_config import ModelConfig
-from models.network import make_network
+from models.backbones.config import ModelConfig
+from models.backbones.registry import make_network
 from tests.trainer.forked import train_tiny
 from trainer.attention_scores import EDGES, as_record, mean_scores, watched
 

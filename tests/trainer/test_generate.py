@@ -11,7 +11,7 @@ from scipy.stats import norm
 
 from data.sets.registry import open_images
 from data.randomness import Stream, draw, step_noise
-from models.network import make_network
+from models.backbones.registry import make_network
 from models.samplers import SAMPLERS
 from tests.models.gaussian import mixture
 from trainer.batches import make_batches

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.flops import forward_multiply_adds
-from models.network import make_network
+from models.backbones.flops import forward_multiply_adds
+from models.backbones.registry import make_network
 from models.paths import make_path
 from trainer.config import load_config
 from trainer.config_file import dotted

@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from data.sets.registry import ArrayImages, open_images
-from models.network import make_network
+from models.backbones.registry import make_network
 from trainer import checkpoint
 from trainer.build import build_network
 from trainer.config import load_config

@@ -8,9 +8,9 @@ import torch
 from benchmarks import Figures, Targets
 from benchmarks.group import step_seconds
 from data.batches.batch import Batch
-from models.dit import DiT
+from models.backbones.dit import DiT
 from models.flows import LinearFlow
-from models.model_config import ModelConfig
+from models.backbones.config import ModelConfig
 from trainer.attention_plots import picture, score_map
 from trainer.attention_scores import step_scores
 from trainer.config import TrainConfig

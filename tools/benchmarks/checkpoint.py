@@ -19,8 +19,8 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from benchmarks import Figures, Targets
 from benchmarks.memory import on_ranks
 from data.batches.batch import Batch
-from models.dit import DiT
-from models.model_config import ModelConfig
+from models.backbones.dit import DiT
+from models.backbones.config import ModelConfig
 from models.objective import denoising_loss
 from models.paths import PATHS
 from trainer import checkpoint

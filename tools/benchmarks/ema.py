@@ -7,8 +7,8 @@ import torch
 
 from benchmarks import Figures, Targets
 from benchmarks.group import step_seconds
-from models.dit import DiT
-from models.model_config import ModelConfig
+from models.backbones.dit import DiT
+from models.backbones.config import ModelConfig
 from trainer.ema import EMA, make_averages
 from trainer.engine_config import OptimConfig
 

@@ -15,8 +15,8 @@ from torch.multiprocessing import spawn
 
 from benchmarks import Figures, Targets
 from data.batches.batch import Batch
-from models.dit import DiT
-from models.model_config import ModelConfig
+from models.backbones.dit import DiT
+from models.backbones.config import ModelConfig
 from models.objective import denoising_loss
 from models.paths import PATHS
 from slurm.tasks import free_port

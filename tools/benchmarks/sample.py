@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks import Figures, Targets
-from models.network import make_network
+from models.backbones.registry import make_network
 from trainer.config import Config, parse_config
 from trainer.generate import Networks, generate_groups
 

@@ -10,8 +10,8 @@ import torch
 
 from benchmarks import Figures, Targets
 from benchmarks.group import step_seconds
-from models.dit import DiT
-from models.model_config import ModelConfig
+from models.backbones.dit import DiT
+from models.backbones.config import ModelConfig
 from slurm.tasks import free_port
 from trainer.ranks import process_group
 from trainer.stopping import StopVote

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import GroupAttention, group_attention
-from models.dit import DiTBlock, FinalLayer, initialise, unpatchify
-from models.embeddings import LabelEmbedder, SampleEmbedder, TimestepEmbedder, sincos_positions
-from models.model_config import ModelConfig
+from models.backbones.attention import GroupAttention, group_attention
+from models.backbones.dit import DiTBlock, FinalLayer, initialise, unpatchify
+from models.backbones.embeddings import LabelEmbedder, SampleEmbedder, TimestepEmbedder, sincos_positions
+from models.backbones.config import ModelConfig
 
 
 def rotations(head_width: int, side: int, context: int = 0) -> Tensor:
@@ -141,7 +141,7 @@ class JiT(nn.Module):
         self, x: Tensor, t: Tensor, label: Tensor, slot: Tensor, group_size: int = 1, grouped: int | None = None
     ) -> Tensor:
         """Noisy images x (B, C, H, W), time t (B,), label (B,) (NULL_LABEL: unconditional), slot (B,) -> prediction
-        (B, out_channels, H, W). See models.network for the groups."""
+        (B, out_channels, H, W). See models.backbones.registry for the groups."""
         config, y = self.config, self.y_embedder(label)
         c = self.t_embedder(config.time_scale * t) + y + self.sample_embedder(slot)
         tokens = self.x_embedder(x)

@@ -4,9 +4,9 @@ import math
 
 from torch import Tensor, nn
 
-from models.attention import GroupAttention
-from models.embeddings import LabelEmbedder, PatchEmbedder, SampleEmbedder, TimestepEmbedder, sincos_positions
-from models.model_config import ModelConfig
+from models.backbones.attention import GroupAttention
+from models.backbones.embeddings import LabelEmbedder, PatchEmbedder, SampleEmbedder, TimestepEmbedder, sincos_positions
+from models.backbones.config import ModelConfig
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class DiT(nn.Module):
         self, x: Tensor, t: Tensor, label: Tensor, slot: Tensor, group_size: int = 1, grouped: int | None = None
     ) -> Tensor:
         """Noisy images x (B, C, H, W), time t (B,), label (B,) (NULL_LABEL: unconditional), slot (B,) -> prediction
-        (B, out_channels, H, W). See models.network for the groups."""
+        (B, out_channels, H, W). See models.backbones.registry for the groups."""
         c = self.t_embedder(self.config.time_scale * t) + self.y_embedder(label) + self.sample_embedder(slot)
         tokens = self.x_embedder(x)
         tokens = tokens + self.pos_embed.to(tokens.dtype)
