@@ -16,7 +16,7 @@ from data.neighbors.exact import nearest_neighbors
 from data.batches.plan import form_groups
 from data.sets.streamed_latents import Pool, StreamedLatents
 from models.backbones.attention_mass import observing, token_attention
-from models.objective import denoising_loss
+from models.objectives.denoising import denoising_loss
 from models.path import share_at
 from models.paths import make_path
 from trainer.attention_scores import Scores, keep_masses, mean_scores, watched

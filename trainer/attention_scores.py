@@ -11,7 +11,7 @@ from torch import Tensor
 from data.batches.batch import Batch
 from models.backbones.attention_mass import attention_mass, cross_score, cross_share, observing
 from models.guidance import Network
-from models.objective import denoising_loss
+from models.objectives.denoising import denoising_loss
 from models.path import Path
 from trainer.engines import Engine
 

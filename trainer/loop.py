@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from models.objective import denoising_loss
+from models.objectives.denoising import denoising_loss
 from models.paths import make_path
 from trainer.batches import make_batches
 from trainer.build import build_network, initial_network, open_data

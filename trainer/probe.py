@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from data.batches.batch import MicroBatch, make_batch
 from data.sets.registry import ARRAYS, Images
 from data.sets.streamed_latents import Pool, StreamedLatents
-from models.objective import denoising_loss
+from models.objectives.denoising import denoising_loss
 from models.path import share_at
 from models.paths import make_path
 from trainer.build import open_data

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.backbones.embeddings import NULL_LABEL
-from models.objective import denoising_loss
+from models.objectives.denoising import denoising_loss
 from models.path import PathConfig
 from models.paths import PATHS, LinearFlow, make_path
 

@@ -14,7 +14,7 @@ from data.sets.registry import ArrayImages
 from data.batches.plan import GroupsConfig
 from models.backbones.embeddings import NULL_LABEL
 from models.generation import SampleConfig, sample_images
-from models.objective import denoising_loss
+from models.objectives.denoising import denoising_loss
 from models.path import PathConfig
 from models.paths import PATHS, LinearFlow, make_path
 from models.samplers import SAMPLERS

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from models.objective import denoising_loss
+from models.objectives.denoising import denoising_loss
 from models.paths import make_path
 from tests.trainer.forked import TINY
 from trainer import checkpoint

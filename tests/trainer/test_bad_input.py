@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from models.objective import denoising_loss
+from models.objectives.denoising import denoising_loss
 from tests.in_process import call
 from tests.patience import PATIENCE
 from trainer import loop

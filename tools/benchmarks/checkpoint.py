@@ -21,7 +21,7 @@ from benchmarks.memory import on_ranks
 from data.batches.batch import Batch
 from models.backbones.dit import DiT
 from models.backbones.config import ModelConfig
-from models.objective import denoising_loss
+from models.objectives.denoising import denoising_loss
 from models.paths import PATHS
 from trainer import checkpoint
 from trainer.checkpoint import CHECKPOINTS, CheckpointConfig

@@ -17,7 +17,7 @@ from benchmarks import Figures, Targets
 from data.batches.batch import Batch
 from models.backbones.dit import DiT
 from models.backbones.config import ModelConfig
-from models.objective import denoising_loss
+from models.objectives.denoising import denoising_loss
 from models.paths import PATHS
 from slurm.tasks import free_port
 from trainer.engine_config import EngineConfig, OptimConfig

@@ -11,7 +11,7 @@ from data.batches.batch import Batch
 from data.sets.registry import open_images
 from data.batches.loader import BatchDataset, GroupSampler
 from data.batches.plan import steps_per_epoch
-from models.objective import denoising_loss
+from models.objectives.denoising import denoising_loss
 from models.paths import make_path
 from trainer.build import build_network, make_planner
 from trainer.config import Config, load_config
