@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from models.backbones.embeddings import NULL_LABEL
-from models.path import Path
+from models.paths.base import Path
 from models.samplers import Denoise
 
 Network = Callable[..., Tensor]

@@ -15,7 +15,7 @@ from torch import Tensor
 from models.backbones.dit import DiT
 from models.backbones.embeddings import sincos_positions
 from models.backbones.config import SIZES, ModelConfig
-from models.path import PathConfig
+from models.paths.base import PathConfig
 
 Weights = dict[str, Tensor]
 

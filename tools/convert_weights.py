@@ -14,7 +14,7 @@ from command_line import run_tool
 from torch import Tensor
 
 from models.backbones.config import ModelConfig
-from models.path import PathConfig
+from models.paths.base import PathConfig
 from models.published import CLASSES, EQUAL, FORMATS, convert, recognise, to_diffusers
 from trainer.build import open_data
 from trainer.config import parse_config

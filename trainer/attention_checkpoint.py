@@ -17,8 +17,8 @@ from data.batches.plan import form_groups
 from data.sets.streamed_latents import Pool, StreamedLatents
 from models.backbones.attention_mass import observing, token_attention
 from models.objectives.denoising import denoising_loss
-from models.path import share_at
-from models.paths import make_path
+from models.paths.base import share_at
+from models.paths.registry import make_path
 from trainer.attention_scores import Scores, keep_masses, mean_scores, watched
 from trainer.batches import shares_attention
 from trainer.build import open_data

@@ -16,8 +16,8 @@ from data.batches.stream import StreamDataset, stream_batches
 from data.sets.streamed_latents import StreamedLatents
 from data.batches.windows import Stream
 from models.guidance import Interval, inside
-from models.path import Path
-from models.paths import make_path
+from models.paths.base import Path
+from models.paths.registry import make_path
 from trainer.build import make_planner
 from trainer.config import Config
 from trainer.errors import RunError

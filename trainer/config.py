@@ -8,10 +8,10 @@ from pydantic import BaseModel, Field, model_validator
 
 from data.sets.registry import DataConfig
 from data.batches.plan import GroupsConfig, group_quantum
-from models.ddpm import respaced
+from models.paths.ddpm import respaced
 from models.generation import SampleConfig
 from models.backbones.config import ModelConfig
-from models.path import PathConfig
+from models.paths.base import PathConfig
 from models.samplers import SAMPLERS
 from trainer.checkpoint import CheckpointConfig, ResumeConfig
 from trainer.config_file import explain, field_names, read_yaml, set_dotted

@@ -12,7 +12,7 @@ from data.sets.registry import Images
 from data.randomness import Stream, draw, step_noise
 from models.generation import sample_images
 from models.guidance import Network
-from models.paths import make_path
+from models.paths.registry import make_path
 from trainer.config import Config
 from trainer.ranks import Ranks
 

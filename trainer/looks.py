@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.batches.batch import Batch
 from data.sets.registry import Images
-from models.path import Path as NoisePath
+from models.paths.base import Path as NoisePath
 from trainer.attention_scores import step_scores
 from trainer.build import open_data
 from trainer.config import Config

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from models.objectives.denoising import denoising_loss
-from models.paths import make_path
+from models.paths.registry import make_path
 from trainer.batches import make_batches
 from trainer.build import build_network, initial_network, open_data
 from trainer.checkpoint import CHECKPOINTS, SNAPSHOTS, find

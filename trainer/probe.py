@@ -19,8 +19,8 @@ from data.batches.batch import MicroBatch, make_batch
 from data.sets.registry import ARRAYS, Images
 from data.sets.streamed_latents import Pool, StreamedLatents
 from models.objectives.denoising import denoising_loss
-from models.path import share_at
-from models.paths import make_path
+from models.paths.base import share_at
+from models.paths.registry import make_path
 from trainer.build import open_data
 from trainer.config import Config
 from trainer.errors import RunError

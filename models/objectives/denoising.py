@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from models.backbones.embeddings import NULL_LABEL
-from models.path import Path
+from models.paths.base import Path
 
 
 class NoisyImages(Protocol):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from models.generation import SampleConfig, sample_images
-from models.path import PathConfig
-from models.paths import PATHS, LinearFlow, make_path
+from models.paths.base import PathConfig
+from models.paths.registry import PATHS, LinearFlow, make_path
 from models.samplers import SAMPLERS
 
 SEEDS = range(3)

@@ -5,7 +5,7 @@ import torch
 
 from models.backbones.embeddings import NULL_LABEL
 from models.guidance import guided as guided_on
-from models.paths import PATHS, LinearFlow
+from models.paths.registry import PATHS, LinearFlow
 from models.samplers import SAMPLERS, SamplerConfig
 
 SEEDS = range(4)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.path import PathConfig
-from models.paths import PATHS, make_path
+from models.paths.base import PathConfig
+from models.paths.registry import PATHS, make_path
 from tests.models.gaussian import factors, mixture, slopes
 
 SEEDS = range(4)

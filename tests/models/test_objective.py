@@ -5,8 +5,8 @@ import torch
 
 from models.backbones.embeddings import NULL_LABEL
 from models.objectives.denoising import denoising_loss
-from models.path import PathConfig
-from models.paths import PATHS, LinearFlow, make_path
+from models.paths.base import PathConfig
+from models.paths.registry import PATHS, LinearFlow, make_path
 
 SEEDS = range(4)
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from models.paths import PATHS
+from models.paths.registry import PATHS
 from models.samplers import SAMPLERS, SamplerConfig
 from tests.models.gaussian import ENDS, FLOWS, GAUSSIANS, Gaussian, factors, mixture, normal
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.paths import PATHS
+from models.paths.registry import PATHS
 from models.samplers import SAMPLERS, SamplerConfig, sde
 from tests.models.gaussian import FLOWS, GAUSSIANS, Gaussian, mixture, normal, slopes
 

@@ -7,8 +7,8 @@ from scipy.special import expit
 from scipy.stats import chisquare, kstest, norm
 
 from data.batches.batch import spread_timesteps
-from models.path import PathConfig
-from models.paths import PATHS, make_path
+from models.paths.base import PathConfig
+from models.paths.registry import PATHS, make_path
 
 LATEST = {"linear": 1, "gvp": 1, "vp": 1 - 1e-5, "jit": 1}
 

@@ -15,8 +15,8 @@ from data.batches.plan import GroupsConfig
 from models.backbones.embeddings import NULL_LABEL
 from models.generation import SampleConfig, sample_images
 from models.objectives.denoising import denoising_loss
-from models.path import PathConfig
-from models.paths import PATHS, LinearFlow, make_path
+from models.paths.base import PathConfig
+from models.paths.registry import PATHS, LinearFlow, make_path
 from models.samplers import SAMPLERS
 from tests.models.gaussian import mixture
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from data.neighbors.clusters import cluster_latents
 from models.backbones.attention_mass import observing
-from models.path import PathConfig
-from models.paths import make_path
+from models.paths.base import PathConfig
+from models.paths.registry import make_path
 from tools.attention_score import main
 from trainer import attention_checkpoint
 from trainer.attention_checkpoint import data_scores, form, load, one_group, sampling_scores

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from models.objectives.denoising import denoising_loss
-from models.paths import make_path
+from models.paths.registry import make_path
 from tests.trainer.forked import TINY
 from trainer import checkpoint
 from trainer.batches import make_batches

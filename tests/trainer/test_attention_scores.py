@@ -7,7 +7,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from models.flows import LinearFlow
+from models.paths.flows import LinearFlow
 from models.backbones.config import ModelConfig
 from models.backbones.registry import make_network
 from tests.trainer.forked import train_tiny

@@ -7,7 +7,7 @@ import torch
 
 from models.backbones.flops import forward_multiply_adds
 from models.backbones.registry import make_network
-from models.paths import make_path
+from models.paths.registry import make_path
 from trainer.config import load_config
 from trainer.config_file import dotted
 

@@ -9,7 +9,7 @@ from benchmarks import Figures, Targets
 from benchmarks.group import step_seconds
 from data.batches.batch import Batch
 from models.backbones.dit import DiT
-from models.flows import LinearFlow
+from models.paths.flows import LinearFlow
 from models.backbones.config import ModelConfig
 from trainer.attention_plots import picture, score_map
 from trainer.attention_scores import step_scores

@@ -22,7 +22,7 @@ from data.batches.batch import Batch
 from models.backbones.dit import DiT
 from models.backbones.config import ModelConfig
 from models.objectives.denoising import denoising_loss
-from models.paths import PATHS
+from models.paths.registry import PATHS
 from trainer import checkpoint
 from trainer.checkpoint import CHECKPOINTS, CheckpointConfig
 from trainer.ema import local_shards

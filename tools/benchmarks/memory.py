@@ -18,7 +18,7 @@ from data.batches.batch import Batch
 from models.backbones.dit import DiT
 from models.backbones.config import ModelConfig
 from models.objectives.denoising import denoising_loss
-from models.paths import PATHS
+from models.paths.registry import PATHS
 from slurm.tasks import free_port
 from trainer.engine_config import EngineConfig, OptimConfig
 from trainer.engines import Engine, build_engine

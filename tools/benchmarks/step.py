@@ -12,7 +12,7 @@ from data.sets.registry import open_images
 from data.batches.loader import BatchDataset, GroupSampler
 from data.batches.plan import steps_per_epoch
 from models.objectives.denoising import denoising_loss
-from models.paths import make_path
+from models.paths.registry import make_path
 from trainer.build import build_network, make_planner
 from trainer.config import Config, load_config
 from trainer.loop import train

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from models.path import Path, Schedule
+from models.paths.base import Path, Schedule
 
 
 class LinearFlow(Path):

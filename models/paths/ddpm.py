@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from models.path import Path, PathConfig, Schedule, mean_of_image
+from models.paths.base import Path, PathConfig, Schedule, mean_of_image
 
 STEPS = 1000
 
