@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, interpolate, linear
 
-from models.fingerprint import fingerprint
+from models.pretrained.fingerprint import fingerprint
 
 if TYPE_CHECKING:
-    from models.encoders import Encoder
+    from models.pretrained.encoders import Encoder
 
 # uint8 images (B, 3, H, W) -> "features" (B, d) and, where the network offers them, "spatial" (B, s) and
 # "probabilities" (B, classes)
@@ -49,7 +49,7 @@ def load_detector(name: str, device: torch.device) -> Detector:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         network = torch.jit.load(name, map_location=device).eval()
         return Detector(name, "torchscript", sha256, _script(network, device))
-    from models.encoders import Encoder  # transformers is slow to import
+    from models.pretrained.encoders import Encoder  # transformers is slow to import
 
     encoder = Encoder(name, device)
     return Detector(name, "dinov2", fingerprint(encoder.network), _dinov2(encoder))

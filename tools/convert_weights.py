@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.backbones.config import ModelConfig
 from models.paths.base import PathConfig
-from models.published import CLASSES, EQUAL, FORMATS, convert, recognise, to_diffusers
+from models.pretrained.published import CLASSES, EQUAL, FORMATS, convert, recognise, to_diffusers
 from trainer.build import open_data
 from trainer.config import parse_config
 from trainer.errors import NOT_LOADED, RunError, first_line

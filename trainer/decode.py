@@ -19,7 +19,7 @@ def make_decoder(vae: str | None, channels: int, device: torch.device) -> Callab
     """
     if vae is None:
         return lambda samples: samples
-    from models.vae import VAE  # diffusers is slow to import
+    from models.pretrained.vae import VAE  # diffusers is slow to import
 
     try:
         network = VAE(vae, device)

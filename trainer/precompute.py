@@ -14,9 +14,9 @@ from data.extraction.crop import center_crop
 from data.errors import DataError
 from data.extraction.extract import Work, extract
 from data.neighbors.graph import build_graph
-from models.encoders import Encoder
-from models.fingerprint import fingerprint
-from models.vae import VAE
+from models.pretrained.encoders import Encoder
+from models.pretrained.fingerprint import fingerprint
+from models.pretrained.vae import VAE
 from trainer.errors import NOT_LOADED, RunError, first_line
 from trainer.ranks import local_device
 

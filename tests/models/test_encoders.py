@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel
 
-from models.encoders import Encoder
+from models.pretrained.encoders import Encoder
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from models.backbones.dit import DiT
 from models.backbones.embeddings import NULL_LABEL
 from models.backbones.config import SIZES, ModelConfig
 from models.paths.base import PathConfig
-from models.published import EQUAL, convert, first_half, recognise, to_diffusers, turn_time
+from models.pretrained.published import EQUAL, convert, first_half, recognise, to_diffusers, turn_time
 from tests.published import CHANNELS, CLASSES, NETWORKS, SIDE, SLOTS, Denoiser, make
 
 RANDOM = random.SystemRandom()

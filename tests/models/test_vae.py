@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from models.fingerprint import fingerprint
-from models.vae import VAE
+from models.pretrained.fingerprint import fingerprint
+from models.pretrained.vae import VAE
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

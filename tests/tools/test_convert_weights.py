@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from models.backbones.config import SIZES
-from models.published import EQUAL, convert
+from models.pretrained.published import EQUAL, convert
 from tests.published import CHANNELS, CLASSES, SIDE, SLOTS, make
 from trainer.build import build_network, check_start, initial_network, open_data
 from trainer.config import load_config

@@ -14,7 +14,7 @@ from benchmarks import Figures, Targets
 from benchmarks.pictures import write_pictures
 from data.extraction.crop import center_crop, decode_rgb
 from data.extraction.extract import extract
-from models.vae import VAE
+from models.pretrained.vae import VAE
 from trainer.precompute import latents_work
 
 ROUNDS, SIZE = 3, 256
