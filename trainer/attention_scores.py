@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.batches.batch import Batch
 from models.backbones.attention_mass import attention_mass, cross_score, cross_share, observing
-from models.guidance import Network
+from models.sampling.guidance import Network
 from models.objectives.denoising import denoising_loss
 from models.paths.base import Path
 from trainer.engines import Engine

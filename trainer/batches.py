@@ -15,7 +15,7 @@ from data.batches.plan import Plan, steps_per_epoch
 from data.batches.stream import StreamDataset, stream_batches
 from data.sets.streamed_latents import StreamedLatents
 from data.batches.windows import Stream
-from models.guidance import Interval, inside
+from models.sampling.guidance import Interval, inside
 from models.paths.base import Path
 from models.paths.registry import make_path
 from trainer.build import make_planner

@@ -9,10 +9,10 @@ from pydantic import BaseModel, Field, model_validator
 from data.sets.registry import DataConfig
 from data.batches.plan import GroupsConfig, group_quantum
 from models.paths.ddpm import respaced
-from models.generation import SampleConfig
+from models.sampling.generation import SampleConfig
 from models.backbones.config import ModelConfig
 from models.paths.base import PathConfig
-from models.samplers import SAMPLERS
+from models.sampling.samplers import SAMPLERS
 from trainer.checkpoint import CheckpointConfig, ResumeConfig
 from trainer.config_file import explain, field_names, read_yaml, set_dotted
 from trainer.deepspeed_config import deepspeed_config

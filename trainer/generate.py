@@ -10,8 +10,8 @@ from torch import Tensor
 
 from data.sets.registry import Images
 from data.randomness import Stream, draw, step_noise
-from models.generation import sample_images
-from models.guidance import Network
+from models.sampling.generation import sample_images
+from models.sampling.guidance import Network
 from models.paths.registry import make_path
 from trainer.config import Config
 from trainer.ranks import Ranks

@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from models.generation import SampleConfig, sample_images
+from models.sampling.generation import SampleConfig, sample_images
 from models.paths.base import PathConfig
 from models.paths.registry import PATHS, LinearFlow, make_path
-from models.samplers import SAMPLERS
+from models.sampling.samplers import SAMPLERS
 
 SEEDS = range(3)
 LABEL = torch.tensor([3, 3, 3, 3, 1, 1, 1, 1])

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from models.backbones.embeddings import NULL_LABEL
-from models.guidance import guided as guided_on
+from models.sampling.guidance import guided as guided_on
 from models.paths.registry import PATHS, LinearFlow
-from models.samplers import SAMPLERS, SamplerConfig
+from models.sampling.samplers import SAMPLERS, SamplerConfig
 
 SEEDS = range(4)
 LABEL = torch.tensor([3, 3, 3, 3, 1, 1, 1, 1])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.paths.registry import PATHS
-from models.samplers import SAMPLERS, SamplerConfig
+from models.sampling.samplers import SAMPLERS, SamplerConfig
 from tests.models.gaussian import ENDS, FLOWS, GAUSSIANS, Gaussian, factors, mixture, normal
 
 ORDERS = {"euler": 1, "heun": 2, "pseudo_corrector": 2, "ddim": 1}

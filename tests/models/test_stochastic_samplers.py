@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models.paths.registry import PATHS
-from models.samplers import SAMPLERS, SamplerConfig, sde
+from models.sampling.samplers import SAMPLERS, SamplerConfig, sde
 from tests.models.gaussian import FLOWS, GAUSSIANS, Gaussian, mixture, normal, slopes
 
 NUMBER = 20_000

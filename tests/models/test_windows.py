@@ -13,11 +13,11 @@ from data.batches.batch import MicroBatch, make_batch
 from data.sets.registry import ArrayImages
 from data.batches.plan import GroupsConfig
 from models.backbones.embeddings import NULL_LABEL
-from models.generation import SampleConfig, sample_images
+from models.sampling.generation import SampleConfig, sample_images
 from models.objectives.denoising import denoising_loss
 from models.paths.base import PathConfig
 from models.paths.registry import PATHS, LinearFlow, make_path
-from models.samplers import SAMPLERS
+from models.sampling.samplers import SAMPLERS
 from tests.models.gaussian import mixture
 
 FITTING = [(sampler, path) for sampler, how in SAMPLERS.items() for path in how.paths]

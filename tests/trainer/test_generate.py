@@ -12,7 +12,7 @@ from scipy.stats import norm
 from data.sets.registry import open_images
 from data.randomness import Stream, draw, step_noise
 from models.backbones.registry import make_network
-from models.samplers import SAMPLERS
+from models.sampling.samplers import SAMPLERS
 from tests.models.gaussian import mixture
 from trainer.batches import make_batches
 from trainer.config import load_config

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks import Figures, Targets
-from models.samplers import SAMPLERS
+from models.sampling.samplers import SAMPLERS
 from trainer.build import open_data
 from trainer.config import load_config, parse_config
 from trainer.evaluate import evaluate

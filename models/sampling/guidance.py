@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.backbones.embeddings import NULL_LABEL
 from models.paths.base import Path
-from models.samplers import Denoise
+from models.sampling.samplers import Denoise
 
 Network = Callable[..., Tensor]
 Level = Annotated[float, Field(ge=-math.inf)]  # not NaN

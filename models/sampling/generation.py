@@ -6,9 +6,9 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from models.guidance import Interval, Network, guided, log_snr_at, stitched
+from models.sampling.guidance import Interval, Network, guided, log_snr_at, stitched
 from models.paths.base import Path
-from models.samplers import SAMPLERS, Draw, SamplerConfig
+from models.sampling.samplers import SAMPLERS, Draw, SamplerConfig
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
