@@ -11,7 +11,7 @@ from pathlib import Path
 from command_line import numbers, positive, run_tool
 from preprocessing import add_process_options, run_in_processes
 
-from trainer.ablation import check_results, correlations, plan_cells, run_cells, summarise, table
+from trainer.ablation.runs import check_results, correlations, plan_cells, run_cells, summarise, table
 
 
 def main(arguments: list[str]) -> None:
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
     if missing:
         print(f"{out}: {missing} of {len(configs)} runs are missing; the same command goes on with them")
         return
-    from trainer.ablation_plots import plot_ablation  # matplotlib is slow to import
+    from trainer.ablation.plots import plot_ablation  # matplotlib is slow to import
 
     rows = summarise(cells, out)
     r = correlations(rows)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.patience import PATIENCE
 from tests.trainer.forked import TINY
-from trainer.ablation import Cell, at_real_accuracy, attention_score, correlations, plan_cells, summarise, table
+from trainer.ablation.runs import Cell, at_real_accuracy, attention_score, correlations, plan_cells, summarise, table
 from trainer.config import load_config
 from trainer.errors import RunError
 

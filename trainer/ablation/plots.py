@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from trainer.ablation import scored
+from trainer.ablation.runs import scored
 
 
 def plot_ablation(rows: list[dict], r: dict[str, float], path: Path) -> None:
