@@ -7,10 +7,10 @@ from pathlib import Path
 from command_line import positive, run_tool
 from tqdm import tqdm
 
-from trainer import attention_plots as plots
+from trainer.analysis import attention_plots as plots
 from trainer import checkpoint
-from trainer.attention_checkpoint import data_scores, form, load, one_group, sampling_scores
-from trainer.attention_scores import as_record
+from trainer.analysis.attention import data_scores, form, load, one_group, sampling_scores
+from trainer.analysis.attention_scores import as_record
 from trainer.config import parse_config
 from trainer.run_folder import read_config
 from trainer.weights import find_checkpoint, place_in_run

@@ -12,8 +12,8 @@ from command_line import numbers, positive, run_tool
 from tqdm import tqdm
 
 from trainer import checkpoint
-from trainer.attention_plots import save
-from trainer.probe import linear_probe, probe_map
+from trainer.analysis.attention_plots import save
+from trainer.analysis.probe import linear_probe, probe_map
 from trainer.run_folder import read_config
 from trainer.weights import find_checkpoint, place_in_run
 

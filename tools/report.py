@@ -10,7 +10,7 @@ from pathlib import Path
 from command_line import run_tool
 
 from data.stores.files import appearing
-from trainer.report import render
+from trainer.analysis.report import render
 
 
 def main(arguments: list[str]) -> None:

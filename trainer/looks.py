@@ -11,7 +11,7 @@ from torch import Tensor
 from data.batches.batch import Batch
 from data.sets.registry import Images
 from models.paths.base import Path as NoisePath
-from trainer.attention_scores import step_scores
+from trainer.analysis.attention_scores import step_scores
 from trainer.build import open_data
 from trainer.config import Config
 from trainer.decode import make_decoder

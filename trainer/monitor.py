@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data.batches.plan import Plan
-from trainer.attention_scores import Scores
+from trainer.analysis.attention_scores import Scores
 from trainer.errors import RunError
 from trainer.ranks import Ranks
 from trainer.run_folder import sync
@@ -126,7 +126,7 @@ class Monitor:
     def attention(self, scores: Scores, group_size: int, position: int) -> None:
         """How images of a group attend to one another: means over layers and noise levels, and a map of them."""
         if self._writes:
-            from trainer.attention_plots import picture, score_map  # matplotlib takes a second to import
+            from trainer.analysis.attention_plots import picture, score_map  # matplotlib takes a second to import
 
             self._board.add_scalar("attention/s_cross", scores.mean_score, position)
             self._board.add_scalar("attention/cross_share", scores.mean_cross_share, position)

@@ -13,9 +13,9 @@ from models.backbones.attention_mass import observing
 from models.paths.base import PathConfig
 from models.paths.registry import make_path
 from tools.attention_score import main
-from trainer import attention_checkpoint
-from trainer.attention_checkpoint import data_scores, form, load, one_group, sampling_scores
-from trainer.attention_plots import MOST_LAYERS, patch_map, picture, score_map
+from trainer.analysis import attention as attention_checkpoint
+from trainer.analysis.attention import data_scores, form, load, one_group, sampling_scores
+from trainer.analysis.attention_plots import MOST_LAYERS, patch_map, picture, score_map
 from trainer.config import load_config
 from trainer.errors import RunError
 from trainer.loop import train

@@ -11,7 +11,7 @@ from models.paths.flows import LinearFlow
 from models.backbones.config import ModelConfig
 from models.backbones.registry import make_network
 from tests.trainer.forked import train_tiny
-from trainer.attention_scores import EDGES, as_record, mean_scores, watched
+from trainer.analysis.attention_scores import EDGES, as_record, mean_scores, watched
 
 ENGINES = {  # name -> (ranks, overrides)
     "single": (1, ["engine=single"]),

@@ -12,7 +12,7 @@ from trainer import checkpoint
 from trainer.build import build_network
 from trainer.config import load_config
 from trainer.loop import train
-from trainer.probe import features, linear_probe
+from trainer.analysis.probe import features, linear_probe
 from trainer.weights import find_checkpoint
 
 CONFIG = "tests/trainer/tiny.yaml"

@@ -12,7 +12,7 @@ from PIL import Image
 from tests.trainer.forked import TINY
 from trainer.config import load_config
 from trainer.errors import RunError
-from trainer.report import POINTS, render, table, thinned
+from trainer.analysis.report import POINTS, render, table, thinned
 from trainer.run_folder import write_config
 
 

@@ -11,8 +11,8 @@ from data.batches.batch import Batch
 from models.backbones.dit import DiT
 from models.paths.flows import LinearFlow
 from models.backbones.config import ModelConfig
-from trainer.attention_plots import picture, score_map
-from trainer.attention_scores import step_scores
+from trainer.analysis.attention_plots import picture, score_map
+from trainer.analysis.attention_scores import step_scores
 from trainer.config import TrainConfig
 from trainer.engine_config import EngineConfig, OptimConfig
 from trainer.engines import build_engine

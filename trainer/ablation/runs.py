@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from data.stores.claims import Claims
 from data.stores.files import write_json
 from data.sets.registry import DataConfig
-from trainer import attention_checkpoint as attention
+from trainer.analysis import attention
 from trainer.build import open_data
 from trainer.config import Config, load_config
 from trainer.config_file import dotted, to_yaml

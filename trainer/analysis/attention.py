@@ -19,7 +19,7 @@ from models.backbones.attention_mass import observing, token_attention
 from models.objectives.denoising import denoising_loss
 from models.paths.base import share_at
 from models.paths.registry import make_path
-from trainer.attention_scores import Scores, keep_masses, mean_scores, watched
+from trainer.analysis.attention_scores import Scores, keep_masses, mean_scores, watched
 from trainer.batches import shares_attention
 from trainer.build import open_data
 from trainer.config import Config

@@ -9,8 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from trainer.attention_checkpoint import OneGroup
-from trainer.attention_scores import EDGES, Scores
+from trainer.analysis.attention import OneGroup
+from trainer.analysis.attention_scores import EDGES, Scores
 
 MOST_LAYERS = 6  # of which the attention of a patch is shown
 MOST_NUMBERED = 8  # images in a group for which there is room for numbers
