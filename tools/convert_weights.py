@@ -19,7 +19,7 @@ from models.pretrained.published import CLASSES, EQUAL, FORMATS, convert, recogn
 from trainer.build import open_data
 from trainer.config import parse_config
 from trainer.errors import NOT_LOADED, RunError, first_line
-from trainer.weights import check_out, read_metadata, read_weights, save_weights
+from trainer.checkpoints.weights import check_out, read_metadata, read_weights, save_weights
 
 
 def main(arguments: list[str]) -> None:

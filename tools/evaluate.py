@@ -25,7 +25,7 @@ from trainer.image_sets import open_npz
 from trainer.ranks import Ranks, process_group
 from trainer.run_folder import read_config
 from trainer.score import open_detector, score
-from trainer.weights import find_checkpoint
+from trainer.checkpoints.weights import find_checkpoint
 
 
 def main(arguments: list[str]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from command_line import run_tool
 
-from trainer.weights import export_weights
+from trainer.checkpoints.weights import export_weights
 
 
 def main(arguments: list[str]) -> None:

@@ -17,7 +17,7 @@ from trainer.errors import RunError
 from trainer.run_folder import read_config
 from trainer.sample_many import RECORD, sample_many
 from trainer.samples import fixed, make_samples, write_samples
-from trainer.weights import find_checkpoint, place_in_run
+from trainer.checkpoints.weights import find_checkpoint, place_in_run
 
 FREE = ("sample.", "model.group_layers=", "precision=", "data.")  # what need not be as it was in training
 

@@ -11,7 +11,7 @@ from models.objectives.denoising import denoising_loss
 from models.paths.registry import make_path
 from trainer.batches import make_batches
 from trainer.build import build_network, initial_network, open_data
-from trainer.checkpoint import CHECKPOINTS, SNAPSHOTS, find
+from trainer.checkpoints.folder import CHECKPOINTS, SNAPSHOTS, find
 from trainer.config import Config, check_world
 from trainer.config_file import to_yaml
 from trainer.ema import power_averages
@@ -21,7 +21,7 @@ from trainer.monitor import Monitor
 from trainer.ranks import from_rank_0, process_group
 from trainer.restore import restore
 from trainer.run_folder import check_folder, sole_user, write_config
-from trainer.saving import Saver
+from trainer.checkpoints.saver import Saver
 from trainer.stopping import StopVote
 
 

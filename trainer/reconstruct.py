@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer import checkpoint
+from trainer.checkpoints import folder as checkpoint
 from trainer.ema import POWER, power_name
 from trainer.errors import RunError
 from trainer.posthoc import coefficients, combine
 from trainer.run_folder import read_config
-from trainer.weights import check_out, read_part, write_weights
+from trainer.checkpoints.weights import check_out, read_part, write_weights
 
 
 def reconstruct(run: Path, std: float, out: Path, position: int | None = None) -> int:

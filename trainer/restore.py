@@ -6,9 +6,9 @@ import torch.distributed as dist
 
 from data.sets.registry import Images
 from data.sets.streamed_latents import StreamedLatents
-from trainer import checkpoint
-from trainer.checkpoint import DAMAGED
-from trainer.checkpoint_files import Damaged
+from trainer.checkpoints import folder as checkpoint
+from trainer.checkpoints.folder import DAMAGED
+from trainer.checkpoints.files import Damaged
 from trainer.engines import Engine
 from trainer.errors import RunError
 from trainer.ranks import from_rank_0

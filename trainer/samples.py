@@ -11,7 +11,7 @@ from torch import nn
 
 from data.stores.files import sha256
 from data.sets.registry import Images
-from trainer import checkpoint
+from trainer.checkpoints import folder as checkpoint
 from trainer.build import build_network, open_data
 from trainer.config import Config
 from trainer.decode import make_decoder
@@ -19,7 +19,7 @@ from trainer.errors import RunError
 from trainer.generate import Networks, classes_shown, generate, grid, to_uint8
 from trainer.ranks import Ranks, local_device
 from trainer.run_folder import read_config
-from trainer.weights import find_checkpoint, find_weights, read_weights, start_from
+from trainer.checkpoints.weights import find_checkpoint, find_weights, read_weights, start_from
 
 
 def make_samples(

@@ -19,7 +19,7 @@ from trainer.analysis.attention_plots import MOST_LAYERS, patch_map, picture, sc
 from trainer.config import load_config
 from trainer.errors import RunError
 from trainer.loop import train
-from trainer.weights import find_checkpoint
+from trainer.checkpoints.weights import find_checkpoint
 
 CONFIG = "tests/trainer/tiny.yaml"
 BASE = [

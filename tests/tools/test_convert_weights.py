@@ -20,7 +20,7 @@ from trainer.build import build_network, check_start, initial_network, open_data
 from trainer.config import load_config
 from trainer.loop import train
 from trainer.ranks import process_group
-from trainer.weights import SAMPLE_TABLE, export_weights
+from trainer.checkpoints.weights import SAMPLE_TABLE, export_weights
 
 RANDOM = random.SystemRandom()
 DIGITS = {"channels": 1, "side": 8, "classes": 10}

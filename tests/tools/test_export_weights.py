@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from trainer.config import load_config, parse_config
 from trainer.loop import train
-from trainer.weights import read_weights
+from trainer.checkpoints.weights import read_weights
 
 CONFIG = "configs/digits.yaml"
 SMALL = ["engine=single", "model.depth=1", "model.width=32", "train.images=128", "train.sample_every=0"]

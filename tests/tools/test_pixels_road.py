@@ -19,7 +19,7 @@ from tools.benchmarks.pictures import write_pictures
 from trainer.config import load_config
 from trainer.loop import train
 from trainer.samples import make_samples, write_samples
-from trainer.weights import find_checkpoint
+from trainer.checkpoints.weights import find_checkpoint
 
 NUMBER, SIDE = 24, 32
 CONFIG = "tests/trainer/tiny.yaml"

@@ -20,7 +20,7 @@ from trainer.config import load_config
 from trainer.generate import Networks, generate, grid, to_uint8
 from trainer.ranks import Ranks
 from trainer.samples import make_samples
-from trainer.weights import find_checkpoint
+from trainer.checkpoints.weights import find_checkpoint
 
 CONFIG = "configs/digits.yaml"
 SMALL = ["model.depth=1", "model.width=32", "train.images=1280", "train.log_every=128", "train.sample_every=640"]

@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 
 from tests.patience import PATIENCE
-from trainer import checkpoint, ranks
+from trainer.checkpoints import folder as checkpoint
+from trainer import ranks
 from trainer.config import load_config
 from trainer.errors import RunError
 from trainer.loop import train

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from models.objectives.denoising import denoising_loss
 from models.paths.registry import make_path
 from tests.trainer.forked import TINY
-from trainer import checkpoint
+from trainer.checkpoints import folder as checkpoint
 from trainer.batches import make_batches
 from trainer.build import build_network, open_data
 from trainer.config import load_config

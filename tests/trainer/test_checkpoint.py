@@ -4,8 +4,8 @@ import random
 import pytest
 import torch
 
-from trainer import checkpoint
-from trainer.checkpoint import CheckpointConfig
+from trainer.checkpoints import folder as checkpoint
+from trainer.checkpoints.folder import CheckpointConfig
 from trainer.errors import RunError
 
 

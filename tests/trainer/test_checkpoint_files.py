@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from trainer import checkpoint
-from trainer.checkpoint_files import AHEAD, PIECE, Source, check_file, written
+from trainer.checkpoints import folder as checkpoint
+from trainer.checkpoints.files import AHEAD, PIECE, Source, check_file, written
 from trainer.errors import RunError
 
 RANDOM = random.SystemRandom()

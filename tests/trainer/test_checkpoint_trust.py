@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from tests.patience import PATIENCE
 from tests.trainer.forked import Forked, train_tiny
-from trainer import checkpoint
-from trainer.checkpoint_files import PIECE
+from trainer.checkpoints import folder as checkpoint
+from trainer.checkpoints.files import PIECE
 from trainer.errors import RunError
 from trainer.ranks import process_group
 

@@ -15,7 +15,7 @@ from trainer.config_file import dotted, field_names, to_yaml
 from trainer.errors import RunError
 from trainer.loop import train
 from trainer.samples import make_samples
-from trainer.weights import find_checkpoint
+from trainer.checkpoints.weights import find_checkpoint
 
 CONFIGS = sorted([p for p in Path("configs").rglob("*.yaml") if p.parent.name != "cluster"])
 

@@ -10,7 +10,7 @@ from trainer.ema import EMA
 from trainer.generate import Networks, generate, to_uint8
 from trainer.ranks import Ranks
 from trainer.samples import make_samples
-from trainer.weights import find_checkpoint
+from trainer.checkpoints.weights import find_checkpoint
 
 
 @pytest.mark.parametrize("seed", range(3))

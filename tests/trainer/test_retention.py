@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.trainer.forked import positions, train_tiny
-from trainer import checkpoint
-from trainer.checkpoint import CHECKPOINTS, CheckpointConfig
+from trainer.checkpoints import folder as checkpoint
+from trainer.checkpoints.folder import CHECKPOINTS, CheckpointConfig
 
 RANDOM = random.SystemRandom()
 LAST = "checkpoints/000000000640"

@@ -13,7 +13,7 @@ from tests.trainer.forked import train_tiny
 from trainer.config import load_config, parse_config
 from trainer.errors import RunError
 from trainer.sample_many import sample_many
-from trainer.weights import find_checkpoint
+from trainer.checkpoints.weights import find_checkpoint
 
 NUMBER = 64
 

@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tests.patience import PATIENCE
 from tests.trainer.forked import newest_is_good, one_line, positions, train_hasty, train_tiny
-from trainer import checkpoint
-from trainer.checkpoint import CHECKPOINTS, CheckpointConfig
+from trainer.checkpoints import folder as checkpoint
+from trainer.checkpoints.folder import CHECKPOINTS, CheckpointConfig
 from trainer.ranks import process_group
-from trainer.saving import Saver
+from trainer.checkpoints.saver import Saver
 
 RANDOM = random.SystemRandom()
 LAST = "checkpoints/000000000640"

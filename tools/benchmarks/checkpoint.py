@@ -23,13 +23,13 @@ from models.backbones.dit import DiT
 from models.backbones.config import ModelConfig
 from models.objectives.denoising import denoising_loss
 from models.paths.registry import PATHS
-from trainer import checkpoint
-from trainer.checkpoint import CHECKPOINTS, CheckpointConfig
+from trainer.checkpoints import folder as checkpoint
+from trainer.checkpoints.folder import CHECKPOINTS, CheckpointConfig
 from trainer.ema import local_shards
 from trainer.engine_config import EngineConfig, OptimConfig
 from trainer.engines import Engine, build_engine
 from trainer.ranks import Ranks
-from trainer.saving import Saver
+from trainer.checkpoints.saver import Saver
 
 MODEL = ModelConfig(depth=12, width=1088, heads=17)  # as many tensors as DiT-B/2, of twice its size
 ROUNDS, KINDS = 9, ("ours", "plain", "torch")  # each kind is first, second and third as often

@@ -13,7 +13,7 @@ from data.sets.registry import DataConfig, open_images
 from trainer.config import load_config
 from trainer.evaluate import evaluate
 from trainer.samples import make_samples
-from trainer.weights import find_checkpoint
+from trainer.checkpoints.weights import find_checkpoint
 
 CONFIG = "configs/digits.yaml"
 RUNS = {"uc1": ["groups.variant=none", "groups.size=1"], "uc4": ["groups.variant=light", "groups.size=4"]}

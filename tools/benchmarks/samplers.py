@@ -19,7 +19,7 @@ from trainer.evaluate import evaluate
 from trainer.loop import train
 from trainer.run_folder import read_config
 from trainer.samples import make_samples
-from trainer.weights import find_checkpoint
+from trainer.checkpoints.weights import find_checkpoint
 
 RESULTS, PER_CLASS, BUDGETS = Path("results"), 100, (4, 8, 16, 32, 64, 128)
 CONFIG = "configs/ablation/digits.yaml"

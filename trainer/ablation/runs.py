@@ -25,7 +25,7 @@ from trainer.evaluate import make_evaluator
 from trainer.loop import train
 from trainer.ranks import local_device
 from trainer.samples import make_samples
-from trainer.weights import find_checkpoint
+from trainer.checkpoints.weights import find_checkpoint
 
 GROUPS_SCORED = 64  # for the attention score of a run
 FREE = ("run", "checkpoint.", "resume.", "data.workers", "train.log_every", "train.timeout")  # of no result's concern

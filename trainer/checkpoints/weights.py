@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from trainer import checkpoint
+from trainer.checkpoints import folder as checkpoint
 from trainer.errors import RunError, first_line
 
 SAMPLE_TABLE = "sample_embedder.embedding_table.weight"  # a row per slot: the one tensor that may be longer or shorter

@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from trainer.checkpoint_files import Damaged, Sums, Writer, check_file, check_size, damaged, written
-from trainer.checkpoint_reader import Reader
+from trainer.checkpoints.files import Damaged, Sums, Writer, check_file, check_size, damaged, written
+from trainer.checkpoints.reader import Reader
 from trainer.errors import RunError, first_line
 
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"  # in the run folder

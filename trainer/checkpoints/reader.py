@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from trainer.checkpoint_files import Source, Sums, check_size, check_sum
+from trainer.checkpoints.files import Source, Sums, check_size, check_sum
 from trainer.errors import RunError, first_line
 
 HEAD = 1 << 16  # bytes of a stored tensor that are read first: more than stands before its numbers

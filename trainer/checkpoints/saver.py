@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from trainer import checkpoint
-from trainer.checkpoint import CHECKPOINTS, CheckpointConfig
+from trainer.checkpoints import folder as checkpoint
+from trainer.checkpoints.folder import CHECKPOINTS, CheckpointConfig
 
 States = dict[str, dict[str, dict]]
 
