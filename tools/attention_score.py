@@ -11,7 +11,7 @@ from trainer.analysis import attention_plots as plots
 from trainer.checkpoints import folder as checkpoint
 from trainer.analysis.attention import data_scores, form, load, one_group, sampling_scores
 from trainer.analysis.attention_scores import as_record
-from trainer.config import parse_config
+from trainer.config.tree import parse_config
 from trainer.run_folder import read_config
 from trainer.checkpoints.weights import find_checkpoint, place_in_run
 

@@ -11,8 +11,8 @@ from command_line import positive, run_tool
 from preprocessing import add_process_options, run_in_processes
 from tqdm import tqdm
 
-from trainer.config import Config, load_config, parse_config
-from trainer.config_file import set_dotted
+from trainer.config.tree import Config, load_config, parse_config
+from trainer.config.parsing import set_dotted
 from trainer.errors import RunError
 from trainer.run_folder import read_config
 from trainer.sample_many import RECORD, sample_many

@@ -3,7 +3,7 @@
 import sys
 
 from data.errors import DataError
-from trainer.config import load_config
+from trainer.config.tree import load_config
 from trainer.errors import RunError
 from trainer.loop import train
 

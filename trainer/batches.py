@@ -19,7 +19,7 @@ from models.sampling.guidance import Interval, inside
 from models.paths.base import Path
 from models.paths.registry import make_path
 from trainer.build import make_planner
-from trainer.config import Config
+from trainer.config.tree import Config
 from trainer.errors import RunError
 from trainer.monitor import Monitor
 from trainer.ranks import Ranks

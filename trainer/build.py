@@ -13,7 +13,7 @@ from data.sets.registry import Images, open_images
 from data.batches.plan import Plan, plan_epoch
 from models.backbones.registry import make_network
 from trainer.checkpoints import folder as checkpoint
-from trainer.config import Config
+from trainer.config.tree import Config
 from trainer.errors import RunError
 from trainer.ranks import from_rank_0
 from trainer.checkpoints.weights import find_weights, read_weights, start_from

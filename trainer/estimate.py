@@ -21,7 +21,7 @@ import torch
 from data.sets.registry import Images
 from models.backbones.flops import forward_multiply_adds
 from trainer.build import build_network
-from trainer.config import Config
+from trainer.config.tree import Config
 
 PEAK_FLOPS = {"bf16": 989e12, "fp32": 67e12}  # of an H100 SXM
 

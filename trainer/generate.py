@@ -13,7 +13,7 @@ from data.randomness import Stream, draw, step_noise
 from models.sampling.generation import sample_images
 from models.sampling.guidance import Network
 from models.paths.registry import make_path
-from trainer.config import Config
+from trainer.config.tree import Config
 from trainer.ranks import Ranks
 
 GRID_COLUMNS = 16

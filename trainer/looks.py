@@ -13,7 +13,7 @@ from data.sets.registry import Images
 from models.paths.base import Path as NoisePath
 from trainer.analysis.attention_scores import step_scores
 from trainer.build import open_data
-from trainer.config import Config
+from trainer.config.tree import Config
 from trainer.decode import make_decoder
 from trainer.engines import Engine
 from trainer.errors import RunError

@@ -12,8 +12,8 @@ from models.paths.registry import make_path
 from trainer.batches import make_batches
 from trainer.build import build_network, initial_network, open_data
 from trainer.checkpoints.folder import CHECKPOINTS, SNAPSHOTS, find
-from trainer.config import Config, check_world
-from trainer.config_file import to_yaml
+from trainer.config.tree import Config, check_world
+from trainer.config.parsing import to_yaml
 from trainer.ema import power_averages
 from trainer.engines import build_engine
 from trainer.looks import Looks, has_passed

@@ -19,7 +19,7 @@ from data.errors import DataError
 from data.stores.files import appearing, disk_errors, write_json
 from data.stores.shards import agree_on_settings
 from trainer.build import open_data
-from trainer.config import Config
+from trainer.config.tree import Config
 from trainer.decode import make_decoder
 from trainer.errors import RunError
 from trainer.generate import generate_groups, to_uint8

@@ -13,7 +13,7 @@ from data.stores.files import sha256
 from data.sets.registry import Images
 from trainer.checkpoints import folder as checkpoint
 from trainer.build import build_network, open_data
-from trainer.config import Config
+from trainer.config.tree import Config
 from trainer.decode import make_decoder
 from trainer.errors import RunError
 from trainer.generate import Networks, classes_shown, generate, grid, to_uint8

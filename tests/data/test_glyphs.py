@@ -10,7 +10,7 @@ from PIL import ImageFont
 from data.sets import glyphs
 from data.errors import DataError
 from data.sets.registry import ArrayImages, DataConfig, open_images
-from trainer.config import load_config
+from trainer.config.tree import load_config
 
 SPLITS = ("train", "heldout")
 

@@ -14,7 +14,7 @@ import pytest
 from tests.patience import PATIENCE
 from tests.trainer.forked import TINY
 from trainer.ablation.runs import Cell, at_real_accuracy, attention_score, correlations, plan_cells, summarise, table
-from trainer.config import load_config
+from trainer.config.tree import load_config
 from trainer.errors import RunError
 
 WHAT = [TINY, "train.images=64", "checkpoint.every=32", "groups.size=4", "groups.splits=4", "sample.per_class=3"]

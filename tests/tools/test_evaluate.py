@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.trainer import detectors
 from tests.trainer.detectors import Plain, save_images
-from trainer.config import load_config
+from trainer.config.tree import load_config
 from trainer.errors import RunError
 from trainer.loop import train
 from trainer.samples import make_samples, write_samples

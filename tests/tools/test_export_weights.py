@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from trainer.config import load_config, parse_config
+from trainer.config.tree import load_config, parse_config
 from trainer.loop import train
 from trainer.checkpoints.weights import read_weights
 

@@ -19,7 +19,7 @@ from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 from data.neighbors.graph import open_graph
 from tests.in_process import call
 from tests.patience import PATIENCE
-from trainer.config import load_config
+from trainer.config.tree import load_config
 from trainer.loop import train
 
 CLASSES, EACH = ("blossom", "roof", "sky"), 80

@@ -16,7 +16,7 @@ from data.stores.shards import agree_on_settings, finish, write_shard
 from data.stores.store import Store, read_manifest
 from tests.stores import cut, shards, stored
 from tools.benchmarks.pictures import write_pictures
-from trainer.config import load_config
+from trainer.config.tree import load_config
 from trainer.loop import train
 from trainer.samples import make_samples, write_samples
 from trainer.checkpoints.weights import find_checkpoint

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data.sets.registry import DataConfig, open_images
 from tests.in_process import call
 from trainer.build import build_network
-from trainer.config import load_config
+from trainer.config.tree import load_config
 from trainer.generate import Networks, generate, grid, to_uint8
 from trainer.ranks import Ranks
 from trainer.samples import make_samples

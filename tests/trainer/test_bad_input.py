@@ -13,7 +13,7 @@ from models.objectives.denoising import denoising_loss
 from tests.in_process import call
 from tests.patience import PATIENCE
 from trainer import loop
-from trainer.config import load_config
+from trainer.config.tree import load_config
 from trainer.errors import RunError
 
 

@@ -10,8 +10,8 @@ from pydantic import BaseModel
 from tests.stores import encoded, noise, pixels, write
 from tests.trainer import detectors
 from trainer.build import open_data
-from trainer.config import Config, check_world, load_config, parse_config
-from trainer.config_file import dotted, field_names, to_yaml
+from trainer.config.tree import Config, check_world, load_config, parse_config
+from trainer.config.parsing import dotted, field_names, to_yaml
 from trainer.errors import RunError
 from trainer.loop import train
 from trainer.samples import make_samples

@@ -8,7 +8,7 @@ import torch
 from data.sets.registry import DataConfig, open_images
 from tests.trainer.forked import GROUPS, train_tiny
 from trainer.build import build_network, open_data
-from trainer.config import load_config
+from trainer.config.tree import load_config
 from trainer.engines import build_engine
 from trainer.ranks import process_group
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.config import parse_config
+from trainer.config.tree import parse_config
 from trainer.estimate import estimate, estimate_table
 
 XL = {"model": {"size": "XL", "patch": 2}}

@@ -16,7 +16,7 @@ from data.sets.registry import open_images
 from data.sets.streamed_latents import StreamedLatents
 from tests.trainer.forked import train_tiny
 from trainer.build import make_planner
-from trainer.config import load_config
+from trainer.config.tree import load_config
 from trainer.decode import make_decoder
 from trainer.errors import RunError
 from trainer.loop import train

@@ -9,7 +9,7 @@ from tests.trainer import detectors
 from tests.trainer.detectors import Plain, save_images
 from tests.trainer.forked import TINY, train_tiny
 from trainer.build import open_data
-from trainer.config import check_world, load_config
+from trainer.config.tree import check_world, load_config
 from trainer.errors import RunError
 from trainer.evaluate import evaluate
 from trainer.image_sets import open_image_set

@@ -10,7 +10,7 @@ from data.sets.registry import ArrayImages, open_images
 from models.backbones.registry import make_network
 from trainer.checkpoints import folder as checkpoint
 from trainer.build import build_network
-from trainer.config import load_config
+from trainer.config.tree import load_config
 from trainer.loop import train
 from trainer.analysis.probe import features, linear_probe
 from trainer.checkpoints.weights import find_checkpoint

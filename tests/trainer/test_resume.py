@@ -15,7 +15,7 @@ from data.batches.loader import GroupSampler
 from tests.patience import PATIENCE
 from tests.trainer.forked import train_tiny
 from trainer.build import make_planner
-from trainer.config import load_config
+from trainer.config.tree import load_config
 from trainer.loop import train
 
 LAST = "checkpoints/000000000640"

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.trainer.forked import train_tiny
-from trainer.config import load_config, parse_config
+from trainer.config.tree import load_config, parse_config
 from trainer.errors import RunError
 from trainer.sample_many import sample_many
 from trainer.checkpoints.weights import find_checkpoint

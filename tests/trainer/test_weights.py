@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from data.sets.registry import DataConfig, open_images
 from trainer.checkpoints import folder as checkpoint
 from trainer.build import build_network, check_start, initial_network
-from trainer.config import load_config
+from trainer.config.tree import load_config
 from trainer.errors import RunError
 from trainer.loop import train
 from trainer.ranks import process_group

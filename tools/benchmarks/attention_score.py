@@ -13,7 +13,7 @@ from models.paths.flows import LinearFlow
 from models.backbones.config import ModelConfig
 from trainer.analysis.attention_plots import picture, score_map
 from trainer.analysis.attention_scores import step_scores
-from trainer.config import TrainConfig
+from trainer.config.tree import TrainConfig
 from trainer.engine_config import EngineConfig, OptimConfig
 from trainer.engines import build_engine
 from trainer.ranks import process_group

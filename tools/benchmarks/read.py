@@ -150,7 +150,7 @@ def _memory(folder: Path, variant: str) -> float:
 def rank(folder: str, variant: str, steps: int) -> None:
     """Train so many steps (0: build the network alone) and print the peak memory in gigabytes."""
     from models.backbones.dit import DiT
-    from trainer.config import parse_config
+    from trainer.config.tree import parse_config
     from trainer.loop import train
 
     config = parse_config(

@@ -14,7 +14,7 @@ import torch
 from benchmarks import Figures, Targets
 from models.sampling.samplers import SAMPLERS
 from trainer.build import open_data
-from trainer.config import load_config, parse_config
+from trainer.config.tree import load_config, parse_config
 from trainer.evaluate import evaluate
 from trainer.loop import train
 from trainer.run_folder import read_config

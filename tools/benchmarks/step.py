@@ -14,7 +14,7 @@ from data.batches.plan import steps_per_epoch
 from models.objectives.denoising import denoising_loss
 from models.paths.registry import make_path
 from trainer.build import build_network, make_planner
-from trainer.config import Config, load_config
+from trainer.config.tree import Config, load_config
 from trainer.loop import train
 
 STEPS, WARM_UP, ROUNDS = 40, 5, 5

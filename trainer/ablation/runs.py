@@ -18,8 +18,8 @@ from data.stores.files import write_json
 from data.sets.registry import DataConfig
 from trainer.analysis import attention
 from trainer.build import open_data
-from trainer.config import Config, load_config
-from trainer.config_file import dotted, to_yaml
+from trainer.config.tree import Config, load_config
+from trainer.config.parsing import dotted, to_yaml
 from trainer.errors import RunError
 from trainer.evaluate import make_evaluator
 from trainer.loop import train

@@ -22,7 +22,7 @@ from models.paths.registry import make_path
 from trainer.analysis.attention_scores import Scores, keep_masses, mean_scores, watched
 from trainer.batches import shares_attention
 from trainer.build import open_data
-from trainer.config import Config
+from trainer.config.tree import Config
 from trainer.decode import make_decoder
 from trainer.errors import RunError
 from trainer.generate import Networks, generate_groups, to_uint8

@@ -22,7 +22,7 @@ from models.objectives.denoising import denoising_loss
 from models.paths.base import share_at
 from models.paths.registry import make_path
 from trainer.build import open_data
-from trainer.config import Config
+from trainer.config.tree import Config
 from trainer.errors import RunError
 from trainer.ranks import local_device
 from trainer.samples import load_networks

@@ -14,7 +14,7 @@ from models.backbones.config import ModelConfig
 from models.paths.base import PathConfig
 from models.sampling.samplers import SAMPLERS
 from trainer.checkpoints.folder import CheckpointConfig, ResumeConfig
-from trainer.config_file import explain, field_names, read_yaml, set_dotted
+from trainer.config.parsing import explain, field_names, read_yaml, set_dotted
 from trainer.deepspeed_config import deepspeed_config
 from trainer.engine_config import EngineConfig, OptimConfig
 from trainer.errors import RunError
