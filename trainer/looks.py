@@ -15,7 +15,7 @@ from trainer.analysis.attention_scores import step_scores
 from trainer.build import open_data
 from trainer.config.tree import Config
 from trainer.decode import make_decoder
-from trainer.engines import Engine
+from trainer.engines.base import Engine
 from trainer.errors import RunError
 from trainer.generate import Networks, classes_shown, generate, grid, to_uint8
 from trainer.metrics import NEIGHBOURS

@@ -14,15 +14,15 @@ from trainer.build import build_network, initial_network, open_data
 from trainer.checkpoints.folder import CHECKPOINTS, SNAPSHOTS, find
 from trainer.config.tree import Config, check_world
 from trainer.config.parsing import to_yaml
-from trainer.ema import power_averages
-from trainer.engines import build_engine
+from trainer.engines.ema import power_averages
+from trainer.engines.base import build_engine
 from trainer.looks import Looks, has_passed
 from trainer.monitor import Monitor
 from trainer.ranks import from_rank_0, process_group
 from trainer.restore import restore
 from trainer.run_folder import check_folder, sole_user, write_config
 from trainer.checkpoints.saver import Saver
-from trainer.stopping import StopVote
+from trainer.engines.stop_vote import StopVote
 
 
 def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) -> Literal["finished", "stopped"]:

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from trainer.checkpoints import folder as checkpoint
-from trainer.ema import POWER, power_name
+from trainer.engines.ema import POWER, power_name
 from trainer.errors import RunError
-from trainer.posthoc import coefficients, combine
+from trainer.engines.power_ema import coefficients, combine
 from trainer.run_folder import read_config
 from trainer.checkpoints.weights import check_out, read_part, write_weights
 

@@ -9,7 +9,7 @@ from data.sets.streamed_latents import StreamedLatents
 from trainer.checkpoints import folder as checkpoint
 from trainer.checkpoints.folder import DAMAGED
 from trainer.checkpoints.files import Damaged
-from trainer.engines import Engine
+from trainer.engines.base import Engine
 from trainer.errors import RunError
 from trainer.ranks import from_rank_0
 

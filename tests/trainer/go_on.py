@@ -20,7 +20,7 @@ from trainer.checkpoints import folder as checkpoint
 from trainer.batches import make_batches
 from trainer.build import build_network, open_data
 from trainer.config.tree import load_config
-from trainer.engines import Engine, build_engine
+from trainer.engines.base import Engine, build_engine
 from trainer.ranks import process_group
 
 

@@ -6,7 +6,7 @@ from data.sets.registry import DataConfig, open_images
 from tests.trainer.forked import train_tiny
 from trainer.build import build_network
 from trainer.config.tree import load_config
-from trainer.ema import EMA
+from trainer.engines.ema import EMA
 from trainer.generate import Networks, generate, to_uint8
 from trainer.ranks import Ranks
 from trainer.samples import make_samples

@@ -9,9 +9,9 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from trainer.ema import EMA
+from trainer.engines.ema import EMA
 from trainer.errors import RunError
-from trainer.posthoc import coefficients, combine, coordinates, exponent, power_decay
+from trainer.engines.power_ema import coefficients, combine, coordinates, exponent, power_decay
 
 TRACKED = (0.05, 0.10)
 
@@ -105,7 +105,7 @@ def test_a_profile_is_a_mean_and_its_std_tends_to_its_name(std):
 @pytest.mark.parametrize("chunk", [3, 1 << 16])
 @pytest.mark.parametrize("seed", range(5))
 def test_inner_products_are_those_of_the_whole_profiles(seed, chunk, monkeypatch):
-    monkeypatch.setattr("trainer.posthoc.CHUNK", chunk)
+    monkeypatch.setattr("trainer.engines.power_ema.CHUNK", chunk)
     rng = np.random.default_rng(seed)
     steps, stds = 150, rng.uniform(0.01, 0.28, 3)
     profiles = [(rng.choice(stds), int(rng.integers(1, steps + 1))) for _ in range(25)]
@@ -118,7 +118,7 @@ def test_inner_products_are_those_of_the_whole_profiles(seed, chunk, monkeypatch
 @pytest.mark.parametrize("seed", range(5))
 def test_the_coefficients_are_those_of_dense_least_squares(seed, monkeypatch):
     """Without snapshots after the one that follows the step: they would not change the sum."""
-    monkeypatch.setattr("trainer.posthoc.MISFIT", 1)
+    monkeypatch.setattr("trainer.engines.power_ema.MISFIT", 1)
     rng = np.random.default_rng(seed)
     steps, ends = 120, sorted(rng.choice(np.arange(5, 121), 6, replace=False).tolist())
     step, std = int(rng.integers(ends[2], ends[-1] + 1)), rng.uniform(0.06, 0.14)

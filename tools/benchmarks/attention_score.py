@@ -14,8 +14,8 @@ from models.backbones.config import ModelConfig
 from trainer.analysis.attention_plots import picture, score_map
 from trainer.analysis.attention_scores import step_scores
 from trainer.config.tree import TrainConfig
-from trainer.engine_config import EngineConfig, OptimConfig
-from trainer.engines import build_engine
+from trainer.engines.config import EngineConfig, OptimConfig
+from trainer.engines.base import build_engine
 from trainer.ranks import process_group
 
 GROUP_SIZE, ROUNDS = 4, 7

@@ -25,9 +25,9 @@ from models.objectives.denoising import denoising_loss
 from models.paths.registry import PATHS
 from trainer.checkpoints import folder as checkpoint
 from trainer.checkpoints.folder import CHECKPOINTS, CheckpointConfig
-from trainer.ema import local_shards
-from trainer.engine_config import EngineConfig, OptimConfig
-from trainer.engines import Engine, build_engine
+from trainer.engines.ema import local_shards
+from trainer.engines.config import EngineConfig, OptimConfig
+from trainer.engines.base import Engine, build_engine
 from trainer.ranks import Ranks
 from trainer.checkpoints.saver import Saver
 

@@ -9,8 +9,8 @@ from benchmarks import Figures, Targets
 from benchmarks.group import step_seconds
 from models.backbones.dit import DiT
 from models.backbones.config import ModelConfig
-from trainer.ema import EMA, make_averages
-from trainer.engine_config import OptimConfig
+from trainer.engines.ema import EMA, make_averages
+from trainer.engines.config import OptimConfig
 
 STDS = (0.05, 0.10)
 UPDATES, ROUNDS = 10, 7

@@ -14,7 +14,7 @@ from models.backbones.dit import DiT
 from models.backbones.config import ModelConfig
 from slurm.tasks import free_port
 from trainer.ranks import process_group
-from trainer.stopping import StopVote
+from trainer.engines.stop_vote import StopVote
 
 RANKS, VOTES, IMAGES = 2, 2000, 8
 

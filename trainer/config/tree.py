@@ -15,8 +15,8 @@ from models.paths.base import PathConfig
 from models.sampling.samplers import SAMPLERS
 from trainer.checkpoints.folder import CheckpointConfig, ResumeConfig
 from trainer.config.parsing import explain, field_names, read_yaml, set_dotted
-from trainer.deepspeed_config import deepspeed_config
-from trainer.engine_config import EngineConfig, OptimConfig
+from trainer.engines.deepspeed_config import deepspeed_config
+from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.errors import RunError
 
 

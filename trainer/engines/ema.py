@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from trainer.engine_config import OptimConfig
-from trainer.posthoc import power_decay
+from trainer.engines.config import OptimConfig
+from trainer.engines.power_ema import power_decay
 
 POWER = "ema-"  # then the std
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trainer.engine_config import EngineConfig, OptimConfig
+from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.errors import RunError
 
 BUCKET = 3_000_000  # numbers sent or held at once: half of what DDP does; DeepSpeed's own 5e8 take 2 GB

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from trainer.ema import make_averages
-from trainer.engine_config import EngineConfig, OptimConfig
+from trainer.engines.ema import make_averages
+from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.errors import RunError
 from trainer.ranks import Ranks
 
@@ -153,7 +153,7 @@ def build_engine(config: EngineConfig, optim: OptimConfig, network: nn.Module, r
     if config.engine == "deepspeed":
         os.environ["DS_ACCELERATOR"] = ranks.device.type  # it would take a GPU where there is one, used or not
         os.environ.setdefault("LOCAL_RANK", "0")
-        from trainer.deepspeed_engine import DeepSpeedEngine  # importing DeepSpeed takes seconds
+        from trainer.engines.deepspeed import DeepSpeedEngine  # importing DeepSpeed takes seconds
 
         return DeepSpeedEngine(network, config, optim)
     if config.engine in ("fsdp", "hsdp"):

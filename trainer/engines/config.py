@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from trainer.posthoc import WIDEST
+from trainer.engines.power_ema import WIDEST
 
 
 class EngineConfig(BaseModel, extra="forbid", frozen=True):
