@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from trainer.build import open_data
 from trainer.errors import RunError
-from trainer.evaluate import make_evaluator
-from trainer.image_sets import open_npz
+from trainer.evaluation.classifier import make_evaluator
+from trainer.evaluation.image_sets import open_npz
 from trainer.ranks import Ranks, process_group
 from trainer.run_folder import read_config
-from trainer.score import open_detector, score
+from trainer.evaluation.scorer import open_detector, score
 from trainer.checkpoints.weights import find_checkpoint
 
 

@@ -18,7 +18,7 @@ from trainer.decode import make_decoder
 from trainer.engines.base import Engine
 from trainer.errors import RunError
 from trainer.generate import Networks, classes_shown, generate, grid, to_uint8
-from trainer.metrics import NEIGHBOURS
+from trainer.evaluation.metrics import NEIGHBOURS
 from trainer.monitor import Monitor
 from trainer.ranks import Ranks, from_rank_0
 from trainer.samples import describe
@@ -107,14 +107,14 @@ def make_measure(config: Config, images: Images, ranks: Ranks) -> Callable[[Tens
         raise RunError(f"evaluate.per_class={settings.per_class}: {number} images; set more than {NEIGHBOURS}")
     decode = make_decoder(images.vae, images.shape[0], ranks.device)
     if settings.detector:
-        from trainer.score import make_scorer, open_detector  # its libraries are slow to import
+        from trainer.evaluation.scorer import make_scorer, open_detector  # its libraries are slow to import
 
         metrics = list(settings.metrics) if settings.metrics else None
         shape = Generated(torch.zeros(1, *images.shape), decode).shape
         score = make_scorer(open_detector(settings.detector, ranks), shape, Path(settings.reference), metrics, ranks)
         return lambda samples: score(Generated(samples.flatten(0, 1), decode))
 
-    from trainer.evaluate import make_evaluator
+    from trainer.evaluation.classifier import make_evaluator
 
     if ranks.rank:
         return lambda samples: None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trainer.ranks import process_group
-from trainer.score import open_detector, score
+from trainer.evaluation.scorer import open_detector, score
 
 
 class Plain(nn.Module):

@@ -4,8 +4,8 @@ from scipy.linalg import sqrtm
 
 from data.sets.registry import DataConfig, open_images
 from trainer.errors import RunError
-from trainer.evaluate import make_evaluator
-from trainer.frechet import frechet_distance
+from trainer.evaluation.classifier import make_evaluator
+from trainer.evaluation.frechet import frechet_distance
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -11,14 +11,14 @@ from tests.trainer.forked import TINY, train_tiny
 from trainer.build import open_data
 from trainer.config.tree import check_world, load_config
 from trainer.errors import RunError
-from trainer.evaluate import evaluate
-from trainer.image_sets import open_image_set
+from trainer.evaluation.classifier import evaluate
+from trainer.evaluation.image_sets import open_image_set
 from trainer.looks import evaluated
 from trainer.loop import train
 from trainer.monitor import _continue_rows
 from trainer.ranks import process_group
 from trainer.samples import make_samples, write_samples
-from trainer.score import open_detector, score
+from trainer.evaluation.scorer import open_detector, score
 
 ENGINES = {  # name -> (ranks, overrides)
     "single": (1, ["engine=single"]),

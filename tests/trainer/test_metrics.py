@@ -9,8 +9,8 @@ from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 
 from trainer.errors import RunError
-from trainer.frechet import Moments, frechet, frechet_distance, warn_if_few
-from trainer.metrics import InceptionScore, kernel_distance, precision_and_recall
+from trainer.evaluation.frechet import Moments, frechet, frechet_distance, warn_if_few
+from trainer.evaluation.metrics import InceptionScore, kernel_distance, precision_and_recall
 
 CPU = torch.device("cpu")
 
@@ -147,8 +147,8 @@ def neighbours(generated, reference, k):
 @pytest.mark.parametrize("seed", range(4))
 def test_precision_and_recall_equal_brute_force(monkeypatch, seed, k):
     rng = np.random.default_rng(seed)
-    monkeypatch.setattr("trainer.metrics.ROWS", int(rng.integers(1, 40)))
-    monkeypatch.setattr("trainer.metrics.COLUMNS", int(rng.integers(1, 90)))
+    monkeypatch.setattr("trainer.evaluation.metrics.ROWS", int(rng.integers(1, 40)))
+    monkeypatch.setattr("trainer.evaluation.metrics.COLUMNS", int(rng.integers(1, 90)))
     a = rng.standard_normal((int(rng.integers(k + 1, 150)), 6)).astype(np.float32)
     b = 1.3 * rng.standard_normal((int(rng.integers(k + 1, 150)), 6)).astype(np.float32) + 0.4
     assert precision_and_recall(a, b, k) == pytest.approx(neighbours(a, b, k), abs=1e-12)

@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks import Figures, Targets
 from data.sets.registry import DataConfig, open_images
 from trainer.config.tree import load_config
-from trainer.evaluate import evaluate
+from trainer.evaluation.classifier import evaluate
 from trainer.samples import make_samples
 from trainer.checkpoints.weights import find_checkpoint
 

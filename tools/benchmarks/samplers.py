@@ -15,7 +15,7 @@ from benchmarks import Figures, Targets
 from models.sampling.samplers import SAMPLERS
 from trainer.build import open_data
 from trainer.config.tree import load_config, parse_config
-from trainer.evaluate import evaluate
+from trainer.evaluation.classifier import evaluate
 from trainer.loop import train
 from trainer.run_folder import read_config
 from trainer.samples import make_samples

@@ -21,7 +21,7 @@ from trainer.build import open_data
 from trainer.config.tree import Config, load_config
 from trainer.config.parsing import dotted, to_yaml
 from trainer.errors import RunError
-from trainer.evaluate import make_evaluator
+from trainer.evaluation.classifier import make_evaluator
 from trainer.loop import train
 from trainer.ranks import local_device
 from trainer.samples import make_samples
@@ -113,7 +113,7 @@ def run_cells(
 def measure_run(
     config: Config, guidance: tuple[float, ...], evaluate: Callable[[np.ndarray, np.ndarray], dict[str, float]]
 ) -> dict:
-    """{"curve": measures of trainer.evaluate at each weight of guidance, "score": S_cross or None}."""
+    """{"curve": measures of trainer.evaluation.classifier at each weight of guidance, "score": S_cross or None}."""
     train(config)
     checkpoint = find_checkpoint(Path(config.run))
     curve = []

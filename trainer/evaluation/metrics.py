@@ -1,5 +1,5 @@
 """Measures of generated images by features and class probabilities of a network, in float64: Inception Score, KID, and
-precision and recall. (trainer/frechet.py has FID.)"""
+precision and recall. (trainer/evaluation/frechet.py has FID.)"""
 
 import numpy as np
 import torch

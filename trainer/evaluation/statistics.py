@@ -7,11 +7,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from models.detector import Detector, Outputs
+from trainer.evaluation.detector import Detector, Outputs
 from trainer.errors import RunError, first_line
-from trainer.frechet import Moments
-from trainer.image_sets import ImageSet, read_ahead
-from trainer.metrics import InceptionScore
+from trainer.evaluation.frechet import Moments
+from trainer.evaluation.image_sets import ImageSet, read_ahead
+from trainer.evaluation.metrics import InceptionScore
 from trainer.ranks import Ranks
 
 BATCH = 64  # images a call of the detector; the same ones on any number of ranks
