@@ -105,8 +105,8 @@ def _by_detector(args: argparse.Namespace, ranks: Ranks, images: Path | None, fo
 
 
 def _sweep(args: argparse.Namespace, ranks: Ranks) -> None:
-    from trainer.plots import plot_sweep  # matplotlib is slow to import
-    from trainer.sweep import parse_axes, run_sweep
+    from trainer.sampling.sweep_plot import plot_sweep  # matplotlib is slow to import
+    from trainer.sampling.sweep import parse_axes, run_sweep
 
     if not args.run or args.images or ranks.world_size > 1:
         raise RunError("--sweep: give a run folder, without --images, to one process")

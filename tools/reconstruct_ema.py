@@ -8,7 +8,7 @@ from pathlib import Path
 
 from command_line import run_tool
 
-from trainer.reconstruct import reconstruct
+from trainer.sampling.reconstruct import reconstruct
 
 
 def main(arguments: list[str]) -> None:

@@ -15,8 +15,8 @@ from trainer.config.tree import Config, load_config, parse_config
 from trainer.config.parsing import set_dotted
 from trainer.errors import RunError
 from trainer.run_folder import read_config
-from trainer.sample_many import RECORD, sample_many
-from trainer.samples import fixed, make_samples, write_samples
+from trainer.sampling.many import RECORD, sample_many
+from trainer.sampling.samples import fixed, make_samples, write_samples
 from trainer.checkpoints.weights import find_checkpoint, place_in_run
 
 FREE = ("sample.", "model.group_layers=", "precision=", "data.")  # what need not be as it was in training

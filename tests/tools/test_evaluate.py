@@ -15,7 +15,7 @@ from tests.trainer.detectors import Plain, save_images
 from trainer.config.tree import load_config
 from trainer.errors import RunError
 from trainer.loop import train
-from trainer.samples import make_samples, write_samples
+from trainer.sampling.samples import make_samples, write_samples
 from trainer.checkpoints.weights import find_checkpoint
 
 SMALL = ["model.depth=1", "model.width=32", "train.images=640", "sample.steps=2", "sample.per_class=8", "engine=single"]

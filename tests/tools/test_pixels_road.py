@@ -18,7 +18,7 @@ from tests.stores import cut, shards, stored
 from tools.benchmarks.pictures import write_pictures
 from trainer.config.tree import load_config
 from trainer.loop import train
-from trainer.samples import make_samples, write_samples
+from trainer.sampling.samples import make_samples, write_samples
 from trainer.checkpoints.weights import find_checkpoint
 
 NUMBER, SIDE = 24, 32

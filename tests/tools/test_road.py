@@ -17,9 +17,9 @@ from data.sets.registry import DataConfig, open_images
 from tests.in_process import call
 from trainer.build import build_network
 from trainer.config.tree import load_config
-from trainer.generate import Networks, generate, grid, to_uint8
+from trainer.sampling.generate import Networks, generate, grid, to_uint8
 from trainer.ranks import Ranks
-from trainer.samples import make_samples
+from trainer.sampling.samples import make_samples
 from trainer.checkpoints.weights import find_checkpoint
 
 CONFIG = "configs/digits.yaml"

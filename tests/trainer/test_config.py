@@ -14,7 +14,7 @@ from trainer.config.tree import Config, check_world, load_config, parse_config
 from trainer.config.parsing import dotted, field_names, to_yaml
 from trainer.errors import RunError
 from trainer.loop import train
-from trainer.samples import make_samples
+from trainer.sampling.samples import make_samples
 from trainer.checkpoints.weights import find_checkpoint
 
 CONFIGS = sorted([p for p in Path("configs").rglob("*.yaml") if p.parent.name != "cluster"])

@@ -7,9 +7,9 @@ from tests.trainer.forked import train_tiny
 from trainer.build import build_network
 from trainer.config.tree import load_config
 from trainer.engines.ema import EMA
-from trainer.generate import Networks, generate, to_uint8
+from trainer.sampling.generate import Networks, generate, to_uint8
 from trainer.ranks import Ranks
-from trainer.samples import make_samples
+from trainer.sampling.samples import make_samples
 from trainer.checkpoints.weights import find_checkpoint
 
 

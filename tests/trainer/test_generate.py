@@ -16,7 +16,7 @@ from models.sampling.samplers import SAMPLERS
 from tests.models.gaussian import mixture
 from trainer.batches import make_batches
 from trainer.config.tree import load_config
-from trainer.generate import Networks, classes_shown, generate, generate_groups
+from trainer.sampling.generate import Networks, classes_shown, generate, generate_groups
 from trainer.monitor import Monitor
 from trainer.ranks import Ranks
 

@@ -17,7 +17,7 @@ from data.sets.streamed_latents import StreamedLatents
 from tests.trainer.forked import train_tiny
 from trainer.build import make_planner
 from trainer.config.tree import load_config
-from trainer.decode import make_decoder
+from trainer.sampling.decode import make_decoder
 from trainer.errors import RunError
 from trainer.loop import train
 

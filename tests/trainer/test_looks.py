@@ -17,7 +17,7 @@ from trainer.looks import evaluated
 from trainer.loop import train
 from trainer.monitor import _continue_rows
 from trainer.ranks import process_group
-from trainer.samples import make_samples, write_samples
+from trainer.sampling.samples import make_samples, write_samples
 from trainer.evaluation.scorer import open_detector, score
 
 ENGINES = {  # name -> (ranks, overrides)

@@ -12,7 +12,7 @@ from PIL import Image
 from tests.trainer.forked import train_tiny
 from trainer.config.tree import load_config, parse_config
 from trainer.errors import RunError
-from trainer.sample_many import sample_many
+from trainer.sampling.many import sample_many
 from trainer.checkpoints.weights import find_checkpoint
 
 NUMBER = 64

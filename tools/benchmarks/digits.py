@@ -12,7 +12,7 @@ from benchmarks import Figures, Targets
 from data.sets.registry import DataConfig, open_images
 from trainer.config.tree import load_config
 from trainer.evaluation.classifier import evaluate
-from trainer.samples import make_samples
+from trainer.sampling.samples import make_samples
 from trainer.checkpoints.weights import find_checkpoint
 
 CONFIG = "configs/digits.yaml"

@@ -9,7 +9,7 @@ from torch import nn
 from benchmarks import Figures, Targets
 from models.backbones.registry import make_network
 from trainer.config.tree import Config, parse_config
-from trainer.generate import Networks, generate_groups
+from trainer.sampling.generate import Networks, generate_groups
 
 SHAPE, CLASSES = (4, 32, 32), 1000
 SIZES = {

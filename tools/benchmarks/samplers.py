@@ -18,7 +18,7 @@ from trainer.config.tree import load_config, parse_config
 from trainer.evaluation.classifier import evaluate
 from trainer.loop import train
 from trainer.run_folder import read_config
-from trainer.samples import make_samples
+from trainer.sampling.samples import make_samples
 from trainer.checkpoints.weights import find_checkpoint
 
 RESULTS, PER_CLASS, BUDGETS = Path("results"), 100, (4, 8, 16, 32, 64, 128)

@@ -24,7 +24,7 @@ from trainer.errors import RunError
 from trainer.evaluation.classifier import make_evaluator
 from trainer.loop import train
 from trainer.ranks import local_device
-from trainer.samples import make_samples
+from trainer.sampling.samples import make_samples
 from trainer.checkpoints.weights import find_checkpoint
 
 GROUPS_SCORED = 64  # for the attention score of a run

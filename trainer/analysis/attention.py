@@ -23,11 +23,11 @@ from trainer.analysis.attention_scores import Scores, keep_masses, mean_scores, 
 from trainer.batches import shares_attention
 from trainer.build import open_data
 from trainer.config.tree import Config
-from trainer.decode import make_decoder
+from trainer.sampling.decode import make_decoder
 from trainer.errors import RunError
-from trainer.generate import Networks, generate_groups, to_uint8
+from trainer.sampling.generate import Networks, generate_groups, to_uint8
 from trainer.ranks import local_device
-from trainer.samples import load_networks
+from trainer.sampling.samples import load_networks
 
 LEVELS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # log-SNR at which the attention of one group is shown
 

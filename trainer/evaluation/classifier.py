@@ -11,7 +11,7 @@ from sklearn.neural_network import MLPClassifier
 from data.sets.registry import ArrayImages
 from trainer.errors import RunError
 from trainer.evaluation.frechet import frechet_distance
-from trainer.generate import to_uint8
+from trainer.sampling.generate import to_uint8
 from trainer.evaluation.metrics import NEIGHBOURS, kernel_distance, precision_and_recall
 
 

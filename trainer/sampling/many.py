@@ -20,11 +20,11 @@ from data.stores.files import appearing, disk_errors, write_json
 from data.stores.shards import agree_on_settings
 from trainer.build import open_data
 from trainer.config.tree import Config
-from trainer.decode import make_decoder
+from trainer.sampling.decode import make_decoder
 from trainer.errors import RunError
-from trainer.generate import generate_groups, to_uint8
+from trainer.sampling.generate import generate_groups, to_uint8
 from trainer.ranks import local_device
-from trainer.samples import describe, load_networks
+from trainer.sampling.samples import describe, load_networks
 
 PARTS, SAMPLES, RECORD = "parts", "samples.npz", "samples.json"
 

@@ -11,7 +11,7 @@ COLUMNS = 4
 
 
 def plot_sweep(rows: list[dict], path: Path) -> None:
-    """Each measure of trainer.sweep's rows against the first axis, a line for each combination of the others; and those
+    """Each measure of trainer.sampling.sweep's rows against the first axis, a line for each combination of the others; and those
     that guidance trades for each other, one against the other."""
     first, *others = rows[0]["axes"]
     measures = [name for name, value in rows[0].items() if isinstance(value, float)]

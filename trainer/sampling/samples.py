@@ -14,9 +14,9 @@ from data.sets.registry import Images
 from trainer.checkpoints import folder as checkpoint
 from trainer.build import build_network, open_data
 from trainer.config.tree import Config
-from trainer.decode import make_decoder
+from trainer.sampling.decode import make_decoder
 from trainer.errors import RunError
-from trainer.generate import Networks, classes_shown, generate, grid, to_uint8
+from trainer.sampling.generate import Networks, classes_shown, generate, grid, to_uint8
 from trainer.ranks import Ranks, local_device
 from trainer.run_folder import read_config
 from trainer.checkpoints.weights import find_checkpoint, find_weights, read_weights, start_from
