@@ -16,7 +16,7 @@ from trainer.config.tree import Config, check_world
 from trainer.config.parsing import to_yaml
 from trainer.engines.ema import power_averages
 from trainer.engines.base import build_engine
-from trainer.looks import Looks, has_passed
+from trainer.periodic import Looks, has_passed
 from trainer.monitor import Monitor
 from trainer.ranks import from_rank_0, process_group
 from trainer.restore import restore

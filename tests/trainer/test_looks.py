@@ -13,7 +13,7 @@ from trainer.config.tree import check_world, load_config
 from trainer.errors import RunError
 from trainer.evaluation.classifier import evaluate
 from trainer.evaluation.image_sets import open_image_set
-from trainer.looks import evaluated
+from trainer.periodic import evaluated
 from trainer.loop import train
 from trainer.monitor import _continue_rows
 from trainer.ranks import process_group
