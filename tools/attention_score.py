@@ -8,12 +8,12 @@ from command_line import positive, run_tool
 from tqdm import tqdm
 
 from trainer.analysis import attention_plots as plots
-from trainer.checkpoints import folder as checkpoint
 from trainer.analysis.attention import data_scores, form, load, one_group, sampling_scores
 from trainer.analysis.attention_scores import as_record
+from trainer.checkpoints import folder as checkpoint
+from trainer.checkpoints.weights import find_checkpoint, place_in_run
 from trainer.config.tree import parse_config
 from trainer.run_folder import read_config
-from trainer.checkpoints.weights import find_checkpoint, place_in_run
 
 
 def main(arguments: list[str]) -> None:

@@ -17,9 +17,9 @@ from models.backbones.config import ModelConfig
 from models.paths.base import PathConfig
 from models.pretrained.published import CLASSES, EQUAL, FORMATS, convert, recognise, to_diffusers
 from trainer.build import open_data
+from trainer.checkpoints.weights import check_out, read_metadata, read_weights, save_weights
 from trainer.config.tree import parse_config
 from trainer.errors import NOT_LOADED, RunError, first_line
-from trainer.checkpoints.weights import check_out, read_metadata, read_weights, save_weights
 
 
 def main(arguments: list[str]) -> None:

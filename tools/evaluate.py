@@ -19,13 +19,13 @@ from command_line import run_tool
 from tqdm import tqdm
 
 from trainer.build import open_data
+from trainer.checkpoints.weights import find_checkpoint
 from trainer.errors import RunError
 from trainer.evaluation.classifier import make_evaluator
 from trainer.evaluation.image_sets import open_npz
+from trainer.evaluation.scorer import open_detector, score
 from trainer.ranks import Ranks, process_group
 from trainer.run_folder import read_config
-from trainer.evaluation.scorer import open_detector, score
-from trainer.checkpoints.weights import find_checkpoint
 
 
 def main(arguments: list[str]) -> None:
@@ -105,8 +105,8 @@ def _by_detector(args: argparse.Namespace, ranks: Ranks, images: Path | None, fo
 
 
 def _sweep(args: argparse.Namespace, ranks: Ranks) -> None:
-    from trainer.sampling.sweep_plot import plot_sweep  # matplotlib is slow to import
     from trainer.sampling.sweep import parse_axes, run_sweep
+    from trainer.sampling.sweep_plot import plot_sweep  # matplotlib is slow to import
 
     if not args.run or args.images or ranks.world_size > 1:
         raise RunError("--sweep: give a run folder, without --images, to one process")

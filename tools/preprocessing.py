@@ -11,9 +11,9 @@ from typing import Any
 
 from command_line import not_negative, places, positive
 
-from data.stores.shards import MANIFEST
 from data.extraction.sources import Source, list_source
 from data.extraction.verify import verify_store
+from data.stores.shards import MANIFEST
 from slurm.launch import call_share, follow, make_executor, submit, submit_array
 from slurm.options import load_options
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from command_line import numbers, positive, run_tool
 from tqdm import tqdm
 
-from trainer.checkpoints import folder as checkpoint
 from trainer.analysis.attention_plots import save
 from trainer.analysis.probe import linear_probe, probe_map
-from trainer.run_folder import read_config
+from trainer.checkpoints import folder as checkpoint
 from trainer.checkpoints.weights import find_checkpoint, place_in_run
+from trainer.run_folder import read_config
 
 
 def main(arguments: list[str]) -> None:

@@ -11,13 +11,13 @@ from command_line import positive, run_tool
 from preprocessing import add_process_options, run_in_processes
 from tqdm import tqdm
 
-from trainer.config.tree import Config, load_config, parse_config
+from trainer.checkpoints.weights import find_checkpoint, place_in_run
 from trainer.config.parsing import set_dotted
+from trainer.config.tree import Config, load_config, parse_config
 from trainer.errors import RunError
 from trainer.run_folder import read_config
 from trainer.sampling.many import RECORD, sample_many
 from trainer.sampling.samples import fixed, make_samples, write_samples
-from trainer.checkpoints.weights import find_checkpoint, place_in_run
 
 FREE = ("sample.", "model.group_layers=", "precision=", "data.")  # what need not be as it was in training
 

@@ -19,8 +19,8 @@ from slurm.options import load_options
 from slurm.state import read_state
 from slurm.submission import Run, script, submit_runs
 from trainer.build import check_start, open_data
-from trainer.config.tree import check_world, load_sweep
 from trainer.config.parsing import to_yaml
+from trainer.config.tree import check_world, load_sweep
 from trainer.estimate import estimate_table
 from trainer.loop import train
 from trainer.run_folder import LOCK, check_folder

@@ -9,15 +9,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data.sets.registry import Images
 from data.batches.loader import BatchDataset, GroupSampler, load_batches
 from data.batches.plan import Plan, steps_per_epoch
 from data.batches.stream import StreamDataset, stream_batches
-from data.sets.streamed_latents import StreamedLatents
 from data.batches.windows import Stream
-from models.sampling.guidance import Interval, inside
+from data.sets.registry import Images
+from data.sets.streamed_latents import StreamedLatents
 from models.paths.base import Path
 from models.paths.registry import make_path
+from models.sampling.guidance import Interval, inside
 from trainer.build import make_planner
 from trainer.config.tree import Config
 from trainer.errors import RunError

@@ -8,15 +8,15 @@ from typing import Literal
 import torch
 from torch import nn
 
+from data.batches.plan import Plan, plan_epoch
 from data.errors import DataError
 from data.sets.registry import Images, open_images
-from data.batches.plan import Plan, plan_epoch
 from models.backbones.registry import make_network
 from trainer.checkpoints import folder as checkpoint
+from trainer.checkpoints.weights import find_weights, read_weights, start_from
 from trainer.config.tree import Config
 from trainer.errors import RunError
 from trainer.ranks import from_rank_0
-from trainer.checkpoints.weights import find_weights, read_weights, start_from
 
 
 def open_data(config: Config, split: Literal["train", "heldout"] = "train") -> Images:

@@ -12,17 +12,17 @@ from models.paths.registry import make_path
 from trainer.batches import make_batches
 from trainer.build import build_network, initial_network, open_data
 from trainer.checkpoints.folder import CHECKPOINTS, SNAPSHOTS, find
-from trainer.config.tree import Config, check_world
+from trainer.checkpoints.saver import Saver
 from trainer.config.parsing import to_yaml
-from trainer.engines.ema import power_averages
+from trainer.config.tree import Config, check_world
 from trainer.engines.base import build_engine
-from trainer.periodic import Looks, has_passed
+from trainer.engines.ema import power_averages
+from trainer.engines.stop_vote import StopVote
 from trainer.monitor import Monitor
+from trainer.periodic import Looks, has_passed
 from trainer.ranks import from_rank_0, process_group
 from trainer.restore import restore
 from trainer.run_folder import check_folder, sole_user, write_config
-from trainer.checkpoints.saver import Saver
-from trainer.engines.stop_vote import StopVote
 
 
 def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) -> Literal["finished", "stopped"]:

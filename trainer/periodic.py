@@ -14,13 +14,13 @@ from models.paths.base import Path as NoisePath
 from trainer.analysis.attention_scores import step_scores
 from trainer.build import open_data
 from trainer.config.tree import Config
-from trainer.sampling.decode import make_decoder
 from trainer.engines.base import Engine
 from trainer.errors import RunError
-from trainer.sampling.generate import Networks, classes_shown, generate, grid, to_uint8
 from trainer.evaluation.metrics import NEIGHBOURS
 from trainer.monitor import Monitor
 from trainer.ranks import Ranks, from_rank_0
+from trainer.sampling.decode import make_decoder
+from trainer.sampling.generate import Networks, classes_shown, generate, grid, to_uint8
 from trainer.sampling.samples import describe
 
 

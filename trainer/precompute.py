@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.extraction.crop import center_crop
 from data.errors import DataError
+from data.extraction.crop import center_crop
 from data.extraction.extract import Work, extract
 from data.neighbors.graph import build_graph
 from models.pretrained.encoders import Encoder

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from data.sets.registry import Images
 from data.sets.streamed_latents import StreamedLatents
 from trainer.checkpoints import folder as checkpoint
-from trainer.checkpoints.folder import DAMAGED
 from trainer.checkpoints.files import Damaged
+from trainer.checkpoints.folder import DAMAGED
 from trainer.engines.base import Engine
 from trainer.errors import RunError
 from trainer.ranks import from_rank_0

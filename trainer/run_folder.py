@@ -10,8 +10,8 @@ from typing import TextIO
 
 import yaml
 
-from trainer.config.tree import Config, parse_config
 from trainer.config.parsing import dotted, to_yaml
+from trainer.config.tree import Config, parse_config
 from trainer.errors import RunError
 
 CONFIG, LOCK = "config.yaml", "lock"

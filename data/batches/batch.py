@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.sets.registry import Images
 from data.batches.plan import GroupsConfig
 from data.randomness import Stream, draw
+from data.sets.registry import Images
 
 
 @dataclass(frozen=True)

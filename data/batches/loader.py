@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.batches.batch import Batch, MicroBatch, make_batch
-from data.sets.registry import Images
 from data.batches.plan import GroupsConfig, Plan
+from data.sets.registry import Images
 
 
 class GroupSampler(Sampler[list[MicroBatch]]):

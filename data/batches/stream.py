@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from data.batches.batch import Batch, MicroBatch, make_batch
 from data.batches.loader import rank_pieces
-from data.neighbors.exact import nearest_neighbors
 from data.batches.plan import form_groups
-from data.sets.streamed_latents import Pool, StreamedLatents
 from data.batches.windows import Stream, Window
+from data.neighbors.exact import nearest_neighbors
+from data.sets.streamed_latents import Pool, StreamedLatents
 
 
 class StreamReader:

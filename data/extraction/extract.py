@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.stores.claims import Claims
 from data.errors import DataError
-from data.stores.files import disk_errors
 from data.extraction.prepare import PreparedBatch, prepared_batches
+from data.extraction.sources import shared_source
+from data.stores.claims import Claims
+from data.stores.files import disk_errors
 from data.stores.progress import Progress
 from data.stores.shards import agree_on_settings, begin, finish, shard_names, write_shard
-from data.extraction.sources import shared_source
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from data.stores.claims import Claims
-from data.extraction.crop import decode_rgb
 from data.errors import DataError
+from data.extraction.crop import decode_rgb
 from data.extraction.sources import Item, Source
+from data.stores.claims import Claims
 
 
 @dataclass

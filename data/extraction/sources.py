@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from data.stores.claims import wait_for_lock
 from data.errors import DataError
+from data.stores.claims import wait_for_lock
 from data.stores.files import write_json
 from data.stores.tar import tar_samples
 

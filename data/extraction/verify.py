@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data.extraction.sources import Source
 from data.stores.files import sha256
 from data.stores.shards import INDEX, MANIFEST, REJECTED, array_offsets, keys_digest
-from data.extraction.sources import Source
 from data.stores.tar import tar_samples
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.stores.claims import Claims, wait_for_lock
 from data.errors import DataError
+from data.extraction.sources import Item
+from data.stores.claims import Claims, wait_for_lock
 from data.stores.files import appearing, disk_errors
 from data.stores.shards import agree_on_settings, begin, finish, shard_names, write_shard
-from data.extraction.sources import Item
 from data.stores.store import Store, contents_digest, read_manifest
 
 ORDER = "order.npy"

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.stores.claims import Claims, wait_for_lock
 from data.errors import DataError
-from data.stores.files import WORK, appearing, disk_errors, write_json
-from data.neighbors.ivf import IVFSearch
 from data.neighbors.exact import ExactSearch, NeighborGraph
+from data.neighbors.ivf import IVFSearch
+from data.stores.claims import Claims, wait_for_lock
+from data.stores.files import WORK, appearing, disk_errors, write_json
 from data.stores.shards import MANIFEST, agree_on_settings
 from data.stores.store import Store, contents_digest, read_manifest
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from data.randomness import Draws
-from data.stores.store import read_manifest
 from data.sets.stored import StoredImages, check_expected
+from data.stores.store import read_manifest
 
 MADE_BY = "tools/precompute_latents.py"
 

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from data.randomness import Draws
-from data.stores.store import read_manifest
 from data.sets.stored import StoredImages, check_expected
+from data.stores.store import read_manifest
 
 MADE_BY = "tools/precompute_pixels.py"
 
 
 class Pixels(StoredImages):
-    """The images of a store by number; see data.sets.registry.Images. DataError where `expected` (channels, side; None: any)
-    is not so."""
+    """The images of a store by number; see data.sets.registry.Images. DataError where `expected` (channels, side;
+    None: any) is not so."""
 
     posterior = False
     vae = None

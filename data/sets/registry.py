@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field, model_validator
 
-from data.sets import digits
-from data.sets import glyphs
 from data.errors import DataError
-from data.sets.latents import Latents
 from data.neighbors.exact import NeighborGraph, nearest_neighbors
-from data.sets.pixels import Pixels
 from data.randomness import Draws
+from data.sets import digits, glyphs
+from data.sets.latents import Latents
+from data.sets.pixels import Pixels
 from data.sets.streamed_latents import StreamedLatents
 
 ARRAYS = {"digits": digits.load, "glyphs": glyphs.load}  # images that fit in memory

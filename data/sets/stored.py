@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from data.errors import DataError
-from data.neighbors.graph import open_graph
 from data.neighbors.exact import NeighborGraph
+from data.neighbors.graph import open_graph
 from data.stores.store import Store
 
 
 class StoredImages:
-    """The images of a store by number; see data.sets.registry.Images. What it holds and the field of the config that names it
-    have one name, latents or pixels."""
+    """The images of a store by number; see data.sets.registry.Images. What it holds and the field of the config that
+    names it have one name, latents or pixels."""
 
     mirrored = True
 

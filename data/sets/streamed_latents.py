@@ -8,13 +8,14 @@ import webdataset
 from torch import Tensor
 
 from data.errors import DataError
-from data.sets.latents import LatentFormat
 from data.randomness import Draws
+from data.sets.latents import LatentFormat
 from data.stores.store import damaged, gone
 
 
 class StreamedLatents:
-    """A store of latents of which only the manifest is read; see data.sets.registry.Images. `open` its shards in windows."""
+    """A store of latents of which only the manifest is read; see data.sets.registry.Images. Its shards are read in
+    windows."""
 
     posterior = mirrored = True
 

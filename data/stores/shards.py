@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
-from data.stores.claims import wait_for_lock
 from data.errors import DataError
+from data.stores.claims import wait_for_lock
 from data.stores.files import WORK, appearing, partial_of, sha256, write_json
 from data.stores.tar import tar_samples
 

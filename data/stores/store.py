@@ -1,4 +1,5 @@
-"""Reading a store that data/stores/shards.py wrote, at random, through memory maps: the tar shards are the storage format."""
+"""Read a store that data/stores/shards.py wrote, at random, through memory maps: the tar shards are the storage
+format."""
 
 import json
 from hashlib import sha256 as new_hash

@@ -5,8 +5,8 @@ import math
 from torch import Tensor, nn
 
 from models.backbones.attention import GroupAttention
-from models.backbones.embeddings import LabelEmbedder, PatchEmbedder, SampleEmbedder, TimestepEmbedder, sincos_positions
 from models.backbones.config import ModelConfig
+from models.backbones.embeddings import LabelEmbedder, PatchEmbedder, SampleEmbedder, TimestepEmbedder, sincos_positions
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbones.attention import GroupAttention, group_attention
+from models.backbones.config import ModelConfig
 from models.backbones.dit import DiTBlock, FinalLayer, initialise, unpatchify
 from models.backbones.embeddings import LabelEmbedder, SampleEmbedder, TimestepEmbedder, sincos_positions
-from models.backbones.config import ModelConfig
 
 
 def rotations(head_width: int, side: int, context: int = 0) -> Tensor:

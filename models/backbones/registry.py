@@ -2,9 +2,9 @@
 
 from torch import nn
 
+from models.backbones.config import ModelConfig
 from models.backbones.dit import DiT
 from models.backbones.jit import JiT
-from models.backbones.config import ModelConfig
 
 
 def make_network(config: ModelConfig, channels: int, side: int, num_classes: int, out_channels: int) -> nn.Module:

@@ -1,8 +1,8 @@
 """The path that a config asks for."""
 
+from models.paths.base import Path, PathConfig
 from models.paths.ddpm import DDPM
 from models.paths.flows import GVP, VP, JiTFlow, LinearFlow
-from models.paths.base import Path, PathConfig
 
 PATHS: dict[str, type[Path]] = {path.name: path for path in (LinearFlow, GVP, VP, JiTFlow, DDPM)}
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.backbones.config import SIZES, ModelConfig
 from models.backbones.dit import DiT
 from models.backbones.embeddings import sincos_positions
-from models.backbones.config import SIZES, ModelConfig
 from models.paths.base import PathConfig
 
 Weights = dict[str, Tensor]

@@ -6,8 +6,8 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from models.sampling.guidance import Interval, Network, guided, log_snr_at, stitched
 from models.paths.base import Path
+from models.sampling.guidance import Interval, Network, guided, log_snr_at, stitched
 from models.sampling.samplers import SAMPLERS, Draw, SamplerConfig
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -14,8 +14,8 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from models.paths.ddpm import respaced
 from models.paths.base import Path
+from models.paths.ddpm import respaced
 
 Denoise = Callable[[Tensor, float], Tensor]
 Draw = Callable[[int], Tensor]

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from data.sets.registry import ArrayImages
 from data.neighbors.exact import nearest_neighbors
+from data.sets.registry import ArrayImages
 
 
 @pytest.fixture(scope="session")

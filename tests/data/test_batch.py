@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, chisquare, kstest
 
 from data.batches.batch import Batch, MicroBatch, make_batch, spread_timesteps
-from data.sets.registry import ArrayImages
 from data.batches.plan import GroupsConfig
+from data.sets.registry import ArrayImages
 
 SLOTS = 16
 VARIANTS = ("none", "light", "full")

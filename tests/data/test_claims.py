@@ -11,8 +11,8 @@ from multiprocessing import get_context
 
 import pytest
 
-from data.stores.claims import Claims, wait_for_lock
 from data.errors import DataError
+from data.stores.claims import Claims, wait_for_lock
 from data.stores.files import WORK, appearing, partial_of
 
 FORK = get_context("fork")

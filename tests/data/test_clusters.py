@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.neighbors.clusters import StoredKeys, balanced_clusters, cluster_latents, shard_sizes
 from data.errors import DataError
-from data.neighbors.exact import nearest_neighbors
-from data.stores.store import Store, read_manifest
-from data.sets.streamed_latents import StreamedLatents
 from data.extraction.verify import verify_store
+from data.neighbors.clusters import StoredKeys, balanced_clusters, cluster_latents, shard_sizes
+from data.neighbors.exact import nearest_neighbors
+from data.sets.streamed_latents import StreamedLatents
+from data.stores.store import Store, read_manifest
 from tests.patience import PATIENCE
 
 

@@ -13,10 +13,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.extraction.extract import Work, extract
-from data.stores.files import WORK
-from data.stores.shards import MANIFEST
 from data.extraction.sources import list_source
 from data.extraction.verify import verify_store
+from data.stores.files import WORK
+from data.stores.shards import MANIFEST
 from tests.stores import encoded, shards, stored, write
 
 NUMBERS = 160

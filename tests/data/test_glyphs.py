@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import ImageFont
 
-from data.sets import glyphs
 from data.errors import DataError
+from data.sets import glyphs
 from data.sets.registry import ArrayImages, DataConfig, open_images
 from trainer.config.tree import load_config
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import data.neighbors.graph
-from data.errors import DataError
-from data.neighbors.graph import build_graph, open_graph, round_down
 from data.batches.groups import similar_groups
+from data.errors import DataError
 from data.neighbors.exact import NeighborGraph
+from data.neighbors.graph import build_graph, open_graph, round_down
 from data.stores.store import Store, read_manifest
 from tests.patience import PATIENCE
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from data.batches.batch import MicroBatch, make_batch
-from data.errors import DataError
-from data.sets.registry import DataConfig, open_images
-from data.sets.latents import Latents
 from data.batches.loader import BatchDataset, GroupSampler, load_batches
 from data.batches.plan import GroupsConfig, plan_epoch
+from data.errors import DataError
 from data.randomness import Stream, draw
+from data.sets.latents import Latents
+from data.sets.registry import DataConfig, open_images
+from data.sets.streamed_latents import StreamedLatents
 from data.stores.shards import agree_on_settings, finish, shard_names, write_shard
 from data.stores.store import Store, read_manifest
-from data.sets.streamed_latents import StreamedLatents
 
 ANY = {"channels": None, "side": None, "scaling": None}
 PLAIN = GroupsConfig(variant="none", size=1)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from data.batches.batch import Batch
 from data.batches.loader import BatchDataset, GroupSampler, load_batches
-from data.neighbors.exact import nearest_neighbors
 from data.batches.plan import GroupsConfig, Plan, plan_epoch, steps_per_epoch
+from data.neighbors.exact import nearest_neighbors
 
 WORLDS = (1, 2, 4, 8)
 

@@ -10,18 +10,18 @@ import torch
 from PIL import Image
 
 from data.batches.batch import MicroBatch, make_batch
-from data.extraction.crop import center_crop
-from data.errors import DataError
-from data.neighbors.graph import build_graph
-from data.sets.registry import DataConfig, open_images
 from data.batches.loader import BatchDataset, GroupSampler, load_batches
-from data.sets.pixels import Pixels
 from data.batches.plan import GroupsConfig, plan_epoch
-from data.randomness import Stream, draw
-from data.stores.shards import agree_on_settings, finish, write_shard
+from data.errors import DataError
+from data.extraction.crop import center_crop
 from data.extraction.sources import list_source
-from data.stores.store import Store, read_manifest
 from data.extraction.verify import verify_store
+from data.neighbors.graph import build_graph
+from data.randomness import Stream, draw
+from data.sets.pixels import Pixels
+from data.sets.registry import DataConfig, open_images
+from data.stores.shards import agree_on_settings, finish, write_shard
+from data.stores.store import Store, read_manifest
 from tests.stores import encoded, noise, pixels, stored, write
 
 NUMBER = 40

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.neighbors.exact import nearest_neighbors
 from data.batches.plan import GroupsConfig, group_quantum, plan_epoch, steps_per_epoch
+from data.neighbors.exact import nearest_neighbors
 
 
 @st.composite

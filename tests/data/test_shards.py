@@ -13,6 +13,7 @@ import pytest
 import webdataset
 
 from data.errors import DataError
+from data.extraction.verify import verify_store
 from data.stores.files import sha256
 from data.stores.shards import (
     INDEX,
@@ -26,7 +27,6 @@ from data.stores.shards import (
     write_shard,
 )
 from data.stores.store import Store, read_manifest
-from data.extraction.verify import verify_store
 from tests.patience import PATIENCE
 
 SETTINGS = {"name": "some/vae", "size": 8}

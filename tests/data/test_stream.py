@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from data.batches.batch import Batch
-from data.errors import DataError
 from data.batches.plan import GroupsConfig
+from data.batches.stream import StreamDataset, StreamReader, stream_batches
+from data.batches.windows import Stream
+from data.errors import DataError
 from data.randomness import Stream as Purpose
 from data.randomness import draw
-from data.stores.shards import agree_on_settings, finish, shard_names, write_shard
-from data.batches.stream import StreamDataset, StreamReader, stream_batches
 from data.sets.streamed_latents import StreamedLatents
-from data.batches.windows import Stream
+from data.stores.shards import agree_on_settings, finish, shard_names, write_shard
 
 SHAPE = (1, 2, 2)
 CLASSES = 3

@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from models.paths.ddpm import DDPM, respaced
 from models.paths.base import PathConfig
+from models.paths.ddpm import DDPM, respaced
 from tests.models.gaussian import BETA, mixture
 
 SEEDS = range(4)

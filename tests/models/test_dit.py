@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from models.backbones.config import SIZES, ModelConfig
 from models.backbones.dit import DiT
 from models.backbones.embeddings import sincos_positions
-from models.backbones.config import SIZES, ModelConfig
 from tests.models.initial import assert_xavier_uniform
 
 SEEDS = range(3)

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from models.backbones.config import SIZES, ModelConfig
 from models.backbones.dit import DiT
 from models.backbones.flops import forward_multiply_adds
-from models.backbones.config import SIZES, ModelConfig
 
 
 def network(size):

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from models.sampling.generation import SampleConfig, sample_images
 from models.paths.base import PathConfig
 from models.paths.registry import PATHS, LinearFlow, make_path
+from models.sampling.generation import SampleConfig, sample_images
 from models.sampling.samplers import SAMPLERS
 
 SEEDS = range(3)

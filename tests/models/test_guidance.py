@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from models.backbones.embeddings import NULL_LABEL
-from models.sampling.guidance import guided as guided_on
 from models.paths.registry import PATHS, LinearFlow
+from models.sampling.guidance import guided as guided_on
 from models.sampling.samplers import SAMPLERS, SamplerConfig
 
 SEEDS = range(4)

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.backbones.config import ModelConfig
 from models.backbones.embeddings import sincos_positions
 from models.backbones.jit import JiT, RMSNorm, RotaryAttention, rotate, rotations
-from models.backbones.config import ModelConfig
 
 SEEDS = range(3)
 GROUPS = pytest.mark.parametrize(("seed", "group_size", "groups"), [(0, 2, 3), (1, 4, 2), (2, 8, 1)])

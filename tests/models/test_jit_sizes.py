@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from models.backbones.config import ModelConfig
 from models.backbones.flops import forward_multiply_adds
 from models.backbones.jit import JiT
-from models.backbones.config import ModelConfig
 from tests.models.initial import assert_xavier_uniform
 
 PUBLISHED = pytest.mark.parametrize(  # tables 5 to 8 of the paper

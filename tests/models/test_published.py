@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
+from models.backbones.config import SIZES, ModelConfig
 from models.backbones.dit import DiT
 from models.backbones.embeddings import NULL_LABEL
-from models.backbones.config import SIZES, ModelConfig
 from models.paths.base import PathConfig
 from models.pretrained.published import EQUAL, convert, first_half, recognise, to_diffusers, turn_time
 from tests.published import CHANNELS, CLASSES, NETWORKS, SIDE, SLOTS, Denoiser, make

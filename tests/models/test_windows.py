@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from data.batches.batch import MicroBatch, make_batch
-from data.sets.registry import ArrayImages
 from data.batches.plan import GroupsConfig
+from data.sets.registry import ArrayImages
 from models.backbones.embeddings import NULL_LABEL
-from models.sampling.generation import SampleConfig, sample_images
 from models.objectives.denoising import denoising_loss
 from models.paths.base import PathConfig
 from models.paths.registry import PATHS, LinearFlow, make_path
+from models.sampling.generation import SampleConfig, sample_images
 from models.sampling.samplers import SAMPLERS
 from tests.models.gaussian import mixture
 

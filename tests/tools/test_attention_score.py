@@ -16,10 +16,10 @@ from tools.attention_score import main
 from trainer.analysis import attention as attention_checkpoint
 from trainer.analysis.attention import data_scores, form, load, one_group, sampling_scores
 from trainer.analysis.attention_plots import MOST_LAYERS, patch_map, picture, score_map
+from trainer.checkpoints.weights import find_checkpoint
 from trainer.config.tree import load_config
 from trainer.errors import RunError
 from trainer.loop import train
-from trainer.checkpoints.weights import find_checkpoint
 
 CONFIG = "tests/trainer/tiny.yaml"
 BASE = [

@@ -17,10 +17,10 @@ from models.backbones.config import SIZES
 from models.pretrained.published import EQUAL, convert
 from tests.published import CHANNELS, CLASSES, SIDE, SLOTS, make
 from trainer.build import build_network, check_start, initial_network, open_data
+from trainer.checkpoints.weights import SAMPLE_TABLE, export_weights
 from trainer.config.tree import load_config
 from trainer.loop import train
 from trainer.ranks import process_group
-from trainer.checkpoints.weights import SAMPLE_TABLE, export_weights
 
 RANDOM = random.SystemRandom()
 DIGITS = {"channels": 1, "side": 8, "classes": 10}

@@ -12,11 +12,11 @@ from PIL import Image
 
 from tests.trainer import detectors
 from tests.trainer.detectors import Plain, save_images
+from trainer.checkpoints.weights import find_checkpoint
 from trainer.config.tree import load_config
 from trainer.errors import RunError
 from trainer.loop import train
 from trainer.sampling.samples import make_samples, write_samples
-from trainer.checkpoints.weights import find_checkpoint
 
 SMALL = ["model.depth=1", "model.width=32", "train.images=640", "sample.steps=2", "sample.per_class=8", "engine=single"]
 SMALL += ["groups.variant=light", "groups.size=4", "optim.warmup=0", "optim.lr=1e-2", "optim.ema=0.5"]

@@ -8,9 +8,9 @@ import torch
 import yaml
 from safetensors import safe_open
 
+from trainer.checkpoints.weights import read_weights
 from trainer.config.tree import load_config, parse_config
 from trainer.loop import train
-from trainer.checkpoints.weights import read_weights
 
 CONFIG = "configs/digits.yaml"
 SMALL = ["engine=single", "model.depth=1", "model.width=32", "train.images=128", "train.sample_every=0"]

@@ -16,10 +16,10 @@ from data.stores.shards import agree_on_settings, finish, write_shard
 from data.stores.store import Store, read_manifest
 from tests.stores import cut, shards, stored
 from tools.benchmarks.pictures import write_pictures
+from trainer.checkpoints.weights import find_checkpoint
 from trainer.config.tree import load_config
 from trainer.loop import train
 from trainer.sampling.samples import make_samples, write_samples
-from trainer.checkpoints.weights import find_checkpoint
 
 NUMBER, SIDE = 24, 32
 CONFIG = "tests/trainer/tiny.yaml"

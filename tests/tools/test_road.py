@@ -16,11 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data.sets.registry import DataConfig, open_images
 from tests.in_process import call
 from trainer.build import build_network
-from trainer.config.tree import load_config
-from trainer.sampling.generate import Networks, generate, grid, to_uint8
-from trainer.ranks import Ranks
-from trainer.sampling.samples import make_samples
 from trainer.checkpoints.weights import find_checkpoint
+from trainer.config.tree import load_config
+from trainer.ranks import Ranks
+from trainer.sampling.generate import Networks, generate, grid, to_uint8
+from trainer.sampling.samples import make_samples
 
 CONFIG = "configs/digits.yaml"
 SMALL = ["model.depth=1", "model.width=32", "train.images=1280", "train.log_every=128", "train.sample_every=640"]

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainer.ranks import process_group
 from trainer.evaluation.scorer import open_detector, score
+from trainer.ranks import process_group
 
 
 class Plain(nn.Module):

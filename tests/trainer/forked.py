@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 from tests.patience import PATIENCE
-from trainer.checkpoints import folder as checkpoint
 from trainer import ranks
+from trainer.checkpoints import folder as checkpoint
 from trainer.config.tree import load_config
 from trainer.errors import RunError
 from trainer.loop import train

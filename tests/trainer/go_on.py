@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from models.objectives.denoising import denoising_loss
 from models.paths.registry import make_path
 from tests.trainer.forked import TINY
-from trainer.checkpoints import folder as checkpoint
 from trainer.batches import make_batches
 from trainer.build import build_network, open_data
+from trainer.checkpoints import folder as checkpoint
 from trainer.config.tree import load_config
 from trainer.engines.base import Engine, build_engine
 from trainer.ranks import process_group

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from models.paths.flows import LinearFlow
 from models.backbones.config import ModelConfig
 from models.backbones.registry import make_network
+from models.paths.flows import LinearFlow
 from tests.trainer.forked import train_tiny
 from trainer.analysis.attention_scores import EDGES, as_record, mean_scores, watched
 

@@ -10,12 +10,12 @@ from pydantic import BaseModel
 from tests.stores import encoded, noise, pixels, write
 from tests.trainer import detectors
 from trainer.build import open_data
-from trainer.config.tree import Config, check_world, load_config, parse_config
+from trainer.checkpoints.weights import find_checkpoint
 from trainer.config.parsing import dotted, field_names, to_yaml
+from trainer.config.tree import Config, check_world, load_config, parse_config
 from trainer.errors import RunError
 from trainer.loop import train
 from trainer.sampling.samples import make_samples
-from trainer.checkpoints.weights import find_checkpoint
 
 CONFIGS = sorted([p for p in Path("configs").rglob("*.yaml") if p.parent.name != "cluster"])
 

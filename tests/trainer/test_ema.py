@@ -5,12 +5,12 @@ from torch import nn
 from data.sets.registry import DataConfig, open_images
 from tests.trainer.forked import train_tiny
 from trainer.build import build_network
+from trainer.checkpoints.weights import find_checkpoint
 from trainer.config.tree import load_config
 from trainer.engines.ema import EMA
-from trainer.sampling.generate import Networks, generate, to_uint8
 from trainer.ranks import Ranks
+from trainer.sampling.generate import Networks, generate, to_uint8
 from trainer.sampling.samples import make_samples
-from trainer.checkpoints.weights import find_checkpoint
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 from scipy.special import expit
 from scipy.stats import norm
 
-from data.sets.registry import open_images
 from data.randomness import Stream, draw, step_noise
+from data.sets.registry import open_images
 from models.backbones.registry import make_network
 from models.sampling.samplers import SAMPLERS
 from tests.models.gaussian import mixture
 from trainer.batches import make_batches
 from trainer.config.tree import load_config
-from trainer.sampling.generate import Networks, classes_shown, generate, generate_groups
 from trainer.monitor import Monitor
 from trainer.ranks import Ranks
+from trainer.sampling.generate import Networks, classes_shown, generate, generate_groups
 
 SHAPE, CPU = (1, 8, 8), torch.device("cpu")
 FITTING = [(name, path) for name, sampler in SAMPLERS.items() for path in sampler.paths if name != "dopri5"]

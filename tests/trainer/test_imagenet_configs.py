@@ -8,8 +8,8 @@ import torch
 from models.backbones.flops import forward_multiply_adds
 from models.backbones.registry import make_network
 from models.paths.registry import make_path
-from trainer.config.tree import load_config
 from trainer.config.parsing import dotted
+from trainer.config.tree import load_config
 
 ROOT = Path("configs")
 VARIANTS = {"light-4": (1, 4), "light-8": (1, 8), "light-16": (1, 16), "full-4": (4, 4)}  # C and UC

@@ -10,16 +10,16 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from data.neighbors.clusters import cluster_latents
 from data.errors import DataError
+from data.neighbors.clusters import cluster_latents
 from data.sets.registry import open_images
 from data.sets.streamed_latents import StreamedLatents
 from tests.trainer.forked import train_tiny
 from trainer.build import make_planner
 from trainer.config.tree import load_config
-from trainer.sampling.decode import make_decoder
 from trainer.errors import RunError
 from trainer.loop import train
+from trainer.sampling.decode import make_decoder
 
 SIMILAR = ["groups.neighbors=12", "groups.threshold=0.8"]
 FULL = ["groups.variant=full", "groups.share=1", "groups.size=4", "train.micro_batch=8"]

@@ -13,12 +13,12 @@ from trainer.config.tree import check_world, load_config
 from trainer.errors import RunError
 from trainer.evaluation.classifier import evaluate
 from trainer.evaluation.image_sets import open_image_set
-from trainer.periodic import evaluated
+from trainer.evaluation.scorer import open_detector, score
 from trainer.loop import train
 from trainer.monitor import _continue_rows
+from trainer.periodic import evaluated
 from trainer.ranks import process_group
 from trainer.sampling.samples import make_samples, write_samples
-from trainer.evaluation.scorer import open_detector, score
 
 ENGINES = {  # name -> (ranks, overrides)
     "single": (1, ["engine=single"]),

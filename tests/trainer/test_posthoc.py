@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from trainer.engines.ema import EMA
-from trainer.errors import RunError
 from trainer.engines.power_ema import coefficients, combine, coordinates, exponent, power_decay
+from trainer.errors import RunError
 
 TRACKED = (0.05, 0.10)
 

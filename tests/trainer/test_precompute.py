@@ -13,9 +13,9 @@ import webdataset
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from data.stores.files import WORK
 from data.extraction.sources import list_source
 from data.extraction.verify import verify_store
+from data.stores.files import WORK
 from tests.stores import SIDE, encoded, features, latents, noise, refused, shards, stored, write
 
 LONG = "/".join(f"{'long' * 20}-{i}" for i in range(4)) + "/" + "x" * 240

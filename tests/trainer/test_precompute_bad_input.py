@@ -11,10 +11,10 @@ import torch
 import webdataset
 from safetensors.torch import load_file, save_file
 
-from data.stores.files import WORK
-from data.stores.shards import MANIFEST
 from data.extraction.sources import list_source, shared_source
 from data.extraction.verify import verify_store
+from data.stores.files import WORK
+from data.stores.shards import MANIFEST
 from models.pretrained.vae import VAE
 from tests.stores import cut, encoded, features, latents, noise, refused, sample, shards, stored, write, write_tar
 from trainer.errors import RunError

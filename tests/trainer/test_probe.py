@@ -8,12 +8,12 @@ from sklearn.preprocessing import StandardScaler
 
 from data.sets.registry import ArrayImages, open_images
 from models.backbones.registry import make_network
-from trainer.checkpoints import folder as checkpoint
+from trainer.analysis.probe import features, linear_probe
 from trainer.build import build_network
+from trainer.checkpoints import folder as checkpoint
+from trainer.checkpoints.weights import find_checkpoint
 from trainer.config.tree import load_config
 from trainer.loop import train
-from trainer.analysis.probe import features, linear_probe
-from trainer.checkpoints.weights import find_checkpoint
 
 CONFIG = "tests/trainer/tiny.yaml"
 JIT = ["model.backbone=jit", "model.context_tokens=3", "model.context_start=1", "path=jit"]

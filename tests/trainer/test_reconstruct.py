@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from tests.trainer.forked import train_tiny
 from tools import reconstruct_ema
 from trainer.checkpoints import folder as checkpoint
+from trainer.checkpoints.weights import read_part
 from trainer.errors import RunError
 from trainer.sampling.reconstruct import reconstruct
-from trainer.checkpoints.weights import read_part
 
 SNAPSHOTS = ["optim.power_ema=[0.05,0.1]", "checkpoint.snapshot_every=32", "checkpoint.keep=1"]
 

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from tests.trainer.forked import TINY
+from trainer.analysis.report import POINTS, render, table, thinned
 from trainer.config.tree import load_config
 from trainer.errors import RunError
-from trainer.analysis.report import POINTS, render, table, thinned
 from trainer.run_folder import write_config
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from data.batches.batch import make_batch
-from data.sets.registry import DataConfig, open_images
 from data.batches.loader import GroupSampler
+from data.sets.registry import DataConfig, open_images
 from tests.patience import PATIENCE
 from tests.trainer.forked import train_tiny
 from trainer.build import make_planner

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from tests.trainer.forked import train_tiny
+from trainer.checkpoints.weights import find_checkpoint
 from trainer.config.tree import load_config, parse_config
 from trainer.errors import RunError
 from trainer.sampling.many import sample_many
-from trainer.checkpoints.weights import find_checkpoint
 
 NUMBER = 64
 

@@ -19,8 +19,8 @@ from tests.patience import PATIENCE
 from tests.trainer.forked import newest_is_good, one_line, positions, train_hasty, train_tiny
 from trainer.checkpoints import folder as checkpoint
 from trainer.checkpoints.folder import CHECKPOINTS, CheckpointConfig
-from trainer.ranks import process_group
 from trainer.checkpoints.saver import Saver
+from trainer.ranks import process_group
 
 RANDOM = random.SystemRandom()
 LAST = "checkpoints/000000000640"

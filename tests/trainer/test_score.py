@@ -12,16 +12,16 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 from data.extraction.crop import center_crop
-from trainer.evaluation.detector import load_detector, resize_299
 from tests.stores import write_tar
 from tests.trainer import detectors
 from tests.trainer.detectors import Inception, Plain, WithSpatial, save_images, score_once
 from tests.trainer.test_metrics import inception_score, neighbours
 from trainer.errors import RunError
+from trainer.evaluation.detector import load_detector, resize_299
 from trainer.evaluation.frechet import frechet_distance
 from trainer.evaluation.metrics import kernel_distance
-from trainer.ranks import process_group
 from trainer.evaluation.scorer import open_detector, score
+from trainer.ranks import process_group
 
 CPU = torch.device("cpu")
 

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.sets.registry import DataConfig, open_images
-from trainer.checkpoints import folder as checkpoint
 from trainer.build import build_network, check_start, initial_network
+from trainer.checkpoints import folder as checkpoint
+from trainer.checkpoints.weights import SAMPLE_TABLE, export_weights, read_weights, start_from
 from trainer.config.tree import load_config
 from trainer.errors import RunError
 from trainer.loop import train
 from trainer.ranks import process_group
-from trainer.checkpoints.weights import SAMPLE_TABLE, export_weights, read_weights, start_from
 
 RANDOM = random.SystemRandom()
 IMAGES = open_images(DataConfig())

@@ -8,14 +8,14 @@ import torch
 from benchmarks import Figures, Targets
 from benchmarks.group import step_seconds
 from data.batches.batch import Batch
+from models.backbones.config import ModelConfig
 from models.backbones.dit import DiT
 from models.paths.flows import LinearFlow
-from models.backbones.config import ModelConfig
 from trainer.analysis.attention_plots import picture, score_map
 from trainer.analysis.attention_scores import step_scores
 from trainer.config.tree import TrainConfig
-from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.engines.base import build_engine
+from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.ranks import process_group
 
 GROUP_SIZE, ROUNDS = 4, 7

@@ -19,17 +19,17 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from benchmarks import Figures, Targets
 from benchmarks.memory import on_ranks
 from data.batches.batch import Batch
-from models.backbones.dit import DiT
 from models.backbones.config import ModelConfig
+from models.backbones.dit import DiT
 from models.objectives.denoising import denoising_loss
 from models.paths.registry import PATHS
 from trainer.checkpoints import folder as checkpoint
 from trainer.checkpoints.folder import CHECKPOINTS, CheckpointConfig
-from trainer.engines.ema import local_shards
-from trainer.engines.config import EngineConfig, OptimConfig
-from trainer.engines.base import Engine, build_engine
-from trainer.ranks import Ranks
 from trainer.checkpoints.saver import Saver
+from trainer.engines.base import Engine, build_engine
+from trainer.engines.config import EngineConfig, OptimConfig
+from trainer.engines.ema import local_shards
+from trainer.ranks import Ranks
 
 MODEL = ModelConfig(depth=12, width=1088, heads=17)  # as many tensors as DiT-B/2, of twice its size
 ROUNDS, KINDS = 9, ("ours", "plain", "torch")  # each kind is first, second and third as often

@@ -10,10 +10,10 @@ import numpy as np
 
 from benchmarks import Figures, Targets
 from data.sets.registry import DataConfig, open_images
+from trainer.checkpoints.weights import find_checkpoint
 from trainer.config.tree import load_config
 from trainer.evaluation.classifier import evaluate
 from trainer.sampling.samples import make_samples
-from trainer.checkpoints.weights import find_checkpoint
 
 CONFIG = "configs/digits.yaml"
 RUNS = {"uc1": ["groups.variant=none", "groups.size=1"], "uc4": ["groups.variant=light", "groups.size=4"]}

@@ -7,10 +7,10 @@ import torch
 
 from benchmarks import Figures, Targets
 from benchmarks.group import step_seconds
-from models.backbones.dit import DiT
 from models.backbones.config import ModelConfig
-from trainer.engines.ema import EMA, make_averages
+from models.backbones.dit import DiT
 from trainer.engines.config import OptimConfig
+from trainer.engines.ema import EMA, make_averages
 
 STDS = (0.05, 0.10)
 UPDATES, ROUNDS = 10, 7

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from benchmarks import Figures, Targets
 from benchmarks.memory import MALLOC, megabytes, on_ranks, reset_peak
-from trainer.ranks import Ranks
 from trainer.evaluation.scorer import open_detector, score
 from trainer.evaluation.statistics import BATCH
+from trainer.ranks import Ranks
 
 IMAGES, REFERENCE = 50_000, 10_000  # as published figures have
 SIDE, SMALL = 256, 32  # pixels; small ones where only the number of images counts

@@ -6,9 +6,9 @@ import time
 import torch
 
 from benchmarks import Figures, Targets
+from models.backbones.config import ModelConfig
 from models.backbones.dit import DiT
 from models.backbones.flops import forward_multiply_adds
-from models.backbones.config import ModelConfig
 
 SIZES, ROUNDS = (1, 2, 4, 8), 7
 

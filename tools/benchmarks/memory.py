@@ -15,13 +15,13 @@ from torch.multiprocessing import spawn
 
 from benchmarks import Figures, Targets
 from data.batches.batch import Batch
-from models.backbones.dit import DiT
 from models.backbones.config import ModelConfig
+from models.backbones.dit import DiT
 from models.objectives.denoising import denoising_loss
 from models.paths.registry import PATHS
 from slurm.tasks import free_port
-from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.engines.base import Engine, build_engine
+from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.ranks import Ranks, process_group
 
 MODEL = ModelConfig(depth=28, width=512, heads=8)  # 134 M parameters, as deep as DiT-XL: a block is 1/28 of it

@@ -10,10 +10,10 @@ import torch
 from benchmarks import Figures, Targets
 from benchmarks.group import step_seconds
 from data.batches.loader import GroupSampler
-from data.neighbors.exact import NeighborGraph
 from data.batches.plan import GroupsConfig, Plan, plan_epoch, steps_per_epoch
-from models.backbones.dit import DiT
+from data.neighbors.exact import NeighborGraph
 from models.backbones.config import ModelConfig
+from models.backbones.dit import DiT
 
 IMAGES, CLASSES, NEIGHBORS, BATCH = 1_281_167, 1000, 32, 256
 

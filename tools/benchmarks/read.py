@@ -17,10 +17,10 @@ import webdataset
 
 from benchmarks import Figures, Targets
 from benchmarks.plan import IMAGES, class_clusters
-from data.stores.files import write_json
-from data.sets.latents import Latents
 from data.batches.loader import BatchDataset, GroupSampler
 from data.batches.plan import GroupsConfig, plan_epoch, steps_per_epoch
+from data.sets.latents import Latents
+from data.stores.files import write_json
 from data.stores.shards import INDEX, MANIFEST, agree_on_settings, finish, shard_names, write_shard
 from data.stores.store import Store
 

@@ -14,12 +14,12 @@ import torch
 from benchmarks import Figures, Targets
 from models.sampling.samplers import SAMPLERS
 from trainer.build import open_data
+from trainer.checkpoints.weights import find_checkpoint
 from trainer.config.tree import load_config, parse_config
 from trainer.evaluation.classifier import evaluate
 from trainer.loop import train
 from trainer.run_folder import read_config
 from trainer.sampling.samples import make_samples
-from trainer.checkpoints.weights import find_checkpoint
 
 RESULTS, PER_CLASS, BUDGETS = Path("results"), 100, (4, 8, 16, 32, 64, 128)
 CONFIG = "configs/ablation/digits.yaml"

@@ -8,9 +8,9 @@ import torch
 
 from benchmarks import Figures, Targets
 from data.batches.batch import Batch
-from data.sets.registry import open_images
 from data.batches.loader import BatchDataset, GroupSampler
 from data.batches.plan import steps_per_epoch
+from data.sets.registry import open_images
 from models.objectives.denoising import denoising_loss
 from models.paths.registry import make_path
 from trainer.build import build_network, make_planner

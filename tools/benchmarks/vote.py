@@ -10,11 +10,11 @@ import torch
 
 from benchmarks import Figures, Targets
 from benchmarks.group import step_seconds
-from models.backbones.dit import DiT
 from models.backbones.config import ModelConfig
+from models.backbones.dit import DiT
 from slurm.tasks import free_port
-from trainer.ranks import process_group
 from trainer.engines.stop_vote import StopVote
+from trainer.ranks import process_group
 
 RANKS, VOTES, IMAGES = 2, 2000, 8
 

@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
+from data.sets.registry import DataConfig
 from data.stores.claims import Claims
 from data.stores.files import write_json
-from data.sets.registry import DataConfig
 from trainer.analysis import attention
 from trainer.build import open_data
-from trainer.config.tree import Config, load_config
+from trainer.checkpoints.weights import find_checkpoint
 from trainer.config.parsing import dotted, to_yaml
+from trainer.config.tree import Config, load_config
 from trainer.errors import RunError
 from trainer.evaluation.classifier import make_evaluator
 from trainer.loop import train
 from trainer.ranks import local_device
 from trainer.sampling.samples import make_samples
-from trainer.checkpoints.weights import find_checkpoint
 
 GROUPS_SCORED = 64  # for the attention score of a run
 FREE = ("run", "checkpoint.", "resume.", "data.workers", "train.log_every", "train.timeout")  # of no result's concern

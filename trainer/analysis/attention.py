@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from data.batches.batch import Batch, MicroBatch, make_batch
-from data.sets.registry import Images
-from data.neighbors.exact import nearest_neighbors
 from data.batches.plan import form_groups
+from data.neighbors.exact import nearest_neighbors
+from data.sets.registry import Images
 from data.sets.streamed_latents import Pool, StreamedLatents
 from models.backbones.attention_mass import observing, token_attention
 from models.objectives.denoising import denoising_loss
@@ -23,10 +23,10 @@ from trainer.analysis.attention_scores import Scores, keep_masses, mean_scores, 
 from trainer.batches import shares_attention
 from trainer.build import open_data
 from trainer.config.tree import Config
-from trainer.sampling.decode import make_decoder
 from trainer.errors import RunError
-from trainer.sampling.generate import Networks, generate_groups, to_uint8
 from trainer.ranks import local_device
+from trainer.sampling.decode import make_decoder
+from trainer.sampling.generate import Networks, generate_groups, to_uint8
 from trainer.sampling.samples import load_networks
 
 LEVELS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # log-SNR at which the attention of one group is shown

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from data.batches.batch import Batch
 from models.backbones.attention_mass import attention_mass, cross_score, cross_share, observing
-from models.sampling.guidance import Network
 from models.objectives.denoising import denoising_loss
 from models.paths.base import Path
+from models.sampling.guidance import Network
 from trainer.engines.base import Engine
 
 EDGES = (-5.0, -3.0, -1.0, 1.0, 3.0, 5.0)  # of log-SNR, between buckets of noise levels

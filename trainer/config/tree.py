@@ -6,17 +6,17 @@ from pathlib import Path
 import pydantic
 from pydantic import BaseModel, Field, model_validator
 
-from data.sets.registry import DataConfig
 from data.batches.plan import GroupsConfig, group_quantum
-from models.paths.ddpm import respaced
-from models.sampling.generation import SampleConfig
+from data.sets.registry import DataConfig
 from models.backbones.config import ModelConfig
 from models.paths.base import PathConfig
+from models.paths.ddpm import respaced
+from models.sampling.generation import SampleConfig
 from models.sampling.samplers import SAMPLERS
 from trainer.checkpoints.folder import CheckpointConfig, ResumeConfig
 from trainer.config.parsing import explain, field_names, read_yaml, set_dotted
-from trainer.engines.deepspeed_config import deepspeed_config
 from trainer.engines.config import EngineConfig, OptimConfig
+from trainer.engines.deepspeed_config import deepspeed_config
 from trainer.errors import RunError
 
 

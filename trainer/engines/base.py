@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from trainer.engines.ema import make_averages
 from trainer.engines.config import EngineConfig, OptimConfig
+from trainer.engines.ema import make_averages
 from trainer.errors import RunError
 from trainer.ranks import Ranks
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from trainer.engines.base import Engine, init_moments
+from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.engines.deepspeed_config import BUCKET, deepspeed_config
 from trainer.engines.ema import make_averages
-from trainer.engines.config import EngineConfig, OptimConfig
-from trainer.engines.base import Engine, init_moments
 
 deepspeed.ops.__compatible_ops__ = {}  # it would try to compile them all, and compile one for a minute; none is used
 # of each collective that DeepSpeed calls, from torch 2.13 on

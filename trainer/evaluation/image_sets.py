@@ -12,10 +12,10 @@ from typing import Protocol
 import numpy as np
 from numpy.lib import format as npy
 
-from data.extraction.crop import center_crop, decode_rgb
 from data.errors import DataError
-from data.stores.files import sha256
+from data.extraction.crop import center_crop, decode_rgb
 from data.extraction.sources import EXTENSIONS, Item, list_source
+from data.stores.files import sha256
 from trainer.errors import RunError, first_line
 
 ARRAY = "arr_0"  # where ADM's suite has the images

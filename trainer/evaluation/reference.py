@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from data.stores.files import appearing, sha256
-from trainer.evaluation.detector import Detector
 from trainer.errors import RunError
+from trainer.evaluation.detector import Detector
 from trainer.evaluation.image_sets import ARRAY, open_image_set, open_npz
-from trainer.ranks import Ranks, from_rank_0
 from trainer.evaluation.statistics import Statistics, compute_statistics
+from trainer.ranks import Ranks, from_rank_0
 
 CACHE = "reference-statistics"  # a folder beside the reference
 MOST_FEATURES = 10_000  # images whose features are kept for KID, precision and recall: as many as ADM's files have

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainer.evaluation.detector import Detector, load_detector
 from trainer.errors import NOT_LOADED, RunError, first_line
+from trainer.evaluation.detector import Detector, load_detector
 from trainer.evaluation.frechet import frechet, warn_if_few
 from trainer.evaluation.image_sets import ImageSet, open_image_set
 from trainer.evaluation.metrics import NEIGHBOURS, kernel_distance, precision_and_recall
-from trainer.ranks import Ranks
 from trainer.evaluation.reference import reference_statistics
 from trainer.evaluation.statistics import Statistics, compute_statistics, detect
+from trainer.ranks import Ranks
 
 # metric: the field of Statistics that it needs, and the kinds of detector that it has its name from
 METRICS = {

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainer.evaluation.detector import Detector, Outputs
 from trainer.errors import RunError, first_line
+from trainer.evaluation.detector import Detector, Outputs
 from trainer.evaluation.frechet import Moments
 from trainer.evaluation.image_sets import ImageSet, read_ahead
 from trainer.evaluation.metrics import InceptionScore

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.sets.registry import Images
 from data.randomness import Stream, draw, step_noise
+from data.sets.registry import Images
+from models.paths.registry import make_path
 from models.sampling.generation import sample_images
 from models.sampling.guidance import Network
-from models.paths.registry import make_path
 from trainer.config.tree import Config
 from trainer.ranks import Ranks
 

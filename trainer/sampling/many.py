@@ -14,16 +14,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data.stores.claims import Claims, wait_for_lock
 from data.errors import DataError
+from data.stores.claims import Claims, wait_for_lock
 from data.stores.files import appearing, disk_errors, write_json
 from data.stores.shards import agree_on_settings
 from trainer.build import open_data
 from trainer.config.tree import Config
-from trainer.sampling.decode import make_decoder
 from trainer.errors import RunError
-from trainer.sampling.generate import generate_groups, to_uint8
 from trainer.ranks import local_device
+from trainer.sampling.decode import make_decoder
+from trainer.sampling.generate import generate_groups, to_uint8
 from trainer.sampling.samples import describe, load_networks
 
 PARTS, SAMPLES, RECORD = "parts", "samples.npz", "samples.json"

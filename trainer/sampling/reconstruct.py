@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 
 from trainer.checkpoints import folder as checkpoint
-from trainer.engines.ema import POWER, power_name
-from trainer.errors import RunError
-from trainer.engines.power_ema import coefficients, combine
-from trainer.run_folder import read_config
 from trainer.checkpoints.weights import check_out, read_part, write_weights
+from trainer.engines.ema import POWER, power_name
+from trainer.engines.power_ema import coefficients, combine
+from trainer.errors import RunError
+from trainer.run_folder import read_config
 
 
 def reconstruct(run: Path, std: float, out: Path, position: int | None = None) -> int:

@@ -9,17 +9,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from data.stores.files import sha256
 from data.sets.registry import Images
-from trainer.checkpoints import folder as checkpoint
+from data.stores.files import sha256
 from trainer.build import build_network, open_data
+from trainer.checkpoints import folder as checkpoint
+from trainer.checkpoints.weights import find_checkpoint, find_weights, read_weights, start_from
 from trainer.config.tree import Config
-from trainer.sampling.decode import make_decoder
 from trainer.errors import RunError
-from trainer.sampling.generate import Networks, classes_shown, generate, grid, to_uint8
 from trainer.ranks import Ranks, local_device
 from trainer.run_folder import read_config
-from trainer.checkpoints.weights import find_checkpoint, find_weights, read_weights, start_from
+from trainer.sampling.decode import make_decoder
+from trainer.sampling.generate import Networks, classes_shown, generate, grid, to_uint8
 
 
 def make_samples(

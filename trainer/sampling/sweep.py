@@ -5,8 +5,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.config.tree import Config, parse_config
 from trainer.config.parsing import set_dotted
+from trainer.config.tree import Config, parse_config
 from trainer.errors import RunError
 from trainer.run_folder import read_config
 from trainer.sampling.samples import fixed, make_samples, write_samples

@@ -11,8 +11,8 @@ COLUMNS = 4
 
 
 def plot_sweep(rows: list[dict], path: Path) -> None:
-    """Each measure of trainer.sampling.sweep's rows against the first axis, a line for each combination of the others; and those
-    that guidance trades for each other, one against the other."""
+    """Each measure of trainer.sampling.sweep's rows against the first axis, a line for each combination of the others;
+    and those that guidance trades for each other, one against the other."""
     first, *others = rows[0]["axes"]
     measures = [name for name, value in rows[0].items() if isinstance(value, float)]
     varied = [name for name in measures if len({row[name] for row in rows}) > 1]
