@@ -7,10 +7,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data.precompute_pixels import precompute_pixels
 from data.stores.store import Store, read_manifest
 from trainer.errors import RunError
-from trainer.precompute import precompute_features, precompute_latents
+from trainer.precompute import precompute_features, precompute_latents, precompute_pixels
 
 SIDE = 64
 

@@ -9,7 +9,7 @@ import argparse
 from command_line import positive, run_tool
 from preprocessing import add_image_options, add_process_options, report, run_in_processes, verify
 
-from data.precompute_pixels import precompute_pixels
+from trainer.precompute import precompute_pixels
 
 
 def main(arguments: list[str]) -> None:

@@ -17,7 +17,8 @@ from trainer.config.tree import Config, load_config, parse_config
 from trainer.errors import RunError
 from trainer.run_folder import read_config
 from trainer.sampling.many import RECORD, sample_many
-from trainer.sampling.samples import fixed, make_samples, write_samples
+from trainer.sampling.networks import fixed
+from trainer.sampling.samples import make_samples, write_samples
 
 FREE = ("sample.", "model.group_layers=", "precision=", "data.")  # what need not be as it was in training
 

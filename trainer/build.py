@@ -1,17 +1,20 @@
 """From a config to the plan and the network, and whether the config fits its data."""
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data.batches.plan import Plan, plan_epoch
 from data.errors import DataError
 from data.sets.registry import Images, open_images
 from models.backbones.registry import make_network
+from models.paths.base import NoisePath
+from models.paths.registry import make_path
+from models.sampling.guidance import Interval, inside
 from trainer.checkpoints import folder as checkpoint
 from trainer.checkpoints.weights import find_weights, read_weights, start_from
 from trainer.config.tree import Config
@@ -42,6 +45,17 @@ def make_planner(config: Config, images: Images) -> Callable[[int], Plan]:
     return lru_cache(maxsize=1)(
         lambda epoch: plan_epoch(config.groups, images.label, graph, config.train.global_batch, config.seed, epoch)
     )
+
+
+def shares_attention(config: Config) -> Callable[[Tensor], Tensor] | None:
+    """Whether groups share attention at times that a batch has as shares of the path's distribution; None: at all."""
+    return partial(_in_window, make_path(config.path), config.groups.window) if config.groups.window else None
+
+
+def _in_window(path: NoisePath, window: Interval, share: Tensor) -> Tensor:
+    """Whether log-SNRs are in the window, of times that a batch has as shares of the path's distribution."""
+    log_snr = path.log_snr(path.timestep(share)).tolist()
+    return torch.tensor([inside(value, window) for value in log_snr], dtype=torch.bool)
 
 
 def build_network(config: Config, images: Images) -> nn.Module:

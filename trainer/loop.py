@@ -15,7 +15,7 @@ from trainer.checkpoints.folder import CHECKPOINTS, SNAPSHOTS, find
 from trainer.checkpoints.saver import Saver
 from trainer.config.parsing import to_yaml
 from trainer.config.tree import Config, check_world
-from trainer.engines.base import build_engine
+from trainer.engines.build import build_engine
 from trainer.engines.ema import power_averages
 from trainer.engines.stop_vote import StopVote
 from trainer.monitor import Monitor
@@ -52,7 +52,7 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
         monitor = closing.enter_context(Monitor(folder, ranks, first, position, last * batch))
         for note in notes:
             monitor.say(note)
-        batches = make_batches(config, images, ranks, first, last, monitor)
+        batches = make_batches(config, images, ranks, first, last, monitor.plan)
         images_per_rank = batch // ranks.world_size
         looks.catch_up(engine, batch, position, monitor)
 

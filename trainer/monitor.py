@@ -16,7 +16,6 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data.batches.plan import Plan
-from trainer.analysis.attention_scores import Scores
 from trainer.errors import RunError
 from trainer.ranks import Ranks
 from trainer.run_folder import sync
@@ -26,7 +25,7 @@ class Monitor:
     """Notes steps without waiting for the device; `flush` sums and writes them. All ranks have one; rank 0 writes."""
 
     def __init__(self, folder: Path, ranks: Ranks, first_step: int, position: int, images: int) -> None:
-        self._world_size, self._writes = ranks.world_size, ranks.rank == 0
+        self._world_size, self.writes = ranks.world_size, ranks.rank == 0
         self._steps: list[dict[str, float]] = []
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
@@ -34,7 +33,7 @@ class Monitor:
         self._flushed = (time.perf_counter(), position)
         self._next_step = first_step
         self._unsaved: list[float] = []
-        if self._writes:
+        if self.writes:
             self._metrics = _continue_rows(folder / "metrics.jsonl", position)
             self._measures = _continue_rows(folder / "measures.jsonl", position)
             self._board = SummaryWriter(str(folder), purge_step=position + 1)
@@ -67,7 +66,7 @@ class Monitor:
         ]
         self._steps, self._losses, self._norms, self._fallbacks = [], [], [], []
         bad = next((r for r in rows if not (math.isfinite(r["loss"]) and math.isfinite(r["grad_norm"]))), None)
-        if self._writes:
+        if self.writes:
             self._write(rows[: rows.index(bad)] if bad else rows)
         if bad:
             raise RunError(
@@ -98,7 +97,7 @@ class Monitor:
 
     def plan(self, epoch: int, position: int, plan: Plan) -> None:
         """Say how many groups of an epoch the query could not fill."""
-        if self._writes and len(plan.fallback):
+        if self.writes and len(plan.fallback):
             share = float(plan.fallback.mean())
             self._board.add_scalar("plan/fallback_share", share, position)
             if share:
@@ -106,12 +105,17 @@ class Monitor:
 
     def picture(self, name: str, picture: np.ndarray, position: int) -> None:
         """An image (height, width, channels) uint8 for TensorBoard."""
-        if self._writes:
+        if self.writes:
             self._board.add_image(name, picture, position, dataformats="HWC")
+
+    def scalar(self, name: str, value: float, position: int) -> None:
+        """A number for TensorBoard."""
+        if self.writes:
+            self._board.add_scalar(name, value, position)
 
     def measures(self, record: dict, position: int) -> None:
         """How good samples are: a line of measures.jsonl, and its numbers for TensorBoard."""
-        if self._writes:
+        if self.writes:
             self._measures.write(json.dumps({"position": position, **record}) + "\n")
             sync(self._measures)
             for name, value in record.items():
@@ -123,18 +127,9 @@ class Monitor:
         lines = Path(self._measures.name).read_text().splitlines()
         return any(json.loads(line)["position"] == position for line in lines)
 
-    def attention(self, scores: Scores, group_size: int, position: int) -> None:
-        """How images of a group attend to one another: means over layers and noise levels, and a map of them."""
-        if self._writes:
-            from trainer.analysis.attention_plots import picture, score_map  # matplotlib takes a second to import
-
-            self._board.add_scalar("attention/s_cross", scores.mean_score, position)
-            self._board.add_scalar("attention/cross_share", scores.mean_cross_share, position)
-            self.picture("attention/by_layer_and_level", picture(score_map(scores, group_size)), position)
-
     def say(self, message: str) -> None:
         """A line above the progress bar."""
-        if self._writes:
+        if self.writes:
             self._bar.write(message, sys.stderr)
 
     def __enter__(self) -> "Monitor":
@@ -143,7 +138,7 @@ class Monitor:
     def __exit__(self, _: type | None, error: BaseException | None, __: object) -> None:
         if error is not None:
             error.add_note(f"in step {self._next_step}")
-        if self._writes:
+        if self.writes:
             self._bar.close()
             self._board.close()
             self._metrics.close()

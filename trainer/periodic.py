@@ -10,8 +10,8 @@ from torch import Tensor
 
 from data.batches.batch import Batch
 from data.sets.registry import Images
-from models.paths.base import Path as NoisePath
-from trainer.analysis.attention_scores import step_scores
+from models.paths.base import NoisePath
+from trainer.analysis.attention_scores import Scores, step_scores
 from trainer.build import open_data
 from trainer.config.tree import Config
 from trainer.engines.base import Engine
@@ -20,7 +20,9 @@ from trainer.evaluation.metrics import NEIGHBOURS
 from trainer.monitor import Monitor
 from trainer.ranks import Ranks, from_rank_0
 from trainer.sampling.decode import make_decoder
-from trainer.sampling.generate import Networks, classes_shown, generate, grid, to_uint8
+from trainer.sampling.generate import generate
+from trainer.sampling.networks import Networks
+from trainer.sampling.pictures import classes_shown, grid, to_uint8
 from trainer.sampling.samples import describe
 
 
@@ -72,7 +74,7 @@ class Looks:
         if self._score_due and any(micro.group_size > 1 for micro in step):
             with engine.ema_weights():
                 scores = step_scores(engine, path, step, self._ranks.device)
-            monitor.attention(scores, config.groups.size, position)
+            _show_attention(scores, config.groups.size, position, monitor)
             self._score_due = False
 
     def _evaluate(self, engine: Engine, position: int, monitor: Monitor) -> None:
@@ -86,6 +88,16 @@ class Looks:
 
     def _decoder(self) -> Callable[[Tensor], Tensor]:
         return make_decoder(self._images.vae, self._images.shape[0], self._ranks.device)
+
+
+def _show_attention(scores: Scores, group_size: int, position: int, monitor: Monitor) -> None:
+    """How images of a group attend to one another: means over layers and noise levels, and a map of them."""
+    monitor.scalar("attention/s_cross", scores.mean_score, position)
+    monitor.scalar("attention/cross_share", scores.mean_cross_share, position)
+    if monitor.writes:
+        from trainer.analysis.attention_plots import picture, score_map  # matplotlib takes a second to import
+
+        monitor.picture("attention/by_layer_and_level", picture(score_map(scores, group_size)), position)
 
 
 def has_passed(every: int, before: int, position: int) -> bool:

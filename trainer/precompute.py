@@ -20,6 +20,7 @@ from models.pretrained.vae import VAE
 from trainer.errors import NOT_LOADED, RunError, first_line
 from trainer.ranks import local_device
 
+PIXELS_AT_ONCE = 32  # images that a worker prepares at once
 T = TypeVar("T")
 Precision = Literal["bf16", "fp32"]
 
@@ -139,3 +140,27 @@ def build_neighbors(precision: Precision | None, **arguments: Any) -> None:
     precision = precision or ("bf16" if device.type == "cuda" else "fp32")
     with _data_errors():
         build_graph(precision=precision, device=device, **arguments)
+
+
+def precompute_pixels(
+    images: Path,
+    out: Path,
+    image_size: int,
+    part_size: int,
+    workers: int,
+    max_rejects: int,
+    process: int = 0,
+    processes: int = 1,
+) -> dict | None:
+    """uint8 (3, size, size) of every image; not of its mirror image, which is the same numbers in another order.
+    Returns the manifest, or None if other processes still make shards."""
+    settings = {"size": image_size, "transform": "ADM centre crop"}
+
+    def prepare(image: Image.Image) -> np.ndarray:
+        return center_crop(image, image_size).transpose(2, 0, 1)
+
+    def encode(pixels: Tensor) -> dict[str, np.ndarray]:
+        return {"pixels": pixels.numpy()}
+
+    work = Work("pixels", images, out, settings, prepare, encode, part_size, PIXELS_AT_ONCE, workers, max_rejects)
+    return extract(work, process, processes)

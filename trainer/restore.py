@@ -9,6 +9,7 @@ from data.sets.streamed_latents import StreamedLatents
 from trainer.checkpoints import folder as checkpoint
 from trainer.checkpoints.files import Damaged
 from trainer.checkpoints.folder import DAMAGED
+from trainer.checkpoints.retention import remove
 from trainer.engines.base import Engine
 from trainer.errors import RunError
 from trainer.ranks import from_rank_0
@@ -50,7 +51,7 @@ def _set_aside(damaged: Path) -> Path:
 def _remove_incomplete(folder: Path) -> list[str]:
     _, incomplete = checkpoint.find(folder)
     for path in incomplete:
-        checkpoint.remove(path)
+        remove(path)
     return [f"{path}: incomplete, left by a killed run; removed" for path in incomplete]
 
 

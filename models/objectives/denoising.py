@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from models.backbones.embeddings import NULL_LABEL
-from models.paths.base import Path
+from models.paths.base import NoisePath
 
 
 class NoisyImages(Protocol):
@@ -22,7 +22,7 @@ class NoisyImages(Protocol):
     sharing: int | None  # the first so many share attention in their groups; None: all
 
 
-def denoising_loss(network: Callable[..., Tensor], path: Path, batch: NoisyImages) -> Tensor:
+def denoising_loss(network: Callable[..., Tensor], path: NoisePath, batch: NoisyImages) -> Tensor:
     """The path's loss of each image, (B,), in fp32."""
     t = path.timestep(batch.t)
     x_t = path.noisy(batch.x, batch.noise, t)

@@ -51,7 +51,7 @@ class Schedule(NamedTuple):
     d_sigma: Tensor
 
 
-class Path:
+class NoisePath:
     """A path whose network predicts the velocity alpha' x + sigma' noise. Images are (B, C, H, W), times (B,).
 
     It is sampled from time `noisiest` to time `cleanest`; `singular`: at the latter the velocity is infinite. In
@@ -131,7 +131,7 @@ class Path:
         return weight.to(loss.dtype) * loss
 
 
-def share_at(path: Path, log_snr: float) -> tuple[float, float]:
+def share_at(path: NoisePath, log_snr: float) -> tuple[float, float]:
     """The share of the path's distribution of timesteps with the log-SNR nearest to this one; and that log-SNR."""
     shares = torch.linspace(-16, 16, 3201).sigmoid()  # as fine at both ends as float32 is
     found = path.log_snr(path.timestep(shares))

@@ -6,12 +6,12 @@ import math
 import torch
 from torch import Tensor
 
-from models.paths.base import Path, PathConfig, Schedule, mean_of_image
+from models.paths.base import NoisePath, PathConfig, Schedule, mean_of_image
 
 STEPS = 1000
 
 
-class DDPM(Path):
+class DDPM(NoisePath):
     """t is the number of a step: 0 is almost data, 999 almost noise, -1 the data itself. The network predicts the noise
     and, in as many channels more, where the log-variance of a step lies between its bounds (-1: lower, 1: upper).
 

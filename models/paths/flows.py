@@ -6,10 +6,10 @@ import math
 import torch
 from torch import Tensor
 
-from models.paths.base import Path, Schedule
+from models.paths.base import NoisePath, Schedule
 
 
-class LinearFlow(Path):
+class LinearFlow(NoisePath):
     """x_t = t x + (1 - t) noise; the network predicts the velocity x - noise."""
 
     name = "linear"
@@ -20,7 +20,7 @@ class LinearFlow(Path):
         return Schedule(t, 1 - t, torch.ones_like(t), -torch.ones_like(t))
 
 
-class GVP(Path):
+class GVP(NoisePath):
     """The generalised variance-preserving path (arXiv 2401.08740, sec. 2.4)."""
 
     name = "gvp"
@@ -32,7 +32,7 @@ class GVP(Path):
         return Schedule(alpha, sigma, math.pi / 2 * sigma, -math.pi / 2 * alpha)
 
 
-class VP(Path):
+class VP(NoisePath):
     """The variance-preserving path of Song et al. (arXiv 2011.13456, eq. 33). Its velocity is infinite at the data:
     training and sampling end a little before it, where SiT's do."""
 

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from models.paths.base import Path
+from models.paths.base import NoisePath
 from models.sampling.guidance import Interval, Network, guided, log_snr_at, stitched
 from models.sampling.samplers import SAMPLERS, Draw, SamplerConfig
 
@@ -58,7 +58,7 @@ class SampleConfig(SamplerConfig, extra="forbid", frozen=True):
 @torch.no_grad()
 def sample_images(
     network: Network,
-    path: Path,
+    path: NoisePath,
     config: SampleConfig,
     noise: Tensor,
     label: Tensor,

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from models.backbones.embeddings import NULL_LABEL
-from models.paths.base import Path
+from models.paths.base import NoisePath
 from models.sampling.samplers import Denoise
 
 Network = Callable[..., Tensor]
@@ -26,7 +26,7 @@ def inside(log_snr: float, interval: Interval | None) -> bool:
 
 def guided(
     network: Network,
-    path: Path,
+    path: NoisePath,
     label: Tensor,
     slot: Tensor,
     weight: float | Tensor,
@@ -69,12 +69,12 @@ def guided(
     return denoise
 
 
-def stitched(small: Denoise, large: Denoise, path: Path, switch: float) -> Denoise:
+def stitched(small: Denoise, large: Denoise, path: NoisePath, switch: float) -> Denoise:
     """T-Stitch (Pan et al., arXiv 2402.14167): the small network where the log-SNR is below `switch`, the noisiest
     part, and the large one after it."""
     return lambda x, t: (small if log_snr_at(path, t) < switch else large)(x, t)
 
 
-def log_snr_at(path: Path, t: float) -> float:
+def log_snr_at(path: NoisePath, t: float) -> float:
     """Log-SNR of one time; computed on the CPU, so that no GPU is waited for."""
     return float(path.log_snr(torch.tensor([t], dtype=torch.float64)))

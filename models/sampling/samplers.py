@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from models.paths.base import Path
+from models.paths.base import NoisePath
 from models.paths.ddpm import respaced
 
 Denoise = Callable[[Tensor, float], Tensor]
@@ -31,14 +31,18 @@ class SamplerConfig(BaseModel, extra="forbid", frozen=True):
     diffusion_norm: float = Field(1.0, gt=0)  # of sde
 
 
-def euler(denoise: Denoise, path: Path, x: Tensor, times: list[float], draw: Draw, settings: SamplerConfig) -> Tensor:
+def euler(
+    denoise: Denoise, path: NoisePath, x: Tensor, times: list[float], draw: Draw, settings: SamplerConfig
+) -> Tensor:
     """Euler's method, order 1: one evaluation a step."""
     for t, after in pairwise(times):
         x = x + (after - t) * _velocity(denoise, path, x, t)
     return x
 
 
-def heun(denoise: Denoise, path: Path, x: Tensor, times: list[float], draw: Draw, settings: SamplerConfig) -> Tensor:
+def heun(
+    denoise: Denoise, path: NoisePath, x: Tensor, times: list[float], draw: Draw, settings: SamplerConfig
+) -> Tensor:
     """Heun's method, order 2 (Karras et al., arXiv 2206.00364, alg. 1 without noise): two evaluations a step; one in
     the last, where the path is singular there."""
     for t, after in pairwise(times):
@@ -51,7 +55,7 @@ def heun(denoise: Denoise, path: Path, x: Tensor, times: list[float], draw: Draw
 
 
 def pseudo_corrector(
-    denoise: Denoise, path: Path, x: Tensor, times: list[float], draw: Draw, settings: SamplerConfig
+    denoise: Denoise, path: NoisePath, x: Tensor, times: list[float], draw: Draw, settings: SamplerConfig
 ) -> Tensor:
     """FlowTurbo's (Zhao et al., arXiv 2409.18128, eq. 8): Heun's, but the slope at a step's end, where the predictor
     arrived, serves for the next step's begin: order 2, one evaluation a step and one at the start."""
@@ -64,7 +68,9 @@ def pseudo_corrector(
     return x
 
 
-def dopri5(denoise: Denoise, path: Path, x: Tensor, times: list[float], draw: Draw, settings: SamplerConfig) -> Tensor:
+def dopri5(
+    denoise: Denoise, path: NoisePath, x: Tensor, times: list[float], draw: Draw, settings: SamplerConfig
+) -> Tensor:
     """Dormand and Prince's method of order 5 with steps as the tolerance asks, by torchdiffeq; of `times` only the ends
     count. Before a singular end it stops, and goes to the predicted data."""
     from torchdiffeq import odeint  # with scipy it takes half a second to import, and no training needs it
@@ -84,7 +90,9 @@ def dopri5(denoise: Denoise, path: Path, x: Tensor, times: list[float], draw: Dr
     return path.data(denoise(x, end), x, _same(end, x)) if path.singular else x
 
 
-def ddim(denoise: Denoise, path: Path, x: Tensor, times: list[float], draw: Draw, settings: SamplerConfig) -> Tensor:
+def ddim(
+    denoise: Denoise, path: NoisePath, x: Tensor, times: list[float], draw: Draw, settings: SamplerConfig
+) -> Tensor:
     """DDIM without noise (Song et al., arXiv 2010.02502, eq. 12): the predicted data and noise, mixed as at the next
     time; on any path. One evaluation a step."""
     for t, after in pairwise(times):
@@ -94,7 +102,9 @@ def ddim(denoise: Denoise, path: Path, x: Tensor, times: list[float], draw: Draw
     return x
 
 
-def ddpm(denoise: Denoise, path: Path, x: Tensor, times: list[float], draw: Draw, settings: SamplerConfig) -> Tensor:
+def ddpm(
+    denoise: Denoise, path: NoisePath, x: Tensor, times: list[float], draw: Draw, settings: SamplerConfig
+) -> Tensor:
     """Ancestral sampling (Ho et al., arXiv 2006.11239, alg. 2), with the variance as learned; the path ddpm alone."""
     for i, (t, before) in enumerate(pairwise(times)):
         mean, log_variance = path.reverse(denoise(x, t), x, _same(t, x), _same(before, x))
@@ -102,7 +112,9 @@ def ddpm(denoise: Denoise, path: Path, x: Tensor, times: list[float], draw: Draw
     return x
 
 
-def sde(denoise: Denoise, path: Path, x: Tensor, times: list[float], draw: Draw, settings: SamplerConfig) -> Tensor:
+def sde(
+    denoise: Denoise, path: NoisePath, x: Tensor, times: list[float], draw: Draw, settings: SamplerConfig
+) -> Tensor:
     """Euler-Maruyama on SiT's SDE, dx = (velocity + w score) dt + sqrt(2 w) dW (arXiv 2401.08740, eq. 10, 11); the last
     step has no noise ("mean" in SiT's code). One evaluation a step."""
     for i, (t, after) in enumerate(pairwise(times)):
@@ -114,7 +126,7 @@ def sde(denoise: Denoise, path: Path, x: Tensor, times: list[float], draw: Draw,
     return x
 
 
-def _diffusion(path: Path, t: float, settings: SamplerConfig) -> float:
+def _diffusion(path: NoisePath, t: float, settings: SamplerConfig) -> float:
     """w at a time (table 2 of arXiv 2401.08740; the last two as in its code)."""
     alpha, sigma, d_alpha, d_sigma = (float(part) for part in path.schedule(torch.tensor(t, dtype=torch.float64)))
     norm = settings.diffusion_norm
@@ -133,7 +145,7 @@ def _diffusion(path: Path, t: float, settings: SamplerConfig) -> float:
             return norm * math.sin(math.pi * t) ** 2
 
 
-def _velocity(denoise: Denoise, path: Path, x: Tensor, t: float) -> Tensor:
+def _velocity(denoise: Denoise, path: NoisePath, x: Tensor, t: float) -> Tensor:
     return path.velocity(denoise(x, t), x, _same(t, x))
 
 
@@ -142,14 +154,14 @@ def _same(t: float, x: Tensor) -> Tensor:
     return torch.full((len(x),), t, dtype=torch.float64, device=x.device)
 
 
-def even_times(path: Path, steps: int, settings: SamplerConfig) -> list[float]:
+def even_times(path: NoisePath, steps: int, settings: SamplerConfig) -> list[float]:
     """Evenly spaced, or the steps of ddpm that are."""
     if path.name == "ddpm":
         return respaced(steps).tolist()
     return torch.linspace(path.noisiest, path.cleanest, steps + 1, dtype=torch.float64).tolist()
 
 
-def sde_times(path: Path, steps: int, settings: SamplerConfig) -> list[float]:
+def sde_times(path: NoisePath, steps: int, settings: SamplerConfig) -> list[float]:
     """As SiT has them: evenly spaced up to the last step, which is SDE_END wide."""
     start = SBDM_START if settings.diffusion == "sbdm" else path.noisiest
     even = torch.linspace(start, 1 - SDE_END, steps, dtype=torch.float64).tolist()
@@ -159,8 +171,8 @@ def sde_times(path: Path, steps: int, settings: SamplerConfig) -> list[float]:
 class Sampler(NamedTuple):
     """A sampler, its times by (path, number of steps, settings), and the names of its paths."""
 
-    run: Callable[[Denoise, Path, Tensor, list[float], Draw, SamplerConfig], Tensor]
-    times: Callable[[Path, int, SamplerConfig], list[float]]
+    run: Callable[[Denoise, NoisePath, Tensor, list[float], Draw, SamplerConfig], Tensor]
+    times: Callable[[NoisePath, int, SamplerConfig], list[float]]
     paths: tuple[str, ...]
 
 

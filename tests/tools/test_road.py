@@ -19,7 +19,9 @@ from trainer.build import build_network
 from trainer.checkpoints.weights import find_checkpoint
 from trainer.config.tree import load_config
 from trainer.ranks import Ranks
-from trainer.sampling.generate import Networks, generate, grid, to_uint8
+from trainer.sampling.generate import generate
+from trainer.sampling.networks import Networks
+from trainer.sampling.pictures import grid, to_uint8
 from trainer.sampling.samples import make_samples
 
 CONFIG = "configs/digits.yaml"

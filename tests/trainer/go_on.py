@@ -20,7 +20,8 @@ from trainer.batches import make_batches
 from trainer.build import build_network, open_data
 from trainer.checkpoints import folder as checkpoint
 from trainer.config.tree import load_config
-from trainer.engines.base import Engine, build_engine
+from trainer.engines.base import Engine
+from trainer.engines.build import build_engine
 from trainer.ranks import process_group
 
 

@@ -14,7 +14,7 @@ from models.paths.flows import LinearFlow
 from trainer.analysis.attention_plots import picture, score_map
 from trainer.analysis.attention_scores import step_scores
 from trainer.config.tree import TrainConfig
-from trainer.engines.base import build_engine
+from trainer.engines.build import build_engine
 from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.ranks import process_group
 

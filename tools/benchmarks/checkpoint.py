@@ -24,9 +24,11 @@ from models.backbones.dit import DiT
 from models.objectives.denoising import denoising_loss
 from models.paths.registry import PATHS
 from trainer.checkpoints import folder as checkpoint
-from trainer.checkpoints.folder import CHECKPOINTS, CheckpointConfig
+from trainer.checkpoints.config import CheckpointConfig
+from trainer.checkpoints.folder import CHECKPOINTS
 from trainer.checkpoints.saver import Saver
-from trainer.engines.base import Engine, build_engine
+from trainer.engines.base import Engine
+from trainer.engines.build import build_engine
 from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.engines.ema import local_shards
 from trainer.ranks import Ranks

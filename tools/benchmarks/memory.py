@@ -20,7 +20,8 @@ from models.backbones.dit import DiT
 from models.objectives.denoising import denoising_loss
 from models.paths.registry import PATHS
 from slurm.tasks import free_port
-from trainer.engines.base import Engine, build_engine
+from trainer.engines.base import Engine
+from trainer.engines.build import build_engine
 from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.ranks import Ranks, process_group
 

@@ -9,7 +9,8 @@ from torch import nn
 from benchmarks import Figures, Targets
 from models.backbones.registry import make_network
 from trainer.config.tree import Config, parse_config
-from trainer.sampling.generate import Networks, generate_groups
+from trainer.sampling.generate import generate_groups
+from trainer.sampling.networks import Networks
 
 SHAPE, CLASSES = (4, 32, 32), 1000
 SIZES = {

@@ -20,14 +20,14 @@ from models.objectives.denoising import denoising_loss
 from models.paths.base import share_at
 from models.paths.registry import make_path
 from trainer.analysis.attention_scores import Scores, keep_masses, mean_scores, watched
-from trainer.batches import shares_attention
-from trainer.build import open_data
+from trainer.build import open_data, shares_attention
 from trainer.config.tree import Config
 from trainer.errors import RunError
 from trainer.ranks import local_device
 from trainer.sampling.decode import make_decoder
-from trainer.sampling.generate import Networks, generate_groups, to_uint8
-from trainer.sampling.samples import load_networks
+from trainer.sampling.generate import generate_groups
+from trainer.sampling.networks import Networks, load_networks
+from trainer.sampling.pictures import to_uint8
 
 LEVELS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # log-SNR at which the attention of one group is shown
 

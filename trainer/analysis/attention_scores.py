@@ -11,7 +11,7 @@ from torch import Tensor
 from data.batches.batch import Batch
 from models.backbones.attention_mass import attention_mass, cross_score, cross_share, observing
 from models.objectives.denoising import denoising_loss
-from models.paths.base import Path
+from models.paths.base import NoisePath
 from models.sampling.guidance import Network
 from trainer.engines.base import Engine
 
@@ -30,7 +30,7 @@ class Scores(NamedTuple):
     mean_cross_share: float
 
 
-def step_scores(engine: Engine, path: Path, micro_batches: list[Batch], device: torch.device) -> Scores:
+def step_scores(engine: Engine, path: NoisePath, micro_batches: list[Batch], device: torch.device) -> Scores:
     """Of the groups of a training step, some of whose micro-batches are of groups, with the noise that they were
     trained with; over all ranks. All ranks call it; it computes no gradients and leaves everything as it is."""
     sums: list[Tensor] = []
@@ -42,7 +42,7 @@ def step_scores(engine: Engine, path: Path, micro_batches: list[Batch], device: 
     return mean_scores(total)
 
 
-def watched(network: Network, path: Path, sums: list[Tensor]) -> Network:
+def watched(network: Network, path: NoisePath, sums: list[Tensor]) -> Network:
     """The network; each call with groups adds to `sums` what `mean_scores` takes. In such a call all groups share
     attention, but those beyond the first `grouped` images, which should not, do not count."""
 

@@ -25,7 +25,7 @@ from trainer.build import open_data
 from trainer.config.tree import Config
 from trainer.errors import RunError
 from trainer.ranks import local_device
-from trainer.sampling.samples import load_networks
+from trainer.sampling.networks import load_networks
 
 TEST_SHARE = 0.2  # of images without held-out ones, to test on
 

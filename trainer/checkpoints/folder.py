@@ -15,12 +15,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from pydantic import BaseModel, Field
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -33,23 +32,6 @@ CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"  # in the run folder
 INCOMPLETE, DAMAGED = ".incomplete", ".damaged"
 MANIFEST = "manifest.json"
 T = TypeVar("T")
-
-
-class CheckpointConfig(BaseModel, extra="forbid", frozen=True):
-    """When checkpoints are written (besides at the end) and which stay."""
-
-    every: int = Field(1_280_000, ge=1)  # images
-    keep: int = Field(3, ge=1)  # the newest ones
-    keep_every: int = Field(0, ge=0)  # also, for good, the first one after each multiple of so many images; 0: none
-    keep_best: Literal["loss"] | None = None  # also the one with the lowest mean loss since the one before
-    snapshot_every: int = Field(0, ge=0)  # images between two snapshots of optim.power_ema, which all stay; 0: none
-    asynchronous: bool = True  # written while training goes on, from a copy in host memory
-
-
-class ResumeConfig(BaseModel, extra="forbid", frozen=True):
-    """How a run continues."""
-
-    fallback: bool = False  # from the checkpoint before, where the newest is damaged; else that is an error
 
 
 def save(
@@ -230,47 +212,6 @@ def _check_shapes(checkpoint: Path, sizes: dict[str, torch.Size], state: dict[st
                     f"{checkpoint}: {part}.{name} is {found}, the network's is {tuple(tensor.shape)}: a checkpoint of"
                     " another model; use the model config beside it"
                 )
-
-
-def prune(folder: Path, config: CheckpointConfig) -> None:
-    """Remove all but the newest `keep` and those that `keep_every` and `keep_best` keep. One rank calls it.
-
-    One that is not whole does not count, and stays for people to look at: the last good one is never removed.
-    """
-    whole = [checkpoint for checkpoint in find(folder)[0] if _is_whole(checkpoint)]
-    kept = set(whole[-config.keep :])
-    if config.keep_every:
-        for_good: dict[int, Path] = {}
-        for checkpoint in whole:
-            for_good.setdefault(int(checkpoint.name) // config.keep_every, checkpoint)
-        for_good.pop(0, None)
-        kept.update(for_good.values())
-    if config.keep_best:
-        measured = {checkpoint: read_manifest(checkpoint)["metrics"] for checkpoint in whole}
-        known = [checkpoint for checkpoint in whole if config.keep_best in measured[checkpoint]]
-        kept.update(sorted(known, key=lambda checkpoint: measured[checkpoint][config.keep_best])[:1])
-    for checkpoint in whole:
-        if checkpoint not in kept:
-            remove(checkpoint)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether all files are there, at their length: a look that costs nothing."""
-    try:
-        files = read_manifest(checkpoint)["files"]
-        found = {file.name: file.stat().st_size for file in checkpoint.iterdir()}
-    except (RunError, OSError):  # it may be unreadable, or vanish meanwhile
-        return False
-    return all(found.get(name) == size for name, (size, _) in files.items())
-
-
-def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; killed half-way, it is one of the incomplete ones. So is, till later, what cannot be deleted
-    now: on NFS, a file that somebody reads. What cannot even be renamed stays, and a warning says so."""
-    try:
-        shutil.rmtree(checkpoint.rename(checkpoint.with_suffix(INCOMPLETE)), ignore_errors=True)
-    except OSError as error:
-        warnings.warn(f"{checkpoint}: cannot be removed: {error.strerror}", stacklevel=2)
 
 
 def _write(path: Path, text: str, sums: Sums) -> None:

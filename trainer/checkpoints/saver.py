@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from trainer.checkpoints import folder as checkpoint
-from trainer.checkpoints.folder import CHECKPOINTS, CheckpointConfig
+from trainer.checkpoints.config import CheckpointConfig
+from trainer.checkpoints.folder import CHECKPOINTS
+from trainer.checkpoints.retention import prune
 
 States = dict[str, dict[str, dict]]
 
@@ -64,7 +66,7 @@ class Saver:
             for name, state in states.items():
                 checkpoint.save(self._run / name, position, state, *about, group=self._group)
             if dist.get_rank() == 0:
-                checkpoint.prune(self._run / CHECKPOINTS, self._config)
+                prune(self._run / CHECKPOINTS, self._config)
         except BaseException as error:
             self._error = error
 

@@ -13,7 +13,7 @@ from models.paths.base import PathConfig
 from models.paths.ddpm import respaced
 from models.sampling.generation import SampleConfig
 from models.sampling.samplers import SAMPLERS
-from trainer.checkpoints.folder import CheckpointConfig, ResumeConfig
+from trainer.checkpoints.config import CheckpointConfig, ResumeConfig
 from trainer.config.parsing import explain, field_names, read_yaml, set_dotted
 from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.engines.deepspeed_config import deepspeed_config

@@ -12,7 +12,7 @@ from data.sets.registry import ArrayImages
 from trainer.errors import RunError
 from trainer.evaluation.frechet import frechet_distance
 from trainer.evaluation.metrics import NEIGHBOURS, kernel_distance, precision_and_recall
-from trainer.sampling.generate import to_uint8
+from trainer.sampling.pictures import to_uint8
 
 
 def evaluate(generated: np.ndarray, label: np.ndarray, train: ArrayImages, heldout: ArrayImages) -> dict[str, float]:
@@ -25,8 +25,8 @@ def make_evaluator(train: ArrayImages, heldout: ArrayImages) -> Callable[[np.nda
 
     In the last hidden layer of a classifier trained on `train`, beside the held-out images: frechet, the Frechet
     distance; kid, precision, recall as in trainer/evaluation/metrics.py. class_accuracy: the share of images that this
-    classifier takes for the class asked for. Beside them, to compare with, the same of real images: frechet_train (training to
-    held-out images) and heldout_accuracy. RunError if the images are not of the form of the real ones.
+    classifier takes for the class asked for. Beside them, to compare with, the same of real images: frechet_train
+    (training to held-out images) and heldout_accuracy. RunError if the images are not of the form of the real ones.
     """
 
     def pixels(images: ArrayImages) -> np.ndarray:

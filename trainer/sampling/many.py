@@ -23,8 +23,10 @@ from trainer.config.tree import Config
 from trainer.errors import RunError
 from trainer.ranks import local_device
 from trainer.sampling.decode import make_decoder
-from trainer.sampling.generate import generate_groups, to_uint8
-from trainer.sampling.samples import describe, load_networks
+from trainer.sampling.generate import generate_groups
+from trainer.sampling.networks import load_networks
+from trainer.sampling.pictures import to_uint8
+from trainer.sampling.samples import describe
 
 PARTS, SAMPLES, RECORD = "parts", "samples.npz", "samples.json"
 

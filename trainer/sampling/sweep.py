@@ -9,7 +9,8 @@ from trainer.config.parsing import set_dotted
 from trainer.config.tree import Config, parse_config
 from trainer.errors import RunError
 from trainer.run_folder import read_config
-from trainer.sampling.samples import fixed, make_samples, write_samples
+from trainer.sampling.networks import fixed
+from trainer.sampling.samples import make_samples, write_samples
 
 WEIGHTS = "weights"  # the axis of which weights: ema, raw, or a file as tools/reconstruct_ema.py writes
 Axes = dict[str, list[str]]  # values of each swept setting

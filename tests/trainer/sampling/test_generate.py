@@ -18,7 +18,9 @@ from trainer.batches import make_batches
 from trainer.config.tree import load_config
 from trainer.monitor import Monitor
 from trainer.ranks import Ranks
-from trainer.sampling.generate import Networks, classes_shown, generate, generate_groups
+from trainer.sampling.generate import generate, generate_groups
+from trainer.sampling.networks import Networks
+from trainer.sampling.pictures import classes_shown
 
 SHAPE, CPU = (1, 8, 8), torch.device("cpu")
 FITTING = [(name, path) for name, sampler in SAMPLERS.items() for path in sampler.paths if name != "dopri5"]

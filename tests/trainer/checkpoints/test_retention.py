@@ -9,7 +9,9 @@ import torch
 
 from tests.trainer.forked import positions, train_tiny
 from trainer.checkpoints import folder as checkpoint
-from trainer.checkpoints.folder import CHECKPOINTS, CheckpointConfig
+from trainer.checkpoints.config import CheckpointConfig
+from trainer.checkpoints.folder import CHECKPOINTS
+from trainer.checkpoints.retention import prune, remove
 
 RANDOM = random.SystemRandom()
 LAST = "checkpoints/000000000640"
@@ -32,7 +34,7 @@ def test_what_stays_is_the_newest_the_first_after_each_multiple_and_the_best(alo
             metrics = {"loss": RANDOM.choice([1.0, 2.0, 3.0])} if RANDOM.random() < 0.8 else {"other": 0.0}
             history.append((position, metrics.get("loss")))
             checkpoint.save(folder, position, small_state(), "", "images", metrics)
-            checkpoint.prune(folder, config)
+            prune(folder, config)
             expected = {seen for seen, _ in history[-keep:]}
             for multiple in range(keep_every, position + 1, keep_every or position + 1):
                 if keep_every:
@@ -59,7 +61,7 @@ def test_a_damaged_checkpoint_neither_counts_nor_goes_so_the_last_good_ones_stay
                 file.unlink() if size < 0 else os.truncate(file, size)
                 good.remove(broken)
                 damaged.append(broken)
-            checkpoint.prune(folder, CheckpointConfig(keep=keep, keep_best="loss"))
+            prune(folder, CheckpointConfig(keep=keep, keep_best="loss"))
             good = good[-keep:]  # the loss falls: the best is the newest
             assert positions(folder) == sorted(good + damaged)
     for path in (folder / f"{position:012d}" for position in good):
@@ -71,11 +73,11 @@ def test_what_cannot_be_deleted_now_harms_no_run_and_goes_later(alone, small_dis
     checkpoint.save(tmp_path, 1, small_state(), "", "images")
     small_disk(tmp_path / "000000000001/busy", MB)
     checkpoint.save(tmp_path, 2, small_state(), "", "images")
-    checkpoint.prune(tmp_path, CheckpointConfig(keep=1))
+    prune(tmp_path, CheckpointConfig(keep=1))
     left = tmp_path / "000000000001.incomplete"
     assert checkpoint.find(tmp_path) == ([tmp_path / "000000000002"], [left])
     subprocess.run(["umount", left / "busy"], check=True)
-    checkpoint.remove(left)
+    remove(left)
     assert positions(tmp_path) == [2] and not left.exists()
 
 
@@ -98,5 +100,5 @@ def test_one_that_cannot_be_moved_away_stays_with_a_warning(alone, tmp_path):
     (tmp_path / "000000000001.incomplete").mkdir()
     (tmp_path / "000000000001.incomplete/of a user").touch()
     with pytest.warns(UserWarning, match="000000000001: cannot be removed: Directory not empty"):
-        checkpoint.prune(tmp_path, CheckpointConfig(keep=1))
+        prune(tmp_path, CheckpointConfig(keep=1))
     assert positions(tmp_path) == [1, 3]

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from trainer.checkpoints import folder as checkpoint
-from trainer.checkpoints.folder import CheckpointConfig
+from trainer.checkpoints.config import CheckpointConfig
+from trainer.checkpoints.retention import prune, remove
 from trainer.errors import RunError
 
 
@@ -38,7 +39,7 @@ def test_the_newest_and_every_mth_stay(keep, keep_every, alone, tmp_path):
     config = CheckpointConfig(every=100, keep=keep, keep_every=100 * keep_every)
     for number in range(1, 11):  # saved at the first step that passes a multiple of `every`
         checkpoint.save(tmp_path, 100 * number + number % 7, state(0), "", "images")
-        checkpoint.prune(tmp_path, config)
+        prune(tmp_path, config)
     left = [int(path.name) // 100 for path in checkpoint.find(tmp_path)[0]]
     for_good = [n for n in range(1, 11) if keep_every and n % keep_every == 0]
     assert left == sorted({*range(11 - keep, 11), *for_good})
@@ -47,7 +48,7 @@ def test_the_newest_and_every_mth_stay(keep, keep_every, alone, tmp_path):
 def test_of_saves_between_the_regular_ones_none_stays_for_good(alone, tmp_path):
     for position in (32, 100, 200, 300, 332, 364, 400, 500, 600, 632):  # 32, 332, 364 and 632: the run was stopped
         checkpoint.save(tmp_path, position, state(0), "", "images")
-        checkpoint.prune(tmp_path, CheckpointConfig(every=100, keep=1, keep_every=300))
+        prune(tmp_path, CheckpointConfig(every=100, keep=1, keep_every=300))
     assert [int(path.name) for path in checkpoint.find(tmp_path)[0]] == [300, 600, 632]
 
 
@@ -55,13 +56,13 @@ def test_a_removal_killed_half_way_leaves_no_checkpoint(alone, tmp_path, monkeyp
     for position in (32, 64):
         checkpoint.save(tmp_path, position, state(0), "", "images")
     monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **_: (path / checkpoint.MANIFEST).unlink())
-    checkpoint.prune(tmp_path, CheckpointConfig(keep=1))
+    prune(tmp_path, CheckpointConfig(keep=1))
     complete, incomplete = checkpoint.find(tmp_path)
     assert [path.name for path in complete] == ["000000000064"]
     assert [path.name for path in incomplete] == ["000000000032.incomplete"]
     monkeypatch.undo()
     for path in incomplete:
-        checkpoint.remove(path)
+        remove(path)
     assert checkpoint.find(tmp_path) == (complete, [])
 
 

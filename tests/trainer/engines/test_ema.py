@@ -9,7 +9,9 @@ from trainer.checkpoints.weights import find_checkpoint
 from trainer.config.tree import load_config
 from trainer.engines.ema import EMA
 from trainer.ranks import Ranks
-from trainer.sampling.generate import Networks, generate, to_uint8
+from trainer.sampling.generate import generate
+from trainer.sampling.networks import Networks
+from trainer.sampling.pictures import to_uint8
 from trainer.sampling.samples import make_samples
 
 

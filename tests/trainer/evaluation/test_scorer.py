@@ -15,7 +15,7 @@ from data.extraction.crop import center_crop
 from tests.stores import write_tar
 from tests.trainer import detectors
 from tests.trainer.detectors import Inception, Plain, WithSpatial, save_images, score_once
-from tests.trainer.test_metrics import inception_score, neighbours
+from tests.trainer.evaluation.test_metrics import inception_score, neighbours
 from trainer.errors import RunError
 from trainer.evaluation.detector import load_detector, resize_299
 from trainer.evaluation.frechet import frechet_distance

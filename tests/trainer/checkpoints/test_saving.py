@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from tests.patience import PATIENCE
 from tests.trainer.forked import newest_is_good, one_line, positions, train_hasty, train_tiny
 from trainer.checkpoints import folder as checkpoint
-from trainer.checkpoints.folder import CHECKPOINTS, CheckpointConfig
+from trainer.checkpoints.config import CheckpointConfig
+from trainer.checkpoints.folder import CHECKPOINTS
 from trainer.checkpoints.saver import Saver
 from trainer.ranks import process_group
 

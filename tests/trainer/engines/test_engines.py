@@ -9,7 +9,7 @@ from data.sets.registry import DataConfig, open_images
 from tests.trainer.forked import GROUPS, train_tiny
 from trainer.build import build_network, open_data
 from trainer.config.tree import load_config
-from trainer.engines.base import build_engine
+from trainer.engines.build import build_engine
 from trainer.ranks import process_group
 
 WIDE = ["model.width=256", "model.heads=4", "train.images=160"]  # blocks of over a million weights: several FSDP units

@@ -1,0 +1,69 @@
+"""The networks that sample: of a checkpoint or a file, and those that sample.weaker and sample.small name."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from data.sets.registry import Images
+from models.sampling.guidance import Network
+from trainer.build import build_network
+from trainer.checkpoints import folder as checkpoint
+from trainer.checkpoints.weights import find_checkpoint, find_weights, read_weights, start_from
+from trainer.config.tree import Config
+from trainer.errors import RunError
+from trainer.run_folder import read_config
+
+
+class Networks(NamedTuple):
+    """What samples: the network, and those of sample.weaker and sample.small, if the config has some."""
+
+    network: Network
+    weaker: Network | None = None
+    small: Network | None = None
+
+
+def fixed(config: Config) -> Config:
+    """With the checkpoints that sample.weaker and sample.small mean now: a run that goes on has others later."""
+    named = {name: getattr(config.sample, name) for name in ("weaker", "small")}
+    found = {name: str(find_weights(path).absolute()) for name, path in named.items() if path}
+    return config.model_copy(update={"sample": config.sample.model_copy(update=found)})
+
+
+def load_networks(
+    folder: Path | None,
+    config: Config,
+    images: Images,
+    device: torch.device,
+    raw: bool = False,
+    file: Path | None = None,
+) -> Networks:
+    """The network of a checkpoint with its EMA weights, its `raw` ones, or those of a `file`, and those that
+    sample.weaker and sample.small name, with their EMA weights."""
+    network = build_network(config, images)
+    if file:
+        start_from(network, read_weights(file, raw), str(file))
+    else:
+        checkpoint.load(folder, {"model" if raw else "ema": network.state_dict()})  # fills the network's own tensors
+    others = [_load_other(name, config, images) for name in ("weaker", "small")]
+    return Networks(*(net and net.to(device).eval() for net in (network, *others)))
+
+
+def _load_other(name: str, config: Config, images: Images) -> nn.Module | None:
+    """The network that sample.NAME means: of a run or checkpoint, as its config says; of a file, as this one says."""
+    source = getattr(config.sample, name)
+    if source is None:
+        return None
+    own = read_config(find_checkpoint(Path(source))) if Path(source).is_dir() else config
+    about = ("name", "learns_variance", "noise_scale")
+    if any(getattr(own.path, field) != getattr(config.path, field) for field in about):
+        raise RunError(f"sample.{name}={source}: was trained on another path ({own.path.name}); give one on the run's")
+    if own.model.max_group_size < config.model.max_group_size:
+        raise RunError(
+            f"sample.{name}={source}: has model.max_group_size={own.model.max_group_size}, the run"
+            f" {config.model.max_group_size}; give one with as many or more"
+        )
+    network = build_network(own, images)
+    start_from(network, read_weights(source), str(source))
+    return network
