@@ -12,6 +12,7 @@ from preprocessing import add_process_options, run_in_processes
 from tqdm import tqdm
 
 from trainer.checkpoints.weights import find_checkpoint, place_in_run
+from trainer.config.fields import marked, matches
 from trainer.config.parsing import set_dotted
 from trainer.config.tree import Config, load_config, parse_config
 from trainer.errors import RunError
@@ -19,8 +20,6 @@ from trainer.run_folder import read_config
 from trainer.sampling.many import RECORD, sample_many
 from trainer.sampling.networks import fixed
 from trainer.sampling.samples import make_samples, write_samples
-
-FREE = ("sample.", "model.group_layers=", "precision=", "data.")  # what need not be as it was in training
 
 
 def main(arguments: list[str]) -> None:
@@ -57,10 +56,11 @@ def main(arguments: list[str]) -> None:
 
 def find(args: argparse.Namespace) -> tuple[Path | None, Config]:
     """The checkpoint, if there is one, and the config, changed as the command line says."""
-    can_be = ", ".join(name.replace(".", ".*") if name.endswith(".") else name.rstrip("=") for name in FREE)
+    free = marked(Config, "sampling", "only", "also")
     for override in args.overrides:
-        if not override.startswith(FREE):
-            raise RunError(f"{override}: only {can_be} can be set here; the rest is what it was trained with")
+        if not matches(override.partition("=")[0], free):
+            known = ", ".join(f"{name}*" if name.endswith(".") else name for name in free)
+            raise RunError(f"{override}: only {known} can be set here; the rest is what it was trained with")
     if args.run.suffix == ".yaml":
         if not args.weights:
             raise RunError(f"{args.run}: a config has no weights; give a file with --weights, or a run folder")

@@ -10,29 +10,12 @@ from typing import TextIO
 
 import yaml
 
+from trainer.config.fields import marked, matches
 from trainer.config.parsing import dotted, to_yaml
 from trainer.config.tree import Config, parse_config
 from trainer.errors import RunError
 
 CONFIG, LOCK = "config.yaml", "lock"
-# What a run may change when it continues; all else would make another run of it.
-_FREE = (
-    "run",
-    "engine",
-    "zero",
-    "shard_size",
-    "offload",
-    "activation_checkpointing",
-    "compile",
-    "train.images",
-    "train.micro_batch",
-    "train.log_every",
-    "train.sample_every",
-    "train.score_every",
-    "train.timeout",
-    "data.workers",
-)
-_FREE_PARTS = ("deepspeed", "checkpoint.", "resume.", "sample.", "evaluate.")
 
 
 def check_folder(config: Config) -> None:
@@ -40,9 +23,10 @@ def check_folder(config: Config) -> None:
     stored = Path(config.run) / CONFIG
     if not stored.is_file():
         return
+    free = marked(Config, "may_change", True)
     before, now = dotted(read_config(config.run).model_dump()), dotted(config.model_dump())
     for name, value in now.items():
-        if value != before.get(name) and name not in _FREE and not name.startswith(_FREE_PARTS):
+        if value != before.get(name) and not matches(name, free):
             raise RunError(
                 f"{name}={value}: the run in {config.run} has {name}={before.get(name)};"
                 " set it back, or set run= to a new folder"

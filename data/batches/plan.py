@@ -16,7 +16,7 @@ Level = Annotated[float, Field(ge=-np.inf)]  # not NaN
 SHARES = {"none": 0.0, "light": 0.1, "full": 1.0}
 
 
-class GroupsConfig(BaseModel, extra="forbid", frozen=True):
+class GroupsConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
     """Groups of Group Diffusion (arXiv 2512.10954).
 
     none: plain diffusion. light (C=1, UC=N): `share` of the images in unconditional groups, the others alone with their
@@ -24,16 +24,27 @@ class GroupsConfig(BaseModel, extra="forbid", frozen=True):
     """
 
     variant: Literal["none", "light", "full"] = "light"
-    size: int = Field(4, ge=1, le=16)  # images in a group, N
-    share: float | None = Field(None, ge=0, le=1)  # of the images, in groups; by variant: 0, 0.1, 1
-    drop: float = Field(0.1, ge=0, le=1)  # probability that a class is dropped (none, full)
+    """none: plain diffusion; light: some images in groups without their class; full: groups that keep their class."""
+    size: int = Field(4, ge=1, le=16)
+    """Images in a group, N."""
+    share: float | None = Field(None, ge=0, le=1)
+    """Share of the images that are in groups. null: 0, 0.1 or 1 for variant none, light or full."""
+    drop: float = Field(0.1, ge=0, le=1)
+    """Of variant none and full: probability that a class is dropped."""
     query: Literal["similarity", "class", "random"] = "similarity"
-    threshold: float = Field(0.7, ge=-1, le=1)  # least cosine of anchor and member
-    neighbors: int = Field(32, ge=1)  # candidates kept for each image
-    mixing: Literal["by_step", "within_step"] = "by_step"  # a step is all single or all groups; or holds both
-    splits: int = Field(8, ge=1)  # within_step: world sizes that divide it can train the run
-    spread: float = Field(0.0, ge=0, le=1)  # of the timesteps in a group, around the first image's
-    window: tuple[Level | None, Level | None] | None = None  # of log-SNR, where groups share attention; null: no end
+    """What the images of a group have in common: similar features, the class, or nothing."""
+    threshold: float = Field(0.7, ge=-1, le=1)
+    """Of query=similarity: least cosine similarity between a group's anchor and each member."""
+    neighbors: int = Field(32, ge=1)
+    """Of query=similarity: most similar images that are candidates for the group of an image; at least size - 1."""
+    mixing: Literal["by_step", "within_step"] = "by_step"
+    """by_step: a step holds only groups or only single images; within_step: it holds both."""
+    splits: int = Field(8, ge=1)
+    """Of mixing=within_step: world sizes that divide this number can train the run."""
+    spread: float = Field(0.0, ge=0, le=1)
+    """How far timesteps in a group may lie from its first image's, as quantiles. 0: all the same; 1: independent."""
+    window: tuple[Level | None, Level | None] | None = None
+    """Lowest and highest log-SNR at which groups share attention; null at either end: no limit there. null: always."""
 
     @model_validator(mode="before")
     @classmethod

@@ -29,22 +29,37 @@ OF_STORES = {
 }  # fields of DataConfig that not every kind of images has, and the names of those that do
 
 
-class DataConfig(BaseModel, extra="forbid", frozen=True):
+class DataConfig(
+    BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, json_schema_extra={"sampling": "also"}
+):
     """Which images, and how they are read. What stands in it of channels, side and scaling must be true of the latents
     or pixels; null accepts whatever they have."""
 
     name: Literal["digits", "glyphs", "latents", "pixels"] = "digits"
-    latents: str | None = None  # folder made by tools/precompute_latents.py or tools/cluster_latents.py
-    pixels: str | None = None  # folder made by tools/precompute_pixels.py
-    neighbors: str | None = None  # folder made by tools/build_neighbors.py of the same images (not for streaming)
-    channels: int | None = Field(None, ge=1)  # of a latent, or of pixels
-    side: int | None = Field(None, ge=1)  # of a latent in its own pixels, or of an image
-    scaling: float | None = Field(None, gt=0)  # of latents by the VAE
-    flip: bool = True  # half of the latents or pixels, at random, of the mirror image
-    vae: str | None = None  # to show samples; null: the one that the latents name
-    streaming: bool = False  # read whole shards in turn instead of images at random: see README
-    window: int = Field(8, ge=1)  # shards that a rank has in memory and forms groups in (for streaming)
-    workers: int = Field(0, ge=0)  # processes per rank that prepare batches; 0: in the training process
+    """The kind of images: digits and glyphs are built in; latents and pixels are read from a folder."""
+    latents: str | None = Field(None, json_schema_extra={"path": True})
+    """Folder made by tools/precompute_latents.py or tools/cluster_latents.py. Required by name=latents."""
+    pixels: str | None = Field(None, json_schema_extra={"path": True})
+    """Folder made by tools/precompute_pixels.py. Required by name=pixels."""
+    neighbors: str | None = Field(None, json_schema_extra={"path": True})
+    """Folder made by tools/build_neighbors.py from the same images. Required by groups.query=similarity, except when
+    streaming."""
+    channels: int | None = Field(None, ge=1)
+    """Channels that a latent or an image must have. null: whatever the folder holds."""
+    side: int | None = Field(None, ge=1)
+    """Side that a latent (in its own pixels) or an image must have. null: whatever the folder holds."""
+    scaling: float | None = Field(None, gt=0)
+    """Factor by which the VAE's latents must be scaled. null: whatever the folder holds."""
+    flip: bool = True
+    """Whether half of the latents or pixels, at random, are of the mirror image."""
+    vae: str | None = Field(None, json_schema_extra={"path": True})
+    """Folder or name of the VAE that decodes samples. null: the one that the latents name."""
+    streaming: bool = False
+    """Whether to read whole shards in turn instead of images at random, for storage that is slow at random reads."""
+    window: int = Field(8, ge=1)
+    """Of streaming: shards that a rank holds in memory and forms groups in."""
+    workers: int = Field(0, ge=0, json_schema_extra={"may_change": True, "affects_results": False})
+    """Processes per rank that prepare batches. 0: the training process prepares them itself."""
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":

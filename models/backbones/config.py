@@ -19,22 +19,35 @@ SIZES = {
 }
 
 
-class ModelConfig(BaseModel, extra="forbid", frozen=True):
+class ModelConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
     """The network. `size` fills depth, width, heads and the like; leave it out to choose them freely."""
 
-    backbone: Literal["dit", "jit"] = "dit"  # SiT is a dit on another path
+    backbone: Literal["dit", "jit"] = "dit"
+    """The network's architecture. SiT is `dit` on the path `linear`."""
     size: str | None = None
+    """A published size, which sets depth, width and heads: S, B, L or XL of dit; B, L or H of jit. null: set them."""
     depth: int = Field(12, ge=1)
+    """Number of transformer blocks."""
     width: int = Field(384, ge=4)
+    """Channels of a token; a multiple of `heads` and of 4."""
     heads: int = Field(6, ge=1)
+    """Attention heads of a block."""
     patch: int = Field(2, ge=1)
+    """Side of a patch, in latent pixels or image pixels; must divide the side of an image."""
     mlp_ratio: float = Field(4.0, gt=0)
-    max_group_size: int = Field(16, ge=1)  # rows of the sample embedding
-    group_layers: tuple[int, ...] | None = None  # blocks whose attention groups share, from 0; null: all
-    time_scale: float = Field(1.0, gt=0)  # t in [0, 1] is multiplied by it: SiT and JiT have 1
-    bottleneck: int = Field(128, ge=1)  # of jit: width between the two layers that embed a patch
-    context_tokens: int = Field(32, ge=0)  # of jit: tokens of the class
-    context_start: int = Field(4, ge=0)  # of jit: the block before which they join
+    """Hidden width of a block's MLP, as a multiple of `width`."""
+    max_group_size: int = Field(16, ge=1)
+    """Largest group that the network can take: the rows of its sample embedding."""
+    group_layers: tuple[int, ...] | None = Field(None, json_schema_extra={"sampling": "also"})
+    """Blocks in which a group shares attention, counted from 0. null: all blocks."""
+    time_scale: float = Field(1.0, gt=0)
+    """Factor on times in [0, 1] before they are embedded; 1 in SiT and JiT. Must be 1 for path=ddpm."""
+    bottleneck: int = Field(128, ge=1)
+    """Of jit: width between the two layers that embed a patch."""
+    context_tokens: int = Field(32, ge=0)
+    """Of jit: number of tokens that carry the class."""
+    context_start: int = Field(4, ge=0)
+    """Of jit: the block before which the class tokens join, counted from 0."""
 
     @model_validator(mode="before")
     @classmethod

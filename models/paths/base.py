@@ -12,16 +12,23 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 
-class PathConfig(BaseModel, extra="forbid", frozen=True):
+class PathConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
     """Which path, which timesteps in training, and how they are weighted. A name alone stands for it as published."""
 
     name: Literal["linear", "gvp", "vp", "jit", "ddpm"] = "linear"
-    timesteps: Literal["uniform", "logit_normal", "discrete"] | None = None  # null: as published for the path
-    logit_mean: float = -0.8  # of logit_normal: of logit(t), t = 1 is data
+    """The path between noise and data. linear, gvp and vp are SiT's, ddpm is DiT's, jit is JiT's."""
+    timesteps: Literal["uniform", "logit_normal", "discrete"] | None = None
+    """Distribution of timesteps in training. null: as published for the path."""
+    logit_mean: float = -0.8
+    """Of timesteps=logit_normal: mean of logit(t), where t = 1 is data."""
     logit_std: float = Field(0.8, gt=0)
-    min_snr: float | None = Field(None, gt=0)  # weigh losses by min(SNR, this), as of the data; null: not at all
-    learns_variance: bool = True  # of ddpm
-    noise_scale: float = Field(1.0, gt=0)  # of jit: standard deviation of its noise; 2 at 512 pixels
+    """Of timesteps=logit_normal: standard deviation of logit(t)."""
+    min_snr: float | None = Field(None, gt=0)
+    """Weigh the loss, as an error of the data, by min(SNR, this value). null: no weighting."""
+    learns_variance: bool = True
+    """Of ddpm: whether the network also predicts the variance of a step."""
+    noise_scale: float = Field(1.0, gt=0)
+    """Of jit: standard deviation of the noise; 2 is published for 512 pixels."""
 
     @model_validator(mode="before")
     @classmethod

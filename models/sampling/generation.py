@@ -13,23 +13,44 @@ from models.sampling.samplers import SAMPLERS, Draw, SamplerConfig
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class SampleConfig(SamplerConfig, extra="forbid", frozen=True):
+class SampleConfig(
+    SamplerConfig,
+    extra="forbid",
+    frozen=True,
+    use_attribute_docstrings=True,
+    json_schema_extra={"sampling": "only", "may_change": True},
+):
     """How images are generated: for every class `per_class` of them, in groups of the larger of C and UC."""
 
     sampler: Literal[tuple(SAMPLERS)] = "heun"
+    """The method that follows the path from noise to images; which ones fit depends on the path."""
     steps: int = Field(50, ge=1)
-    guidance: tuple[Weight, ...] = Field((1.5,), min_length=1)  # w of u + w (c - u), 1: none; of groups in turn
-    interval: Interval | None = None  # of log-SNR, in which guidance acts; null: everywhere
-    guided_channels: int | None = Field(None, ge=1)  # so many first ones are guided; null: all
-    cond_group_size: int | None = Field(None, ge=1)  # C; by variant: 1, 1, N
-    uncond_group_size: int | None = Field(None, ge=1)  # UC; by variant: 1, N, N
-    group_window: Interval | None = None  # of log-SNR, in which groups share attention; null: groups.window
-    weaker: str | None = None  # weights of a network that guides instead of the unconditional prediction
-    small: str | None = None  # weights of a network that does the noisiest steps
-    small_share: float = Field(0.4, ge=0, le=1)  # of the steps, by `small`
+    """Number of steps from noise to image. dopri5 chooses its own."""
+    guidance: tuple[Weight, ...] = Field((1.5,), min_length=1)
+    """Guidance weight w of u + w (c - u), where 1 means none. Of several, groups take one after the other in turn."""
+    interval: Interval | None = None
+    """Lowest and highest log-SNR at which guidance acts. null: everywhere."""
+    guided_channels: int | None = Field(None, ge=1)
+    """Number of channels, from the first, that guidance acts on. null: all."""
+    cond_group_size: int | None = Field(None, ge=1)
+    """C: images that share attention in the conditional prediction. null: as the variant trains (1, 1, groups.size)."""
+    uncond_group_size: int | None = Field(None, ge=1)
+    """UC: images that share attention in the unconditional prediction. null: as the variant trains (1, groups.size,
+    groups.size)."""
+    group_window: Interval | None = None
+    """Lowest and highest log-SNR at which groups share attention. null: as groups.window."""
+    weaker: str | None = Field(None, json_schema_extra={"path": True})
+    """Weights of a network whose prediction takes the place of the unconditional one in guidance. null: none."""
+    small: str | None = Field(None, json_schema_extra={"path": True})
+    """Weights of a smaller network that does the noisiest steps. null: none."""
+    small_share: float = Field(0.4, ge=0, le=1)
+    """Share of the steps that `small` does."""
     per_class: int = Field(16, ge=1)
-    batch: int = Field(256, ge=1)  # most images at once; at least a group
+    """Images to generate of each class."""
+    batch: int = Field(256, ge=1)
+    """Most images that a process generates at once; at least one group."""
     seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the noise."""
 
     @field_validator("guidance", mode="before")
     @classmethod

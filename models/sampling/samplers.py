@@ -23,12 +23,17 @@ SDE_END, SBDM_START = 0.04, 1e-3  # SiT's: the last step's size; where its diffu
 SINGULAR_END = 1e-3  # before a singular end, where an adaptive sampler stops
 
 
-class SamplerConfig(BaseModel, extra="forbid", frozen=True):
+class SamplerConfig(
+    BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, json_schema_extra={"sampling": "only"}
+):
     """What some samplers have of their own."""
 
-    tolerance: float = Field(1e-4, gt=0)  # of dopri5, relative and absolute
-    diffusion: Literal["sigma", "linear", "constant", "decreasing", "rising-falling", "sbdm"] = "sigma"  # of sde
-    diffusion_norm: float = Field(1.0, gt=0)  # of sde
+    tolerance: float = Field(1e-4, gt=0)
+    """Of dopri5: relative and absolute error that a step may have."""
+    diffusion: Literal["sigma", "linear", "constant", "decreasing", "rising-falling", "sbdm"] = "sigma"
+    """Of sde: how the strength of the added noise depends on time, under SiT's names."""
+    diffusion_norm: float = Field(1.0, gt=0)
+    """Of sde: factor on the strength of the added noise."""
 
 
 def euler(

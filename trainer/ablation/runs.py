@@ -19,6 +19,7 @@ from data.stores.files import write_json
 from trainer.analysis import attention
 from trainer.build import open_data
 from trainer.checkpoints.weights import find_checkpoint
+from trainer.config.fields import marked, matches
 from trainer.config.parsing import dotted, to_yaml
 from trainer.config.tree import Config, load_config
 from trainer.errors import RunError
@@ -28,7 +29,6 @@ from trainer.ranks import local_device
 from trainer.sampling.samples import make_samples
 
 GROUPS_SCORED = 64  # for the attention score of a run
-FREE = ("run", "checkpoint.", "resume.", "data.workers", "train.log_every", "train.timeout")  # of no result's concern
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def check_results(configs: dict[str, Config], guidance: tuple[float, ...], out: 
 def _settings(config: Config, guidance: tuple[float, ...]) -> dict:
     """Those that a result depends on, as JSON gives them back."""
     fields = dotted(config.model_dump(mode="json"))
-    return {name: fields[name] for name in fields if not name.startswith(FREE)} | {"--guidance": list(guidance)}
+    free = marked(Config, "affects_results", False)
+    return {name: fields[name] for name in fields if not matches(name, free)} | {"--guidance": list(guidance)}
 
 
 def run_cells(

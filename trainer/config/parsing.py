@@ -71,18 +71,6 @@ def dotted(tree: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """The dotted name of every field of a config class."""
-    names: list[str] = []
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            names += field_names(kind, f"{prefix}{name}.")
-        else:
-            names.append(prefix + name)
-    return names
-
-
 def explain(error: pydantic.ValidationError, known: Iterable[str]) -> str:
     """The first thing wrong, as `field=value: what is wrong; fix`."""
     first = error.errors()[0]

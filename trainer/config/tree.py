@@ -14,32 +14,48 @@ from models.paths.ddpm import respaced
 from models.sampling.generation import SampleConfig
 from models.sampling.samplers import SAMPLERS
 from trainer.checkpoints.config import CheckpointConfig, ResumeConfig
-from trainer.config.parsing import explain, field_names, read_yaml, set_dotted
+from trainer.config.fields import field_names
+from trainer.config.parsing import explain, read_yaml, set_dotted
 from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.engines.deepspeed_config import deepspeed_config
 from trainer.errors import RunError
 
 
-class TrainConfig(BaseModel, extra="forbid", frozen=True):
+class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
     """How long and in what batches. All counts are images, so that they survive a change of batch size."""
 
-    images: int = Field(102_400_000, ge=1)  # length of the run, in whole global batches
-    global_batch: int = Field(256, ge=1)  # images a step, over all ranks
-    micro_batch: int | None = Field(None, ge=1)  # most images a rank passes through the network at once
-    log_every: int = Field(12_800, ge=1)  # images between two log entries (every step is in metrics.jsonl)
-    sample_every: int = Field(0, ge=0)  # images between two sample grids in TensorBoard; 0: none
-    score_every: int = Field(1_280_000, ge=0)  # images between two scores of the attention in groups; 0: none
-    timeout: float = Field(1800, gt=0)  # seconds after which a rank gives up waiting for others
+    images: int = Field(102_400_000, ge=1, json_schema_extra={"may_change": True})
+    """Length of the run in images, rounded to whole global batches."""
+    global_batch: int = Field(256, ge=1)
+    """Images of a step, over all ranks."""
+    micro_batch: int | None = Field(None, ge=1, json_schema_extra={"may_change": True})
+    """Most images that a rank passes through the network at once; a multiple of groups.size. null: all of its share."""
+    log_every: int = Field(12_800, ge=1, json_schema_extra={"may_change": True, "affects_results": False})
+    """Images between two log entries; metrics.jsonl has every step."""
+    sample_every: int = Field(0, ge=0, json_schema_extra={"may_change": True})
+    """Images between two sample grids in TensorBoard. 0: none."""
+    score_every: int = Field(1_280_000, ge=0, json_schema_extra={"may_change": True})
+    """Images between two measurements of how much attention crosses images of a group. 0: none."""
+    timeout: float = Field(1800, gt=0, json_schema_extra={"may_change": True, "affects_results": False})
+    """Seconds after which a rank stops waiting for the others, and the run fails."""
 
 
-class EvaluateConfig(BaseModel, extra="forbid", frozen=True):
+class EvaluateConfig(
+    BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, json_schema_extra={"may_change": True}
+):
     """How samples are measured while training, with the averaged weights and as `sample` says they are made."""
 
-    every: int = Field(0, ge=0)  # images between two evaluations; 0: none
-    per_class: int = Field(10, ge=1)  # samples of each class
-    detector: str | None = None  # as tools/evaluate.py takes it; null: a small classifier of digits or glyphs
-    reference: str | None = None  # real images or statistics, for the detector
-    metrics: tuple[str, ...] | None = None  # as [fid, is]; null: all that the detector offers
+    every: int = Field(0, ge=0)
+    """Images between two evaluations. 0: none."""
+    per_class: int = Field(10, ge=1)
+    """Samples to measure of each class."""
+    detector: str | None = Field(None, json_schema_extra={"path": True})
+    """File or name of the network whose features are compared, as tools/evaluate.py takes it. null: a small classifier
+    of digits or glyphs."""
+    reference: str | None = Field(None, json_schema_extra={"path": True})
+    """Real images, or their statistics, to compare with; goes with `detector`."""
+    metrics: tuple[str, ...] | None = None
+    """Metrics to compute, as [fid, is]. null: all that the detector offers."""
 
     @model_validator(mode="after")
     def _check(self) -> "EvaluateConfig":
@@ -48,12 +64,15 @@ class EvaluateConfig(BaseModel, extra="forbid", frozen=True):
         return self
 
 
-class Config(EngineConfig, extra="forbid", frozen=True):
+class Config(EngineConfig, extra="forbid", frozen=True, use_attribute_docstrings=True):
     """A run. `load_config` reads it; `check_world` tells whether a world size fits it."""
 
-    run: str  # the run folder; the same command on the same folder continues
-    init_from: str | None = None  # weights to start from: a run, checkpoint, .safetensors or .pt; null: random
+    run: str = Field(json_schema_extra={"may_change": True, "affects_results": False, "path": True})
+    """The run folder; the same command on the same folder continues the run. Default: runs/ and the config's name."""
+    init_from: str | None = Field(None, json_schema_extra={"path": True})
+    """Weights to start from: a run, a checkpoint, a .safetensors or a .pt file. null: random weights."""
     seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of all that is random in training: weights, order of images, noise, timesteps."""
     path: PathConfig = PathConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()

@@ -7,17 +7,28 @@ from pydantic import BaseModel, Field, model_validator
 from trainer.engines.power_ema import WIDEST
 
 
-class EngineConfig(BaseModel, extra="forbid", frozen=True):
+class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
     """How the network is laid over the ranks. None of it changes what is computed, but for rounding."""
 
-    engine: Literal["single", "ddp", "fsdp", "hsdp", "deepspeed"] = "fsdp"
-    zero: Literal[0, 1, 2, 3] = 2  # of deepspeed: what is sharded; 1: optimizer, 2: gradients too, 3: weights too
-    shard_size: int | None = Field(None, ge=1)  # of hsdp: ranks that share one copy; null: those of a machine
-    offload: bool = False  # of fsdp, hsdp: weights, gradients, optimizer and EMA rest in the memory of the host
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: of matrix products and activations; weights stay fp32
-    activation_checkpointing: int = Field(0, ge=0)  # recompute every k-th block in the backward pass; 0: none
-    compile: bool = False  # torch.compile, block by block
-    deepspeed: dict[str, Any] = {}  # further keys of DeepSpeed's own configuration
+    engine: Literal["single", "ddp", "fsdp", "hsdp", "deepspeed"] = Field(
+        "fsdp", json_schema_extra={"may_change": True}
+    )
+    """How training is spread over the ranks. single: one process; ddp: a copy of the weights on each rank; fsdp:
+    weights sharded over all ranks; hsdp: sharded within copies; deepspeed: DeepSpeed's ZeRO."""
+    zero: Literal[0, 1, 2, 3] = Field(2, json_schema_extra={"may_change": True})
+    """Of deepspeed: what is sharded. 0: nothing; 1: optimizer; 2: gradients too; 3: weights too."""
+    shard_size: int | None = Field(None, ge=1, json_schema_extra={"may_change": True})
+    """Of hsdp: ranks that share one copy of the weights. null: those of one machine."""
+    offload: bool = Field(False, json_schema_extra={"may_change": True})
+    """Of fsdp and hsdp: whether weights, gradients, optimizer and EMA are kept in the host's memory."""
+    precision: Literal["fp32", "bf16"] = Field("fp32", json_schema_extra={"sampling": "also"})
+    """Precision of matrix products and activations; weights stay fp32."""
+    activation_checkpointing: int = Field(0, ge=0, json_schema_extra={"may_change": True})
+    """Recompute every k-th block in the backward pass instead of storing its activations. 0: none."""
+    compile: bool = Field(False, json_schema_extra={"may_change": True})
+    """Whether to compile the network block by block with torch.compile."""
+    deepspeed: dict[str, Any] = Field({}, json_schema_extra={"may_change": True})
+    """Of deepspeed: further keys of DeepSpeed's own configuration."""
 
     @model_validator(mode="after")
     def _check_engine(self) -> "EngineConfig":
@@ -38,16 +49,23 @@ Std = Annotated[float, Field(gt=0, lt=WIDEST)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class OptimConfig(BaseModel, extra="forbid", frozen=True):
+class OptimConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
     """AdamW with a constant learning rate after a linear warm-up."""
 
     lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
-    warmup: int = Field(0, ge=0)  # images
+    """Learning rate after the warm-up."""
+    warmup: int = Field(0, ge=0)
+    """Images over which the learning rate rises from 0 to `lr`. 0: no warm-up."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """AdamW's decay rates of the first and the second moment, per step."""
     weight_decay: float = Field(0.01, ge=0)
-    clip: float | None = Field(3.0, gt=0)  # largest gradient norm; null: no clipping
-    ema: float = Field(0.9999, ge=0, lt=1)  # decay per step
-    power_ema: tuple[Std, ...] = ()  # further averages, for tools/reconstruct_ema.py: relative stds, as [0.05, 0.1]
+    """AdamW's weight decay."""
+    clip: float | None = Field(3.0, gt=0)
+    """Largest norm of the gradient; a larger one is scaled down to it. null: no clipping."""
+    ema: float = Field(0.9999, ge=0, lt=1)
+    """Decay per step of the averaged weights."""
+    power_ema: tuple[Std, ...] = ()
+    """Relative standard deviations of further averages, as [0.05, 0.1], for tools/reconstruct_ema.py. []: none."""
 
     def lr_at(self, position: int) -> float:
         """Learning rate of the step that brings the images seen to `position`."""

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from trainer.config.fields import marked, matches
 from trainer.config.parsing import set_dotted
 from trainer.config.tree import Config, parse_config
 from trainer.errors import RunError
@@ -23,7 +24,7 @@ def parse_axes(sweeps: list[str]) -> Axes:
         name, equals, values = sweep.partition("=")
         if not (equals and all(values.split(","))):
             raise RunError(f"--sweep {sweep}: write field=value,value, as sample.guidance=1,1.5,2")
-        if name != WEIGHTS and not name.startswith("sample."):
+        if name != WEIGHTS and not _of_sampling(name):
             raise RunError(f"--sweep {sweep}: only sample.* and {WEIGHTS} (ema, raw, a file) can be swept here")
         axes[name] = values.split(",")
     return axes
@@ -63,10 +64,14 @@ def run_sweep(
 def _config(checkpoint: Path, overrides: list[str], choice: dict[str, str]) -> Config:
     tree = read_config(checkpoint).model_dump()
     for setting in (*overrides, *(f"{name}={value}" for name, value in choice.items() if name != WEIGHTS)):
-        if not setting.startswith("sample."):
+        if not _of_sampling(setting.partition("=")[0]):
             raise RunError(f"{setting}: only sample.* can be set here; the rest is what the run was trained with")
         set_dotted(tree, setting)
     return fixed(parse_config(tree))
+
+
+def _of_sampling(name: str) -> bool:
+    return matches(name, marked(Config, "sampling", "only"))
 
 
 def _there(folder: Path, checkpoint: Path, config: Config, weights: str) -> bool:

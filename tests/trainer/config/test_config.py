@@ -11,7 +11,8 @@ from tests.stores import encoded, noise, pixels, write
 from tests.trainer import detectors
 from trainer.build import open_data
 from trainer.checkpoints.weights import find_checkpoint
-from trainer.config.parsing import dotted, field_names, to_yaml
+from trainer.config.fields import field_names
+from trainer.config.parsing import dotted, to_yaml
 from trainer.config.tree import Config, check_world, load_config, parse_config
 from trainer.errors import RunError
 from trainer.loop import train

@@ -1,0 +1,57 @@
+"""The fields of the config tree with what their classes say of them: docstring, type, default, and marks.
+
+A mark is a key of `json_schema_extra`, of a field or of its whole class:
+- may_change: true where a run may continue with another value.
+- affects_results: false where no result depends on the value.
+- sampling: "only" where it describes sampling and nothing else, "also" where sampling may differ from training.
+- path: true where the value is the path of a file or folder.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+
+class ConfigField(NamedTuple):
+    """A field that holds a value: its dotted name, what its class says of it, and its marks."""
+
+    name: str
+    info: FieldInfo
+    marks: dict[str, Any]
+
+
+def walk(model: type[BaseModel], prefix: str = "", above: dict[str, Any] | None = None) -> Iterator[ConfigField]:
+    """Every field of a config class and of its sections, in order."""
+    marks = {**(above or {}), **_marks(model.model_config.get("json_schema_extra"))}
+    for name, info in model.model_fields.items():
+        own = {**marks, **_marks(info.json_schema_extra)}
+        section = info.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            yield from walk(section, f"{prefix}{name}.", own)
+        else:
+            yield ConfigField(prefix + name, info, own)
+
+
+def _marks(extra: object) -> dict[str, Any]:
+    return extra if isinstance(extra, dict) else {}
+
+
+def field_names(model: type[BaseModel]) -> list[str]:
+    """The dotted name of every field of a config class."""
+    return [field.name for field in walk(model)]
+
+
+def marked(model: type[BaseModel], mark: str, *values: object) -> list[str]:
+    """Names of the fields that have a mark with one of `values`; a section of which all have it is `section.`."""
+    found = {field.name: field.marks.get(mark) in values for field in walk(model)}
+    whole = {name.partition(".")[0] for name in found if "." in name}
+    whole -= {name.partition(".")[0] for name, has in found.items() if not has}
+    names = [f"{head}." if (head := name.partition(".")[0]) in whole else name for name, has in found.items() if has]
+    return list(dict.fromkeys(names))
+
+
+def matches(name: str, fields: Iterable[str]) -> bool:
+    """Whether a dotted name is one of `fields`, in one of its sections (`section.`), or a key of one that is a dict."""
+    return any(name == field or name.startswith(f"{field.rstrip('.')}.") for field in fields)
