@@ -20,17 +20,24 @@ from trainer.ranks import Ranks
 
 
 def make_batches(
-    config: Config, images: Images, ranks: Ranks, first: int, last: int, note: Callable[[int, int, Plan], None]
+    config: Config,
+    images: Images,
+    ranks: Ranks,
+    first: int,
+    last: int,
+    note: Callable[[int, int, Plan], None],
+    extra: tuple[str, ...] = (),
 ) -> DataLoader:
-    """The micro-batches of each of the steps from `first` to before `last`. All ranks call it. `note` is told of the
-    plan of each epoch: its number, the position at which it begins, and the plan."""
+    """Return the micro-batches of each step from `first` to before `last`. All ranks call it. `note` is told of the
+    plan of each epoch: its number, the position at which it begins, and the plan. `extra` names what loss terms ask of
+    the images."""
     batch, micro_batch = config.train.global_batch, config.train.micro_batch
     slots = config.model.max_group_size
     in_window = shares_attention(config)
     if isinstance(images, StreamedLatents):
         window = config.data.window
         stream = Stream(images.counts, config.groups, batch, config.seed, ranks.rank, ranks.world_size, window)
-        dataset = StreamDataset(images, stream, slots, micro_batch, first, last, in_window)
+        dataset = StreamDataset(images, stream, slots, micro_batch, first, last, in_window, extra)
         return stream_batches(dataset, config.data.workers)
 
     plan_of_epoch = make_planner(config, images)
@@ -42,7 +49,7 @@ def make_batches(
         return plan_of_epoch(epoch)
 
     sampler = GroupSampler(planned, epoch_steps, first, last, ranks.rank, ranks.world_size, micro_batch)
-    dataset = BatchDataset(images, config.groups, slots, config.seed, in_window)
+    dataset = BatchDataset(images, config.groups, slots, config.seed, in_window, extra)
     return load_batches(dataset, sampler, config.data.workers)
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from data.batches.batch import InWindow
 from data.batches.plan import Plan, plan_epoch
 from data.errors import DataError
 from data.sets.registry import Images, open_images
@@ -47,14 +48,14 @@ def make_planner(config: Config, images: Images) -> Callable[[int], Plan]:
     )
 
 
-def shares_attention(config: Config) -> Callable[[Tensor], Tensor] | None:
-    """Whether groups share attention at times that a batch has as shares of the path's distribution; None: at all."""
+def shares_attention(config: Config) -> InWindow | None:
+    """Return where groups share attention, of quantiles of time and the images seen; None: everywhere."""
     return partial(_in_window, make_path(config.path), config.groups.window) if config.groups.window else None
 
 
-def _in_window(path: NoisePath, window: Interval, share: Tensor) -> Tensor:
-    """Whether log-SNRs are in the window, of times that a batch has as shares of the path's distribution."""
-    log_snr = path.log_snr(path.timestep(share)).tolist()
+def _in_window(path: NoisePath, window: Interval, u: Tensor, position: int) -> Tensor:
+    """Whether the log-SNRs at quantiles of time `u`, with `position` images seen, are in the window."""
+    log_snr = path.log_snr(path.timestep(u, position)).tolist()
     return torch.tensor([inside(value, window) for value in log_snr], dtype=torch.bool)
 
 

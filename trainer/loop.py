@@ -74,7 +74,7 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
             before, position = position, (step + 1) * batch
             lr = config.optim.lr_at(position)
             grad_norm = engine.step(lr)
-            grouped = sum(len(m.t) for m in micro_batches if m.grouped) / images_per_rank
+            grouped = sum(len(m.u) for m in micro_batches if m.in_groups) / images_per_rank
             fallbacks = sum(m.fallbacks for m in micro_batches)
             monitor.note(step, position, step_loss, grad_norm, lr, grouped, fallbacks)
 

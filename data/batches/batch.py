@@ -1,7 +1,8 @@
 """A batch: a pure function of (config, image numbers, stream position)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,42 +12,51 @@ from data.batches.plan import GroupsConfig
 from data.randomness import Stream, draw
 from data.sets.registry import Images
 
+InWindow = Callable[[Tensor, int], Tensor]  # (quantiles of time (n,), position) -> does a group share there, (n,) bool
+
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Where a batch is in the stream: images (b,) at positions `position`, `position` + 1, ... , of one kind."""
+    """Where a batch is in the stream: images (b,) at positions `position`, `position` + 1, ..., of one kind, in a step
+    before which `step_position` images have been seen."""
 
     position: int
     images: np.ndarray
-    grouped: bool
+    in_groups: bool
     fallbacks: int = 0  # groups that the query could not fill
+    step_position: int = 0
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B images in groups of `group_size`, each contiguous; all of one kind, so it is one call of the network."""
+    """B images in groups of `group_size`, each contiguous; all of one kind, so one call of the network takes them."""
 
     x: Tensor  # (B, C, H, W) clean: latents, or pixels in [-1, 1]
     noise: Tensor  # (B, C, H, W) standard normal
-    t: Tensor  # (B,) in [0, 1]: shares of a distribution of timesteps, which the path knows
+    u: Tensor  # (B,) in [0, 1]: quantiles of time, of which the path makes timesteps
     label: Tensor  # (B,) class numbers
     slot: Tensor  # (B,) rows of the sample embedding
     conditional: Tensor  # (B,) bool
     group_size: int
-    grouped: bool  # of the group kind, also where groups are of one image
+    in_groups: bool  # of the group kind, also where groups are of one image
     fallbacks: int = 0  # groups that the query could not fill
-    sharing: int | None = None  # the first so many, whole groups, share attention in their groups; None: all
+    grouped: int | None = None  # the first so many, whole groups, share attention in their groups; None: all
+    position: int = 0  # images seen before its step: the same on all ranks and in all micro-batches of a step
+    extra: dict[str, Tensor] = field(default_factory=dict)  # (B, ...) each: what loss terms ask of the images
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+        changed: dict[str, Any] = {"extra": {name: change(tensor) for name, tensor in self.extra.items()}}
+        for name in (each.name for each in fields(self)):
+            if isinstance(value := getattr(self, name), Tensor):
+                changed[name] = change(value)
+        return replace(self, **changed)
 
     def pin_memory(self) -> "Batch":
-        """In page-locked memory, so that copies to a GPU can overlap with its work; the loader calls it."""
+        """Return it in page-locked memory, so that copies to a GPU overlap with its work. The loader calls this."""
         return self._map(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> "Batch":
-        """On a device."""
+        """Return it on a device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
@@ -56,45 +66,50 @@ def make_batch(
     max_group_size: int,
     seed: int,
     micro: MicroBatch,
-    in_window: Callable[[Tensor], Tensor] | None = None,
+    in_window: InWindow | None = None,
+    extra: tuple[str, ...] = (),
 ) -> Batch:
-    """Draws each image's noise, timestep, slot and dropping of its class from the generator of its own position;
-    what is common to a group comes from its first image's.
+    """Draw each image's noise, time, slot and whether its class is dropped from the generator of its own position;
+    what a group has in common comes from its first image's.
 
-    `in_window` tells of timesteps (n,) whether groups share attention there. Those that do come first in the batch; a
-    group goes by its first image.
+    `in_window` tells where groups share attention. Those that do come first in the batch; the first image of a group
+    decides for it. `extra` names the further tensors of the images to read.
     """
-    size = config.size if micro.grouped else 1
+    size = config.size if micro.in_groups else 1
     number = len(micro.images)
     positions = np.arange(micro.position, micro.position + number)
     random = images.posterior, images.mirrored
     drawn = draw(seed, Stream.TRAINING, positions, images.shape, size, max_group_size, *random)
     base, offset, drop = drawn.uniform.T
     first = np.arange(number) // size * size
-    t = spread_timesteps(base[first], np.where(first == np.arange(number), 0.5, offset), config.spread)
-    dropped = np.full(number, micro.grouped) if config.variant == "light" else drop[first] < config.drop
+    u = spread_quantiles(base[first], np.where(first == np.arange(number), 0.5, offset), config.spread)
+    dropped = np.full(number, micro.in_groups) if config.variant == "light" else drop[first] < config.drop
     batch = Batch(
         x=images.read(micro.images, drawn),
         noise=torch.from_numpy(drawn.noise),
-        t=torch.from_numpy(t.astype(np.float32)),
+        u=torch.from_numpy(u.astype(np.float32)),
         label=torch.from_numpy(images.label[micro.images]),
         slot=torch.from_numpy(drawn.slot),
         conditional=torch.from_numpy(~dropped),
         group_size=size,
-        grouped=micro.grouped,
+        in_groups=micro.in_groups,
         fallbacks=micro.fallbacks,
+        position=micro.step_position,
+        extra=images.read_extra(micro.images, drawn, extra) if extra else {},
     )
-    return _sharing_first(batch, in_window(batch.t[::size])) if in_window and micro.grouped else batch
+    if not (in_window and micro.in_groups):
+        return batch
+    return _sharing_first(batch, in_window(batch.u[::size], batch.position))
 
 
 def _sharing_first(batch: Batch, sharing: Tensor) -> Batch:
-    """The groups for which it holds, (groups,) bool, before the others."""
+    """Put the groups that share attention, by `sharing` (groups,) bool, before the others."""
     order = torch.argsort(~sharing, stable=True)[:, None] * batch.group_size + torch.arange(batch.group_size)
-    return replace(batch._map(lambda tensor: tensor[order.ravel()]), sharing=int(sharing.sum()) * batch.group_size)
+    return replace(batch._map(lambda tensor: tensor[order.ravel()]), grouped=int(sharing.sum()) * batch.group_size)
 
 
-def spread_timesteps(base: np.ndarray, uniform: np.ndarray, spread: float) -> np.ndarray:
-    """base + (2 uniform - 1) * spread, reflected at 0 and 1: for uniform `base` every timestep stays uniform
-    (cutting off instead would heap timesteps up at both ends)."""
-    t = np.abs(base + (2 * uniform - 1) * spread)
-    return np.where(t > 1, 2 - t, t)
+def spread_quantiles(base: np.ndarray, uniform: np.ndarray, spread: float) -> np.ndarray:
+    """Return base + (2 uniform - 1) * spread, reflected at 0 and 1: for uniform `base` every quantile stays uniform
+    (cutting off instead would heap them up at both ends)."""
+    u = np.abs(base + (2 * uniform - 1) * spread)
+    return np.where(u > 1, 2 - u, u)

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data.batches.batch import Batch, MicroBatch, make_batch
+from data.batches.batch import Batch, InWindow, MicroBatch, make_batch
 from data.batches.plan import GroupsConfig, Plan
 from data.sets.registry import Images
 
@@ -45,14 +44,16 @@ class GroupSampler(Sampler[list[MicroBatch]]):
             row = step % self.steps_per_epoch
             images, grouped = plan.images[row], int(plan.grouped[row])
             fallback = plan.fallback[int(plan.grouped[:row].sum()) // plan.group_size :]  # of the groups from here on
+            position = step * len(images)
             yield [
                 MicroBatch(
-                    step * len(images) + start,
+                    position + start,
                     images[start:stop],
-                    is_group,
-                    int(fallback[start // plan.group_size : stop // plan.group_size].sum()) if is_group else 0,
+                    in_groups,
+                    int(fallback[start // plan.group_size : stop // plan.group_size].sum()) if in_groups else 0,
+                    position,
                 )
-                for begin, end, is_group in ((0, grouped, True), (grouped, len(images), False))
+                for begin, end, in_groups in ((0, grouped, True), (grouped, len(images), False))
                 for start, stop in rank_pieces(begin, end, self.rank, self.world_size, self.micro_batch)
             ]
 
@@ -75,13 +76,14 @@ class BatchDataset(Dataset[list[Batch]]):
         config: GroupsConfig,
         max_group_size: int,
         seed: int,
-        in_window: Callable[[Tensor], Tensor] | None = None,
+        in_window: InWindow | None = None,
+        extra: tuple[str, ...] = (),
     ) -> None:
         self.images, self.settings = images, (config, max_group_size, seed)
-        self.in_window = in_window
+        self.in_window, self.extra = in_window, extra
 
     def __getitem__(self, micro_batches: list[MicroBatch]) -> list[Batch]:
-        return [make_batch(self.images, *self.settings, micro, self.in_window) for micro in micro_batches]
+        return [make_batch(self.images, *self.settings, micro, self.in_window, self.extra) for micro in micro_batches]
 
 
 def load_batches(dataset: BatchDataset, sampler: GroupSampler, workers: int) -> DataLoader:

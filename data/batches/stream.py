@@ -4,17 +4,16 @@ For sets too large to index on every rank, or storage that is slow at random rea
 of (seed, step, rank, world size), so a run resumes exactly at the same world size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from itertools import dropwhile
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from data.batches.batch import Batch, MicroBatch, make_batch
+from data.batches.batch import Batch, InWindow, MicroBatch, make_batch
 from data.batches.loader import rank_pieces
 from data.batches.plan import form_groups
 from data.batches.windows import Stream, Window
@@ -81,9 +80,10 @@ class StreamDataset(IterableDataset[list[Batch]]):
         micro_batch: int | None,
         first_step: int,
         last_step: int,
-        in_window: Callable[[Tensor], Tensor] | None = None,
+        in_window: InWindow | None = None,
+        extra: tuple[str, ...] = (),
     ) -> None:
-        self.in_window = in_window
+        self.in_window, self.extra = in_window, extra
         self.source, self.stream, self.max_group_size, self.micro_batch = source, stream, max_group_size, micro_batch
         self.first_step, self.last_step = first_step, last_step
 
@@ -95,16 +95,16 @@ class StreamDataset(IterableDataset[list[Batch]]):
                 grouped, size = stream.grouped_at(step), stream.config.size
                 share = grouped // stream.world_size, (batch - grouped) // stream.world_size
                 groups, single, fallback = reader.take(*share)
-                micro_batches = []
+                micro_batches, position = [], step * batch
                 for start, stop in rank_pieces(0, grouped, stream.rank, stream.world_size, self.micro_batch):
                     first, last = (place - stream.rank * share[0] for place in (start, stop))
                     fallbacks = int(fallback[first // size : last // size].sum())
-                    micro_batches.append(MicroBatch(step * batch + start, groups[first:last], True, fallbacks))
+                    micro_batches.append(MicroBatch(position + start, groups[first:last], True, fallbacks, position))
                 for start, stop in rank_pieces(grouped, batch, stream.rank, stream.world_size, self.micro_batch):
                     first, last = (place - grouped - stream.rank * share[1] for place in (start, stop))
-                    micro_batches.append(MicroBatch(step * batch + start, single[first:last], False))
+                    micro_batches.append(MicroBatch(position + start, single[first:last], False, 0, position))
                 make = partial(make_batch, reader.pool, stream.config, self.max_group_size, stream.seed)
-                yield [make(micro, self.in_window) for micro in micro_batches]
+                yield [make(micro, self.in_window, self.extra) for micro in micro_batches]
 
 
 def stream_batches(dataset: StreamDataset, workers: int) -> DataLoader:

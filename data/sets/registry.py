@@ -1,8 +1,9 @@
 """The images that a run trains on, and where they come from."""
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -84,11 +85,16 @@ class Images(Protocol):
     mirrored: bool
     vae: str | None  # what decodes them; None: they are pixels
     identity: str  # tells these images from others, wherever they lie
+    extra: Mapping[str, tuple[int, ...]]  # shapes of further tensors of an image, by their names: for loss terms
 
     def __len__(self) -> int: ...
 
     def read(self, numbers: np.ndarray, draws: Draws) -> torch.Tensor:
         """The images `numbers` (b,), (b, C, H, W) float32; what is random about them is in `draws`."""
+
+    def read_extra(self, numbers: np.ndarray, draws: Draws, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """The tensors `names`, all in `extra`, of the images `numbers` (b,): (b, *shape) each. They are those of the
+        mirror image where `read` gives that."""
 
     def max_neighbors(self) -> int:
         """How many `neighbors` of each are known. DataError if none."""
@@ -107,6 +113,7 @@ class ArrayImages:
     num_classes: int
     posterior = mirrored = False
     vae = None
+    extra: ClassVar[dict[str, tuple[int, ...]]] = {}
 
     def __len__(self) -> int:
         return len(self.label)

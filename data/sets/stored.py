@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,6 +17,7 @@ class StoredImages:
     names it have one name, latents or pixels."""
 
     mirrored = True
+    extra: ClassVar[dict[str, tuple[int, ...]]] = {}
 
     def __init__(self, folder: str, manifest: dict, neighbors: str | None) -> None:
         self._store = Store(Path(folder), manifest)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import webdataset
@@ -18,6 +19,7 @@ class StreamedLatents:
     windows."""
 
     posterior = mirrored = True
+    extra: ClassVar[dict[str, tuple[int, ...]]] = {}
 
     def __init__(self, folder: str, vae: str | None, flip: bool, expected: dict) -> None:
         self.format = LatentFormat(folder, expected)
@@ -76,6 +78,7 @@ class Pool:
     label: np.ndarray
     features: np.ndarray | None
     posterior = mirrored = True
+    extra: ClassVar[dict[str, tuple[int, ...]]] = {}
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -80,7 +80,7 @@ class NoisePath:
         """The schedule at times (B,), as factors of images `like`."""
         return Schedule(*(part.to(like.dtype).view(-1, 1, 1, 1) for part in self.schedule(t)))
 
-    def timestep(self, uniform: Tensor) -> Tensor:
+    def timestep(self, uniform: Tensor, position: int = 0) -> Tensor:
         """Times as training has them, from numbers uniform in [0, 1], by their quantiles."""
         if self.config.timesteps == "logit_normal":
             uniform = logit_normal(uniform, self.config.logit_mean, self.config.logit_std)

@@ -40,7 +40,7 @@ class DDPM(NoisePath):
         undefined = torch.full_like(alpha_bar, math.nan)
         return Schedule(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), undefined, undefined)
 
-    def timestep(self, uniform: Tensor) -> Tensor:
+    def timestep(self, uniform: Tensor, position: int = 0) -> Tensor:
         """Whole numbers from 0 to 999, each as often."""
         return (uniform * STEPS).floor().clamp(max=STEPS - 1)
 

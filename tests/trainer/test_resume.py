@@ -113,8 +113,8 @@ def test_any_world_size_sees_the_same_images_noise_and_timesteps(tiny):
             sampler = GroupSampler(planner, len(images) // batch, 11, 50, rank, world, micro_batch)
             for micro in (micro for step in sampler for micro in step):
                 made = make_batch(images, config.groups, 8, config.seed, micro)
-                for i in range(len(made.t)):
-                    values = (made.x, made.noise, made.t, made.label, made.slot, made.conditional)
+                for i in range(len(made.u)):
+                    values = (made.x, made.noise, made.u, made.label, made.slot, made.conditional)
                     seen[micro.position + i] = [value[i] for value in values]
         return seen
 

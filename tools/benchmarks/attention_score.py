@@ -57,4 +57,4 @@ def _batch(images: int) -> Batch:
     x, noise = torch.randn(2, images, 4, 32, 32).unbind()
     number = torch.arange(images)
     kind = torch.zeros(images, dtype=torch.bool)
-    return Batch(x, noise, torch.rand(images), number, number % GROUP_SIZE, kind, GROUP_SIZE, grouped=True)
+    return Batch(x, noise, torch.rand(images), number, number % GROUP_SIZE, kind, GROUP_SIZE, in_groups=True)

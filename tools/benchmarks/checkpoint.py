@@ -111,7 +111,7 @@ def _beside_training(folder: Path, engine: Engine) -> dict[str, list[float]]:
     seconds = {"sync": [], "blocked": [], "gradients_beside": [], "gradients": []}
     savers = [Saver(folder, CheckpointConfig(keep=1, asynchronous=beside), 600) for beside in (False, True)]
     x, one = torch.randn(IMAGES, 4, 32, 32), torch.ones(IMAGES, dtype=torch.int64)
-    batch = Batch(x, torch.randn_like(x), torch.rand(IMAGES), one, one, one.bool(), group_size=1, grouped=False)
+    batch = Batch(x, torch.randn_like(x), torch.rand(IMAGES), one, one, one.bool(), group_size=1, in_groups=False)
 
     def save(number: int) -> None:
         savers[number % 2].save(number, {CHECKPOINTS: engine.state()}, "", "", {})

@@ -101,7 +101,7 @@ def _train(model: ModelConfig, config: dict, place: Ranks, steps: int) -> Engine
 def _train_on(engine: Engine, steps: int) -> None:
     """Steps of one image each: next to nothing is kept of the forward pass."""
     x, one = torch.randn(1, CHANNELS, SIDE, SIDE), torch.ones(1, dtype=torch.int64)
-    batch = Batch(x, torch.randn_like(x), torch.rand(1), one, one, one.bool(), group_size=1, grouped=False)
+    batch = Batch(x, torch.randn_like(x), torch.rand(1), one, one, one.bool(), group_size=1, in_groups=False)
     for _ in range(steps):
         with engine.accumulating(last=True):
             engine.backward(denoising_loss(engine, PATHS["linear"](), batch).sum())

@@ -95,7 +95,7 @@ def _waiting(label: np.ndarray, graph: NeighborGraph) -> Figures:
         plan = plan_epoch(config, label, graph, batch, seed=0, epoch=0)
         ours = np.array(
             [
-                [sum(cost[m.grouped] * len(m.images) for m in step) for step in sampler]
+                [sum(cost[m.in_groups] * len(m.images) for m in step) for step in sampler]
                 for rank in range(world)
                 for sampler in [GroupSampler(lambda epoch, plan=plan: plan, epoch, 0, epoch, rank, world, None)]
             ]

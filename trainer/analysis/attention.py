@@ -145,7 +145,7 @@ def one_group(loaded: Loaded, groups: Groups, chosen: tuple[int, int, int, int],
     def run(see: Callable[[int, Tensor, Tensor], None], wanted: float) -> float:
         share, level = share_at(path, wanted)
         with _inference(loaded), observing(see):
-            denoising_loss(network, path, replace(batch, t=torch.full_like(batch.t, share), sharing=None))
+            denoising_loss(network, path, replace(batch, u=torch.full_like(batch.u, share), grouped=None))
         return level
 
     levels = [run(keep_masses(masses, size, size), level) for level in LEVELS]
@@ -161,7 +161,7 @@ def _batch(loaded: Loaded, groups: Groups, chosen: np.ndarray) -> Batch:
     """Neighbouring groups, on the device."""
     config = loaded.config
     numbers = groups.numbers[chosen].ravel()
-    where = MicroBatch(int(chosen[0]) * config.groups.size, numbers, grouped=True)
+    where = MicroBatch(int(chosen[0]) * config.groups.size, numbers, in_groups=True)
     settings = config.groups, config.model.max_group_size, config.seed
     return make_batch(groups.source, *settings, where, shares_attention(config)).to(loaded.device)
 

@@ -101,8 +101,8 @@ def features(
             hooks.callback(block.register_forward_hook(lambda *args, layer=layer: keep(layer, args[-1])).remove)
         for start in range(0, len(numbers), config.sample.batch):
             part = numbers[start : start + config.sample.batch]
-            batch = make_batch(images, *settings, MicroBatch(start, part, grouped=False))
-            batch = replace(batch, t=torch.full_like(batch.t, share), conditional=torch.zeros_like(batch.conditional))
+            batch = make_batch(images, *settings, MicroBatch(start, part, in_groups=False))
+            batch = replace(batch, u=torch.full_like(batch.u, share), conditional=torch.zeros_like(batch.conditional))
             denoising_loss(network, path, batch.to(device))
             progress(len(part))
     return torch.stack([torch.cat(parts) for parts in found]).numpy()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, chisquare, kstest
 
-from data.batches.batch import Batch, MicroBatch, make_batch, spread_timesteps
+from data.batches.batch import Batch, MicroBatch, make_batch, spread_quantiles
 from data.batches.plan import GroupsConfig
 from data.sets.registry import ArrayImages
 
@@ -71,10 +71,10 @@ def test_a_batch_holds_the_images_asked_for_in_order(random_images, variant, gro
     assert torch.equal(batch.x, torch.tensor(images.x[chosen]))
     assert batch.label.tolist() == images.label[chosen].tolist()
     assert batch.group_size == (config.size if grouped else 1)
-    assert batch.grouped is grouped
+    assert batch.in_groups is grouped
     assert batch.noise.shape == batch.x.shape
     dtypes = {name: tensor.dtype for name, tensor in tensors(batch).items()}
-    assert {dtypes[name] for name in ("x", "noise", "t")} == {torch.float32}
+    assert {dtypes[name] for name in ("x", "noise", "u")} == {torch.float32}
     assert {dtypes[name] for name in ("label", "slot")} == {torch.int64}
     assert dtypes["conditional"] == torch.bool
     assert {len(tensor) for tensor in tensors(batch).values()} == {12}
@@ -101,7 +101,7 @@ def test_noise_is_standard_normal_and_fresh_for_each_position_and_seed(random_im
 @pytest.mark.parametrize("spread", [0.0, 0.05, 0.2, 0.7, 1.0])
 @pytest.mark.parametrize("seed", range(2))
 def test_every_timestep_of_a_group_is_uniform_and_within_the_spread_of_the_first(spread, seed):
-    t = long_batch(config_of("full", 4, spread=spread), True, seed=seed).t.double().view(-1, 4).numpy()
+    t = long_batch(config_of("full", 4, spread=spread), True, seed=seed).u.double().view(-1, 4).numpy()
     assert t.min() >= 0
     assert t.max() <= 1
     offset = t[:, 1:] - t[:, :1]
@@ -118,20 +118,20 @@ def test_every_timestep_of_a_group_is_uniform_and_within_the_spread_of_the_first
 
 @pytest.mark.parametrize("variant", ["none", "light"])
 def test_timesteps_of_images_alone_are_uniform_and_ignore_the_spread(variant):
-    t = long_batch(config_of(variant, spread=0.3), False).t
+    t = long_batch(config_of(variant, spread=0.3), False).u
     assert uniform(t)
-    assert torch.equal(t, long_batch(config_of(variant, spread=0.0), False).t)
+    assert torch.equal(t, long_batch(config_of(variant, spread=0.0), False).u)
     assert abs(np.corrcoef(t[1:], t[:-1])[0, 1]) < 0.04
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
 def test_a_spread_timestep_is_an_offset_reflected_into_the_unit_interval(base, number, spread):
-    t = float(spread_timesteps(np.array([base]), np.array([number]), spread)[0])
+    t = float(spread_quantiles(np.array([base]), np.array([number]), spread)[0])
     free = base + (2 * number - 1) * spread
     assert 0 <= t <= 1
     assert t == pytest.approx(min((-free, free, 2 - free), key=lambda value: abs(value - 0.5)), abs=1e-12)
     assert abs(t - base) <= spread + 1e-12
-    assert spread_timesteps(np.array([base]), np.array([0.5]), spread) == base
+    assert spread_quantiles(np.array([base]), np.array([0.5]), spread) == base
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.1, 0.5, 1.0])
@@ -161,7 +161,7 @@ def test_light_has_unconditional_groups_and_conditional_images_alone(drop):
 
 def test_time_noise_slot_and_dropping_are_unrelated():
     batch = long_batch(config_of("none", drop=0.5), False)
-    table = torch.stack([batch.t, batch.noise.flatten(), batch.slot, batch.conditional]).double()
+    table = torch.stack([batch.u, batch.noise.flatten(), batch.slot, batch.conditional]).double()
     assert abs(table.corrcoef() - torch.eye(4)).max() < 5 / 20_000**0.5
 
 
@@ -191,39 +191,76 @@ def test_groups_in_the_window_come_first_and_every_image_keeps_what_is_its_own(v
     number, config = size * groups, config_of(variant, size, spread=0.3)
     micro, asked = MicroBatch(position, np.random.default_rng(seed).permutation(number), True, fallbacks=3), []
 
-    def in_window(t):
-        asked.append(t)
-        return (t * 1000 % 1) < 0.5
+    def in_window(u, position):
+        asked.append((u, position))
+        return (u * 1000 % 1) < 0.5
 
     plain = make_batch(points(number), config, SLOTS, seed, micro)
     batch = make_batch(points(number), config, SLOTS, seed, micro, in_window)
-    assert len(asked) == 1 and torch.equal(asked[0], plain.t[::size])  # a group goes by its first image
-    inside = in_window(plain.t[::size]).repeat_interleave(size)
+    assert len(asked) == 1 and torch.equal(asked[0][0], plain.u[::size])  # a group goes by its first image
+    inside = in_window(plain.u[::size], plain.position).repeat_interleave(size)
     order = torch.cat([inside.nonzero().flatten(), (~inside).nonzero().flatten()])
-    assert batch.sharing == inside.sum()
+    assert batch.grouped == inside.sum()
     for name, tensor in tensors(batch).items():
         assert torch.equal(tensor, tensors(plain)[name][order]), name
-    assert replace(batch, sharing=None, **tensors(plain)) == replace(plain, **tensors(plain))
+    assert replace(batch, grouped=None, **tensors(plain)) == replace(plain, **tensors(plain))
 
 
 @pytest.mark.parametrize("variant", ["none", "light"])
 def test_images_alone_have_no_window(variant):
-    def in_window(t):
+    def in_window(u, position):
         raise AssertionError("asked for images that share nothing")
 
     micro = MicroBatch(0, np.arange(8), False)
     batch = make_batch(points(8), config_of(variant), SLOTS, 0, micro, in_window)
     plain = make_batch(points(8), config_of(variant), SLOTS, 0, micro)
-    assert batch.sharing is None
+    assert batch.grouped is None
     assert all(torch.equal(tensor, tensors(plain)[name]) for name, tensor in tensors(batch).items())
+
+
+class WithNumbers(ArrayImages):
+    """Images whose extra tensors are their own numbers, with a sign where mirrored."""
+
+    extra = {"number": (1,), "map": (2, 3), "unread": (5,)}
+    mirrored = True
+
+    def read_extra(self, numbers, draws, names):
+        assert "unread" not in names
+        signed = torch.from_numpy(np.where(draws.flip, -numbers, numbers))
+        return {name: signed.view(-1, *[1] * len(self.extra[name])).expand(-1, *self.extra[name]) for name in names}
+
+
+@pytest.mark.parametrize("window", [False, True])
+def test_extra_tensors_of_the_images_asked_for_go_with_them(window):
+    plain, images = points(8), WithNumbers(**vars(points(8)))
+    chosen, config = np.array([5, 2, 7, 0, 1, 6]), config_of("full", 2)
+
+    def in_window(u, position):
+        assert position == 40
+        return torch.tensor([False, True, True])
+
+    def batch(images, extra=()):
+        micro = MicroBatch(44, chosen, True, step_position=40)
+        return make_batch(images, config, SLOTS, 0, micro, in_window if window else None, extra)
+
+    found, without = batch(images, ("map", "number")), batch(images)
+    expected = chosen[[2, 3, 4, 5, 0, 1]] if window else chosen
+    assert found.label.tolist() == expected.tolist() and found.position == 40
+    assert {name: tensor.shape for name, tensor in found.extra.items()} == {"map": (6, 2, 3), "number": (6, 1)}
+    for values in found.extra.values():
+        assert values.flatten(1)[:, 0].abs().tolist() == expected.tolist()
+    assert (found.extra["number"] < 0).any() and (found.extra["number"] > 0).any()
+    assert found.to(torch.device("meta")).extra["map"].device.type == "meta"
+    assert without.extra == batch(plain).extra == {}
+    assert all(torch.equal(tensor, tensors(without)[name]) for name, tensor in tensors(found).items())
 
 
 def test_a_batch_moves_as_a_whole():
     batch = long_batch(config_of("full"), True, number=8)
-    assert replace(batch, sharing=4).to(torch.device("cpu")).sharing == 4
+    assert replace(batch, grouped=4).to(torch.device("cpu")).grouped == 4
     moved = batch.to(torch.device("cpu"))
     assert all(torch.equal(tensor, tensors(batch)[name]) for name, tensor in tensors(moved).items())
-    assert (moved.group_size, moved.grouped) == (4, True)
+    assert (moved.group_size, moved.in_groups) == (4, True)
     away = tensors(batch.to(torch.device("meta")))
     assert {tensor.device.type for tensor in away.values()} == {"meta"}
     assert away.keys() == tensors(batch).keys()

@@ -42,7 +42,7 @@ def deal(case, world_size, first, last):
 
 
 def kinds(micro_batches):
-    return [(m.grouped, len(m.images)) for m in micro_batches]
+    return [(m.in_groups, len(m.images)) for m in micro_batches]
 
 
 EXAMPLES = hypothesis.settings(max_examples=100, deadline=None)
@@ -68,7 +68,9 @@ def test_the_union_over_ranks_is_the_plan_at_every_world_size(case, first, numbe
             for micro in (micro for step in rank for micro in step):
                 for i, image in enumerate(micro.images.tolist()):
                     assert micro.position + i not in found
-                    found[micro.position + i] = (image, micro.grouped)
+                    found[micro.position + i] = (image, micro.in_groups)
+            for step, micro_batches in enumerate(rank, start=first):
+                assert {micro.step_position for micro in micro_batches} <= {step * len(plan(0).images[0])}
         expected, position = {}, first * len(plan(0).images[0])
         for step in range(first, first + number):
             epoch, row = divmod(step, steps)
@@ -89,7 +91,7 @@ def test_no_group_straddles_ranks_or_micro_batches_and_none_is_over_the_limit(ca
     for rank in deal(case, world_size, 0, steps):
         for micro in (micro for step in rank for micro in step):
             assert limit is None or len(micro.images) <= limit
-            if micro.grouped:
+            if micro.in_groups:
                 dealt = {tuple(group) for group in micro.images.reshape(-1, size).tolist()}
                 assert dealt <= groups
                 groups -= dealt
@@ -107,8 +109,8 @@ def test_a_later_start_gives_the_tail_of_the_whole_sequence(case, world_size, fi
         assert len(sampler) == len(tail) == number
         assert len(list(sampler)) == number  # it can be gone through again
         for a, b in zip(whole, tail, strict=True):
-            assert [(m.position, m.grouped, m.images.tolist()) for m in a] == [
-                (m.position, m.grouped, m.images.tolist()) for m in b
+            assert [(m.position, m.in_groups, m.images.tolist()) for m in a] == [
+                (m.position, m.in_groups, m.images.tolist()) for m in b
             ]
 
 
@@ -155,7 +157,7 @@ def test_an_image_of_the_stream_is_bit_identical_at_every_world_size_and_micro_b
         for steps, sampler in zip(dealt, samplers, strict=True):
             for batches, micro_batches in zip(steps, sampler, strict=True):
                 for batch, where in zip(batches, micro_batches, strict=True):
-                    for i in range(len(batch.t)):
+                    for i in range(len(batch.u)):
                         parts = [
                             v[i].numpy().tobytes() if torch.is_tensor(v) else v
                             for name, v in values(batch).items()
@@ -176,10 +178,10 @@ def test_an_image_of_the_stream_is_bit_identical_at_every_world_size_and_micro_b
 def test_all_batches_of_a_stream_are_whole_groups_of_one_kind(random_images, settings, world_size):
     dealt, _ = stream(random_images, settings, world_size, 2 * settings["size"])
     for batch in (batch for rank in dealt for step in rank for batch in step):
-        assert len(batch.t) % batch.group_size == 0
-        assert batch.group_size == (settings["size"] if batch.grouped else 1)
+        assert len(batch.u) % batch.group_size == 0
+        assert batch.group_size == (settings["size"] if batch.in_groups else 1)
         if settings["variant"] == "light":
-            assert (batch.conditional == (not batch.grouped)).all()
+            assert (batch.conditional == (not batch.in_groups)).all()
 
 
 @pytest.mark.parametrize("settings", [SETTINGS[2], SETTINGS[4]])

@@ -125,7 +125,7 @@ def test_all_images_of_a_window_are_used_once_and_groups_are_of_one_window(uneve
         stream = uneven.stream(config, 32, rank, world_size)
         made = list(chain.from_iterable(batches(uneven, stream, 60 // world_size * 2)))
         grouped, single = (
-            np.concatenate([np.empty(0, int), *(numbers(b) for b in made if b.grouped == kind)])
+            np.concatenate([np.empty(0, int), *(numbers(b) for b in made if b.in_groups == kind)])
             for kind in (True, False)
         )
         assert len(grouped) % config.size == 0
@@ -201,7 +201,7 @@ def test_ranks_have_the_same_kinds_of_micro_batches_and_all_positions_once(uneve
             for rank in range(world_size)
         ]
         for step in range(steps):
-            kinds = [[(b.grouped, b.group_size, len(b.t)) for b in rank[step]] for rank in ranks]
+            kinds = [[(b.in_groups, b.group_size, len(b.u)) for b in rank[step]] for rank in ranks]
             assert all(kind == kinds[0] for kind in kinds)
             assert all(length % size == 0 and (micro is None or length <= micro) for _, size, length in kinds[0])
             positions = [place[noise.tobytes()] for rank in ranks for b in rank[step] for noise in b.noise.numpy()]
@@ -240,7 +240,7 @@ def test_members_are_neighbors_of_the_anchor_above_the_threshold_or_the_group_co
         windows = list(islice(stream.windows(), 40))
         place = 0
         for batch in chain.from_iterable(batches(uneven, stream, 20, micro=config.size)):
-            if not batch.grouped:
+            if not batch.in_groups:
                 assert batch.fallbacks == 0
                 continue
             window = next(w for w in windows if w.total_grouped > place)
@@ -302,7 +302,7 @@ def test_the_same_shards_make_other_groups_in_another_order_in_each_pass(tmp_pat
     )
     made = batches(shards, shards.stream(config, 64), 4)
     groups, single = (
-        [np.concatenate([numbers(b) for b in step if b.grouped == kind]) for step in made] for kind in (True, False)
+        [np.concatenate([numbers(b) for b in step if b.in_groups == kind]) for step in made] for kind in (True, False)
     )
     members = [{frozenset(group) for group in step.reshape(-1, 4)} for step in groups]
     assert all(len(a & b) < 4 for i, a in enumerate(members) for b in members[:i])
@@ -325,8 +325,8 @@ def test_groups_of_a_size_that_no_window_is_a_multiple_of(tmp_path, settings, qu
     batch = 5 * 7 * 3
     stream = shards.stream(config, batch, window=1)
     made = batches(shards, stream, 30)
-    assert [sum(len(b.t) for b in step) for step in made] == [batch] * 30
-    for group in chain.from_iterable(numbers(b).reshape(-1, config.size) for b in chain(*made) if b.grouped):
+    assert [sum(len(b.u) for b in step) for step in made] == [batch] * 30
+    for group in chain.from_iterable(numbers(b).reshape(-1, config.size) for b in chain(*made) if b.in_groups):
         assert len(set(group)) == config.size and len(set(uneven_shard := shards.shard[group])) == 1, uneven_shard
     assert same(batches(shards, stream, 30, first=17), made[17:])
 

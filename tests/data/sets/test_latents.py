@@ -51,7 +51,7 @@ def drawn_at(images, number, positions, seed=0):
     """One image as it is read at many positions of the stream; the batch's own noise and its timesteps there."""
     micro = MicroBatch(positions, np.full(4000, number), False)
     batch = make_batch(images, PLAIN, 4, seed, micro)
-    return tuple(array.double().numpy() for array in (batch.x, batch.noise, batch.t))
+    return tuple(array.double().numpy() for array in (batch.x, batch.noise, batch.u))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -133,7 +133,7 @@ def by_position(folder, settings, world_size, micro, workers, flip=True):
         for made, places in zip(batches, sampler, strict=True):
             for one, where in zip(made, places, strict=True):
                 for i, image in enumerate(where.images.tolist()):
-                    values = [one.x[i], one.noise[i], one.t[i], one.label[i], one.slot[i], one.conditional[i]]
+                    values = [one.x[i], one.noise[i], one.u[i], one.label[i], one.slot[i], one.conditional[i]]
                     found[where.position + i] = (image, *[value.numpy().tobytes() for value in values])
     return found
 
@@ -160,7 +160,7 @@ def test_fallbacks_over_all_ranks_and_micro_batches_of_a_step_are_those_of_the_p
             first, last = plan.grouped[:row].sum() // 4, plan.grouped[: row + 1].sum() // 4
             assert sum(m.fallbacks for rank in dealt for m in rank) == plan.fallback[first:last].sum()
             for m in (m for rank in dealt for m in rank):
-                groups = m.images.reshape(-1, 4) if m.grouped else np.empty((0, 4), int)
+                groups = m.images.reshape(-1, 4) if m.in_groups else np.empty((0, 4), int)
                 near = [np.isin(g[1:], graph.ids[g[0]][graph.similarities[g[0]] >= threshold]).all() for g in groups]
                 assert m.fallbacks >= len(groups) - sum(near)
                 total += m.fallbacks

@@ -145,7 +145,7 @@ def by_position(folder, world_size, micro, workers):
         ):
             for one, where in zip(made, places, strict=True):
                 for i, image in enumerate(where.images.tolist()):
-                    values = [one.x[i], one.noise[i], one.t[i], one.label[i], one.slot[i], one.conditional[i]]
+                    values = [one.x[i], one.noise[i], one.u[i], one.label[i], one.slot[i], one.conditional[i]]
                     found[where.position + i] = (image, *[value.numpy().tobytes() for value in values])
     return found
 

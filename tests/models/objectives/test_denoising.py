@@ -15,12 +15,13 @@ SEEDS = range(4)
 class Images:
     x: torch.Tensor
     noise: torch.Tensor
-    t: torch.Tensor
+    u: torch.Tensor
     label: torch.Tensor
     slot: torch.Tensor
     conditional: torch.Tensor
     group_size: int
-    sharing: int | None = None
+    grouped: int | None = None
+    position: int = 0
 
 
 def batch(random_inputs, seed, images=6, group_size=3):
@@ -37,7 +38,7 @@ def test_the_loss_of_a_tiny_network_is_the_one_found_by_hand():
     label = torch.tensor([4, 2])
     images = Images(*pixels, torch.tensor([0.25, 0.5]), label, torch.tensor([0, 7]), torch.tensor([True, False]), 1)
 
-    def network(x, t, label, slot, group_size, sharing):
+    def network(x, t, label, slot, group_size, grouped):
         return x + (10 * label + 100 * slot).view(-1, 1, 1, 1) + t.view(-1, 1, 1, 1)
 
     # predictions 1.5 + 40 + 0 + 0.25 = 41.75 and 0 - 10 + 700 + 0.5 = 690.5
@@ -60,17 +61,17 @@ def test_the_network_gets_noisy_images_and_null_labels_where_unconditional(rando
     images = batch(random_inputs, seed)
     inputs = []
     denoising_loss(lambda *args: inputs.extend(args) or args[0], LinearFlow(), images)
-    x, t, label, slot, group_size, sharing = inputs
+    x, t, label, slot, group_size, grouped = inputs
     for i in range(6):
-        torch.testing.assert_close(x[i], images.t[i] * images.x[i] + (1 - images.t[i]) * images.noise[i])
-    assert torch.equal(t, images.t)
+        torch.testing.assert_close(x[i], images.u[i] * images.x[i] + (1 - images.u[i]) * images.noise[i])
+    assert torch.equal(t, images.u)
     assert torch.equal(slot, images.slot)
     assert label.tolist() == [
         number if conditional else NULL_LABEL
         for number, conditional in zip(images.label.tolist(), images.conditional.tolist(), strict=True)
     ]
-    assert (group_size, sharing) == (3, None)
-    denoising_loss(lambda *args: inputs.extend(args) or args[0], LinearFlow(), replace(images, sharing=3))
+    assert (group_size, grouped) == (3, None)
+    denoising_loss(lambda *args: inputs.extend(args) or args[0], LinearFlow(), replace(images, grouped=3))
     assert inputs[-1] == 3
 
 
@@ -80,7 +81,7 @@ def test_the_loss_of_groups_is_per_image_and_each_groups_own(random_dit, random_
     loss = denoising_loss(net, LinearFlow(), images)
     assert loss.shape == (6,)
     for group in (slice(0, 3), slice(3, 6)):
-        parts = {name: value[group] for name, value in vars(images).items() if name not in ("group_size", "sharing")}
+        parts = {name: value[group] for name, value in vars(images).items() if isinstance(value, torch.Tensor)}
         torch.testing.assert_close(denoising_loss(net, LinearFlow(), replace(images, **parts)), loss[group])
     alone = denoising_loss(net, LinearFlow(), replace(images, group_size=1))
     assert (alone - loss).abs().min() > 0  # the group matters
@@ -90,14 +91,14 @@ def test_the_loss_is_in_fp32_whatever_the_network_computes_in(random_inputs):
     images = batch(random_inputs, 0)
     loss = denoising_loss(lambda x, *_: x.bfloat16(), LinearFlow(), images)
     assert loss.dtype == torch.float32
-    x_t = images.t.view(-1, 1, 1, 1) * images.x + (1 - images.t.view(-1, 1, 1, 1)) * images.noise
+    x_t = images.u.view(-1, 1, 1, 1) * images.x + (1 - images.u.view(-1, 1, 1, 1)) * images.noise
     expected = (x_t.bfloat16().double() - (images.x - images.noise).double()).square().flatten(1).mean(dim=1)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", PATHS)
 def test_the_network_and_the_loss_have_the_paths_own_timesteps(random_inputs, name):
-    """The batch's t are shares of their distribution."""
+    """The batch's u are quantiles of their distribution."""
     images, path, inputs = batch(random_inputs, 0), make_path(PathConfig(name=name)), []
 
     def network(x, t, *others):
@@ -106,6 +107,6 @@ def test_the_network_and_the_loss_have_the_paths_own_timesteps(random_inputs, na
 
     loss = denoising_loss(network, path, images)
     x_t, t = inputs
-    assert torch.equal(t, path.timestep(images.t))
+    assert torch.equal(t, path.timestep(images.u))
     assert torch.equal(x_t, path.noisy(images.x, images.noise, t))
     assert torch.equal(loss, path.loss(network(x_t, t), images.x, images.noise, x_t, t))

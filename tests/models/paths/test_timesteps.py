@@ -6,7 +6,7 @@ import torch
 from scipy.special import expit
 from scipy.stats import chisquare, kstest, norm
 
-from data.batches.batch import spread_timesteps
+from data.batches.batch import spread_quantiles
 from models.paths.base import PathConfig
 from models.paths.registry import PATHS, make_path
 
@@ -67,7 +67,7 @@ def test_the_spread_in_a_group_keeps_the_distribution_of_every_image(spread, kin
     rng = np.random.default_rng([3, int(100 * spread)])
     base, offset = rng.random((20_000, 1)), rng.random((20_000, 4))
     offset[:, 0] = 0.5
-    shares = spread_timesteps(base, offset, spread).astype(np.float32)
+    shares = spread_quantiles(base, offset, spread).astype(np.float32)
     name = "ddpm" if kind == "discrete" else "jit"
     t = timesteps(name, kind, torch.from_numpy(shares).flatten()).view(-1, 4).double().numpy()
     for member in t.T:

@@ -156,7 +156,7 @@ def training_batch(seed, window, path, spread=0.0, number=24, size=4):
     images = ArrayImages(x, rng.integers(5, size=number), np.zeros((number, 1)), 5)
     config = GroupsConfig(variant="light", size=size, query="random", spread=spread)
 
-    def in_window(share):
+    def in_window(share, position):
         log_snr = path.log_snr(path.timestep(share))
         return (window[0] <= log_snr) & (log_snr <= window[1])
 
@@ -169,20 +169,20 @@ def test_training_in_a_window_is_with_groups_inside_of_it_and_without_outside(ra
     """The loss of a group is that of no window, or that of groups of one; also if the window is all, or nothing."""
     net, path = {"linear": random_dit, "jit": random_jit}[name](seed), make_path(PathConfig(name=name))
     plain = training_batch(seed, None, path)
-    assert plain.sharing is None
+    assert plain.grouped is None
     whole, alone = (denoising_loss(net, path, replace(plain, group_size=size)) for size in (4, 1))
     assert (whole - alone).abs().min() > 0
     everywhere, nowhere = (training_batch(seed, window, path) for window in (EVERYWHERE, NOWHERE))
-    assert (everywhere.sharing, nowhere.sharing) == (24, 0)
+    assert (everywhere.grouped, nowhere.grouped) == (24, 0)
     assert torch.equal(denoising_loss(net, path, everywhere), whole)
     torch.testing.assert_close(denoising_loss(net, path, nowhere), alone)
-    split = path.log_snr(path.timestep(plain.t)).median().item()
+    split = path.log_snr(path.timestep(plain.u)).median().item()
     part = training_batch(seed, (-math.inf, split), path)
     place = (part.noise[:, None] == plain.noise).flatten(2).all(dim=2).long().argmax(dim=1)  # where it was
     loss = denoising_loss(net, path, part)
-    assert 0 < part.sharing < 24
-    torch.testing.assert_close(loss[: part.sharing], whole[place][: part.sharing])
-    torch.testing.assert_close(loss[part.sharing :], alone[place][part.sharing :])
+    assert 0 < part.grouped < 24
+    torch.testing.assert_close(loss[: part.grouped], whole[place][: part.grouped])
+    torch.testing.assert_close(loss[part.grouped :], alone[place][part.grouped :])
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -191,9 +191,9 @@ def test_in_training_too_the_window_is_at_the_noisy_end(name, spread):
     """A group goes by its first image, whose share of noise is told by formulas of its own."""
     path = make_path(PathConfig(name=name))
     batch = training_batch(0, (-math.inf, 0.0), path, spread, number=200)
-    first = path.timestep(batch.t[::4]).double().numpy()
+    first = path.timestep(batch.u[::4]).double().numpy()
     noisy = [noisy_at(name, t) for t in first]
-    shared = batch.sharing // 4
+    shared = batch.grouped // 4
     assert noisy == [True] * shared + [False] * (50 - shared)
     assert 0 < shared < 50
 

@@ -111,13 +111,13 @@ def test_in_a_runs_batches_groups_share_attention_at_the_noisy_end(tiny, tmp_pat
     counts = []
     with Monitor(tmp_path, ranks, 0, 0, 640) as monitor:
         for micro_batches in make_batches(config, images, ranks, 0, 8, monitor):
-            for batch in (batch for batch in micro_batches if batch.grouped):
-                share = batch.t.double().numpy()
+            for batch in (batch for batch in micro_batches if batch.in_groups):
+                share = batch.u.double().numpy()
                 published = {"ddpm": np.floor(share * 1000), "jit": expit(norm.ppf(share, -0.8, 0.8))}
                 t = published.get(path, share)
                 alpha, sigma = mixture(path, t)
-                assert (sigma > alpha).tolist() == [True] * batch.sharing + [False] * (len(t) - batch.sharing)
-                counts.append((batch.sharing, len(t)))
+                assert (sigma > alpha).tolist() == [True] * batch.grouped + [False] * (len(t) - batch.grouped)
+                counts.append((batch.grouped, len(t)))
     assert 0 < sum(sharing for sharing, _ in counts) < sum(number for _, number in counts)
 
 
