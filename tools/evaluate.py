@@ -21,9 +21,9 @@ from tqdm import tqdm
 from trainer.build import open_data
 from trainer.checkpoints.weights import find_checkpoint
 from trainer.errors import RunError
+from trainer.evaluation.by_detector import evaluate_images, open_detector
 from trainer.evaluation.classifier import make_evaluator
 from trainer.evaluation.image_sets import open_npz
-from trainer.evaluation.scorer import open_detector, score
 from trainer.ranks import Ranks, process_group
 from trainer.run_folder import read_config
 
@@ -100,7 +100,7 @@ def _by_detector(args: argparse.Namespace, ranks: Ranks, images: Path | None, fo
     detector = open_detector(args.detector, ranks)
     metrics = args.metrics.split(",") if args.metrics else None
     with tqdm(unit="img", desc="evaluate", disable=ranks.rank > 0) as bar:
-        report = score(detector, images, args.reference, metrics, ranks, args.cache, bar.update)
+        report = evaluate_images(detector, images, args.reference, metrics, ranks, args.cache, bar.update)
     return report and report | {"samples": record}
 
 

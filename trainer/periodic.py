@@ -16,7 +16,7 @@ from trainer.build import open_data
 from trainer.config.tree import Config
 from trainer.engines.base import Engine
 from trainer.errors import RunError
-from trainer.evaluation.metrics import NEIGHBOURS
+from trainer.evaluation.precision_recall import NEIGHBOURS
 from trainer.monitor import Monitor
 from trainer.ranks import Ranks, from_rank_0
 from trainer.sampling.decode import make_decoder
@@ -119,12 +119,13 @@ def make_measure(config: Config, images: Images, ranks: Ranks) -> Callable[[Tens
         raise RunError(f"evaluate.per_class={settings.per_class}: {number} images; set more than {NEIGHBOURS}")
     decode = make_decoder(images.vae, images.shape[0], ranks.device)
     if settings.detector:
-        from trainer.evaluation.scorer import make_scorer, open_detector  # its libraries are slow to import
+        from trainer.evaluation import by_detector  # its libraries are slow to import
 
         metrics = list(settings.metrics) if settings.metrics else None
         shape = Generated(torch.zeros(1, *images.shape), decode).shape
-        score = make_scorer(open_detector(settings.detector, ranks), shape, Path(settings.reference), metrics, ranks)
-        return lambda samples: score(Generated(samples.flatten(0, 1), decode))
+        detector = by_detector.open_detector(settings.detector, ranks)
+        evaluate = by_detector.make_evaluator(detector, shape, Path(settings.reference), metrics, ranks)
+        return lambda samples: evaluate(Generated(samples.flatten(0, 1), decode))
 
     from trainer.evaluation.classifier import make_evaluator
 

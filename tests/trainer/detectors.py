@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainer.evaluation.scorer import open_detector, score
+from trainer.evaluation.by_detector import evaluate_images, open_detector
 from trainer.ranks import process_group
 
 
@@ -100,9 +100,9 @@ def save_images(path: Path, number: int, seed: int, side: int = 16, channels: in
     return images
 
 
-def score_once(detector: Path, images: Path, reference: Path, cache: Path, out: Path) -> None:
+def evaluate_once(detector: Path, images: Path, reference: Path, cache: Path, out: Path) -> None:
     """The record of all metrics, as JSON."""
     with process_group() as ranks:
-        record = score(open_detector(str(detector), ranks), images, reference, None, ranks, cache)
+        record = evaluate_images(open_detector(str(detector), ranks), images, reference, None, ranks, cache)
     if record:
         out.write_text(json.dumps(record))

@@ -11,9 +11,9 @@ from tests.trainer.forked import TINY, train_tiny
 from trainer.build import open_data
 from trainer.config.tree import check_world, load_config
 from trainer.errors import RunError
+from trainer.evaluation.by_detector import evaluate_images, open_detector
 from trainer.evaluation.classifier import evaluate
 from trainer.evaluation.image_sets import open_image_set
-from trainer.evaluation.scorer import open_detector, score
 from trainer.loop import train
 from trainer.monitor import _continue_rows
 from trainer.periodic import evaluated
@@ -75,7 +75,7 @@ def test_it_measures_what_the_tools_measure_of_the_checkpoint(runs, tmp_path, en
         write_samples(tmp_path, pixels, label, record, config.sample.group_size)
         with process_group() as ranks:
             detector = open_detector(str(runs / "plain.pt"), ranks)
-            expected = score(detector, tmp_path / "samples.npz", runs / "real.npz", None, ranks)
+            expected = evaluate_images(detector, tmp_path / "samples.npz", runs / "real.npz", None, ranks)
         for name in FIGURES:
             assert found[position][name] == pytest.approx(expected[name], rel=1e-3, abs=1e-3), (position, name)
         assert found[position]["images"]["images"] == len(open_image_set(tmp_path / "samples.npz")) == 30

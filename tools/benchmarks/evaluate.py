@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks import Figures, Targets
 from benchmarks.memory import MALLOC, megabytes, on_ranks, reset_peak
-from trainer.evaluation.scorer import open_detector, score
+from trainer.evaluation.by_detector import evaluate_images, open_detector
 from trainer.evaluation.statistics import BATCH
 from trainer.ranks import Ranks
 
@@ -67,10 +67,10 @@ def _measure(ranks: Ranks) -> Figures:
         rng = np.random.default_rng(0)
         for number in (BATCH, REFERENCE, IMAGES):
             np.savez(folder / f"{number}.npz", arr_0=rng.integers(256, size=(number, SMALL, SMALL, 3), dtype=np.uint8))
-        score(detector, folder / f"{BATCH}.npz", folder / f"{BATCH}.npz", None, ranks)  # loads all code
+        evaluate_images(detector, folder / f"{BATCH}.npz", folder / f"{BATCH}.npz", None, ranks)  # loads all code
         before = reset_peak()
         start = time.perf_counter()
-        score(detector, folder / f"{IMAGES}.npz", folder / f"{REFERENCE}.npz", None, ranks)
+        evaluate_images(detector, folder / f"{IMAGES}.npz", folder / f"{REFERENCE}.npz", None, ranks)
         rest = time.perf_counter() - start
         return {
             "bare_images_per_s": 1 / bare,

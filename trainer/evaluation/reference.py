@@ -1,88 +1,122 @@
 """Statistics of the real images that generated ones are compared with: computed once for each detector, and kept."""
 
 import os
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
 from data.stores.files import appearing, sha256
 from trainer.errors import RunError
+from trainer.evaluation.accumulators import FEATURES, MOMENTS, SPATIAL, FeatureSample
 from trainer.evaluation.detector import Detector
 from trainer.evaluation.image_sets import ARRAY, open_image_set, open_npz
+from trainer.evaluation.metric import Arrays, Statistic
 from trainer.evaluation.statistics import Statistics, compute_statistics
 from trainer.ranks import Ranks, from_rank_0
 
 CACHE = "reference-statistics"  # a folder beside the reference
 MOST_FEATURES = 10_000  # images whose features are kept for KID, precision and recall: as many as ADM's files have
+SAMPLED = FEATURES._replace(make=lambda width, images, _: FeatureSample(width, images, MOST_FEATURES))
 
 
-def reference_statistics(
-    path: Path,
-    side: int | None,
-    detector: Detector,
-    widths: dict[str, int],
-    wanted: set[str],
-    ranks: Ranks,
-    cache: Path | None = None,
-    progress: Callable[[int], object] = lambda number: None,
-) -> tuple[Statistics, dict]:
-    """(at least the `wanted` statistics, {"path", "sha256", "images"}) of the images at `path`; all ranks call it.
+class Reference:
+    """The real images at `path`: a folder of images, which are cropped to `side` pixels, or a file: images (arr_0), or
+    statistics as in ADM's files (mu, sigma, and mu_s, sigma_s of spatial features), which may have images beside them.
 
-    `path` is a folder of images, which are cropped to `side` pixels, or a file: images (arr_0), or statistics as in
-    ADM's files (mu, sigma, and mu_s, sigma_s of spatial features), which may have images beside them. `widths` are
-    those of the detector's outputs. RunError if the file's statistics are of another detector.
+    `widths` are those of the detector's outputs. What is computed is kept in the folder `cache`, or in one beside it.
     """
-    stored = _read(path, detector, widths) if path.is_file() else Statistics(None)
-    given = {name for name in wanted if getattr(stored, name) is not None}
-    if path.is_file() and given == wanted:
-        checksum = from_rank_0(lambda: sha256(path))
-    else:
-        crop = side if path.is_dir() else None
-        computed, checksum = _computed(path, crop, detector, widths, ranks, cache, progress)
-        stored = replace(computed, **{name: getattr(stored, name) for name in given})
-    return stored, {"path": str(path), "sha256": checksum, "images": stored.images}
 
+    def __init__(
+        self, path: Path, side: int, detector: Detector, widths: dict[str, int], cache: Path | None = None
+    ) -> None:
+        self.path, self._detector, self._widths = path, detector, widths
+        self._side = side if path.is_dir() else None
+        self._cache = cache or path.absolute().parent / CACHE
 
-def _computed(
-    path: Path,
-    side: int | None,
-    detector: Detector,
-    widths: dict[str, int],
-    ranks: Ranks,
-    cache: Path | None,
-    progress: Callable[[int], object],
-) -> tuple[Statistics, str]:
-    """All that this detector gives of these images, from the cache if it has been there before."""
-    images = open_image_set(path, side)
-    folder = cache or path.absolute().parent / CACHE
+    def statistics(
+        self, wanted: Iterable[Statistic], ranks: Ranks, progress: Callable[[int], object] = lambda number: None
+    ) -> tuple[Statistics, dict]:
+        """Return (at least the `wanted` statistics, {"path", "sha256", "images"}); all ranks call it. Raise RunError if
+        the file's statistics are of another detector, or an image cannot be read."""
+        wanted = list(wanted)
+        stored = self._read(self.path, wanted) if self.path.is_file() else Statistics(None, {})
+        if self.path.is_file() and all(statistic.name in stored.values for statistic in wanted):
+            checksum = from_rank_0(lambda: sha256(self.path))
+        else:
+            computed, checksum = self._computed(wanted, ranks, progress)
+            stored = Statistics(computed.images, {**computed.values, **stored.values})
+        return stored, {"path": str(self.path), "sha256": checksum, "images": stored.images}
 
-    def look() -> tuple[str, bool]:
-        checksum = images.checksum()
-        file = folder / _name(checksum, side, detector)
-        if not file.exists():
-            _check_writable(folder)
-        return checksum, file.exists()
+    def _computed(
+        self, wanted: list[Statistic], ranks: Ranks, progress: Callable[[int], object]
+    ) -> tuple[Statistics, str]:
+        """All that the detector gives of these images, from the cache if it has been there before."""
+        images = open_image_set(self.path, self._side)
 
-    checksum, known = from_rank_0(look)
-    file = folder / _name(checksum, side, detector)
-    if known:
-        return _read(file, detector, widths), checksum
-    all_of_it = {"moments", "features"} | ({"spatial"} & widths.keys())
-    statistics = compute_statistics(detector, images, all_of_it, ranks, MOST_FEATURES, progress)
-    if ranks.rank == 0:
-        arrays = dict(zip(("mu", "sigma"), statistics.moments, strict=True))
-        if statistics.spatial:
-            arrays |= dict(zip(("mu_s", "sigma_s"), statistics.spatial, strict=True))
-        about = {"images": statistics.images, "detector": detector.sha256, "source": checksum}
-        with appearing(file) as opened:
-            np.savez(opened, features=statistics.features, **arrays, **about)
-    return statistics, checksum
+        def look() -> tuple[str, bool]:
+            checksum = images.checksum()
+            file = self._file(checksum)
+            known = file.exists() and self._holds(file, wanted)
+            if not known:
+                _check_writable(self._cache)
+            return checksum, known
 
+        checksum, known = from_rank_0(look)
+        file = self._file(checksum)
+        if known:
+            return self._read(file, wanted), checksum
+        standard = {one.name: one for one in (MOMENTS, SPATIAL, SAMPLED) if one.output in self._widths}
+        all_of_it = list(({one.name: one for one in wanted} | standard).values())
+        statistics = compute_statistics(self._detector, images, all_of_it, ranks, progress)
+        if ranks.rank == 0:
+            arrays: dict[str, np.ndarray] = {}
+            for statistic in all_of_it:
+                arrays |= zip(statistic.arrays, statistics.values[statistic.name], strict=True)
+            about = {"images": statistics.images, "detector": self._detector.sha256, "source": checksum}
+            with appearing(file) as opened:
+                np.savez(opened, **arrays, **about)
+        return statistics, checksum
 
-def _name(checksum: str, side: int | None, detector: Detector) -> str:
-    return f"{checksum[:16]}-{side or 'as-they-are'}-{detector.sha256[:16]}.npz"
+    def _file(self, checksum: str) -> Path:
+        return self._cache / f"{checksum[:16]}-{self._side or 'as-they-are'}-{self._detector.sha256[:16]}.npz"
+
+    def _holds(self, file: Path, wanted: list[Statistic]) -> bool:
+        """Whether no statistic is missing, as one of a metric that was added later."""
+        with open_npz(file) as archive:
+            return all(name in archive.files for statistic in wanted for name in statistic.arrays)
+
+    def _read(self, path: Path, wanted: list[Statistic]) -> Statistics:
+        """The statistics in a file: ADM's, or one of the cache. RunError if they are of another detector."""
+        with open_npz(path) as file:
+            if "mu" not in file.files:
+                return Statistics(None, {})
+            if "detector" in file.files and str(file["detector"]) != self._detector.sha256:
+                raise RunError(
+                    f"{path}: statistics of another detector than {self._detector.name}; give the images themselves"
+                )
+            values: dict[str, Arrays] = {}
+            for statistic in {one.name: one for one in (MOMENTS, SPATIAL, *wanted)}.values():
+                if statistic.output in self._widths and all(name in file.files for name in statistic.arrays):
+                    values[statistic.name] = tuple(file[name] for name in statistic.arrays)
+            for statistic in (MOMENTS, SPATIAL):  # which files of others may hold
+                if statistic.name in values:
+                    values[statistic.name] = self._checked(path, statistic, values[statistic.name])
+            if not {ARRAY, "mu", "sigma", "features"} & set(file.files):
+                raise RunError(f"{path}: neither images ({ARRAY}) nor statistics (mu, sigma); give another reference")
+            images = int(file["images"]) if "images" in file.files else None
+        return Statistics(images, values)
+
+    def _checked(self, path: Path, statistic: Statistic, moments: Arrays) -> Arrays:
+        mean, covariance = (array.astype(np.float64) for array in moments)
+        width = self._widths[statistic.output]
+        if mean.shape != (width,) or covariance.shape != (width, width):
+            names = statistic.arrays
+            raise RunError(
+                f"{path}: {names[0]} {mean.shape}, {names[1]} {covariance.shape}, where {self._detector.name} gives"
+                f" {width} {statistic.output}: statistics of another detector; give the one, or a reference of images"
+            )
+        return mean, covariance
 
 
 def _check_writable(folder: Path) -> None:
@@ -92,29 +126,3 @@ def _check_writable(folder: Path) -> None:
         raise RunError(f"{folder}: cannot be made: {error.strerror}; give another --cache") from None
     if not os.access(folder, os.W_OK):
         raise RunError(f"{folder}: cannot be written; give another --cache")
-
-
-def _read(path: Path, detector: Detector, widths: dict[str, int]) -> Statistics:
-    """The statistics in a file: ADM's, or one of the cache. RunError if they are of another detector."""
-    with open_npz(path) as file:
-        if "mu" not in file.files:
-            return Statistics(None)
-        if "detector" in file.files and str(file["detector"]) != detector.sha256:
-            raise RunError(f"{path}: statistics of another detector than {detector.name}; give the images themselves")
-        found = {}
-        for field, output, suffix in (("moments", "features", ""), ("spatial", "spatial", "_s")):
-            names = f"mu{suffix}", f"sigma{suffix}"
-            if output in widths and all(name in file.files for name in names):
-                mean, covariance = (file[name].astype(np.float64) for name in names)
-                width = widths[output]
-                if mean.shape != (width,) or covariance.shape != (width, width):
-                    raise RunError(
-                        f"{path}: {names[0]} {mean.shape}, {names[1]} {covariance.shape}, where {detector.name} gives"
-                        f" {width} {output}: statistics of another detector; give the one, or a reference of images"
-                    )
-                found[field] = mean, covariance
-        features = file["features"] if "features" in file.files else None
-        images = int(file["images"]) if "images" in file.files else None
-        if ARRAY not in file.files and features is None and "moments" not in found:
-            raise RunError(f"{path}: neither images ({ARRAY}) nor statistics (mu, sigma); give another reference")
-    return Statistics(images, features=features, **found)

@@ -9,8 +9,11 @@ from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 
 from trainer.errors import RunError
-from trainer.evaluation.frechet import Moments, frechet, frechet_distance, warn_if_few
-from trainer.evaluation.metrics import InceptionScore, kernel_distance, precision_and_recall
+from trainer.evaluation.accumulators import Moments
+from trainer.evaluation.frechet import frechet, frechet_distance, warn_if_few
+from trainer.evaluation.inception_score import InceptionScore
+from trainer.evaluation.kernel_distance import kernel_distance
+from trainer.evaluation.precision_recall import precision, recall
 
 CPU = torch.device("cpu")
 
@@ -20,7 +23,7 @@ def streamed(features, cuts):
     moments = Moments(features.shape[1], CPU)
     for piece in np.split(features, cuts):
         moments.add(torch.from_numpy(piece))
-    return moments.mean_and_covariance()
+    return moments.value()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -78,11 +81,11 @@ def test_a_covariance_of_less_than_two_images_is_an_error(number):
 
 def inception_score(probabilities, splits=10):
     """As in the code of Salimans et al. and of NVlabs."""
-    scores = []
+    found = []
     for part in np.array_split(probabilities, [i * len(probabilities) // splits for i in range(1, splits)]):
         divergence = part * (np.log(part) - np.log(part.mean(axis=0)))
-        scores.append(np.exp(divergence.sum(axis=1).mean()))
-    return np.mean(scores)
+        found.append(np.exp(divergence.sum(axis=1).mean()))
+    return np.mean(found)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -91,10 +94,10 @@ def test_inception_score_in_parts_and_in_any_order_equals_the_plain_computation(
     number, classes = int(rng.integers(10, 300)), int(rng.integers(2, 30))
     p = rng.dirichlet(np.full(classes, 0.3), number) + 1e-9
     p /= p.sum(axis=1, keepdims=True)
-    score = InceptionScore(classes, number, CPU)
+    statistic = InceptionScore(classes, number, CPU)
     for piece in np.array_split(rng.permutation(number), 7):
-        score.add(torch.from_numpy(p[piece]), torch.from_numpy(piece))
-    assert score.value() == pytest.approx(inception_score(p), rel=1e-10)
+        statistic.add(torch.from_numpy(p[piece]), torch.from_numpy(piece))
+    assert statistic.value() == pytest.approx((inception_score(p),), rel=1e-10)
 
 
 def test_inception_score_of_sure_and_of_unsure_probabilities():
@@ -104,9 +107,9 @@ def test_inception_score_of_sure_and_of_unsure_probabilities():
         (torch.eye(8)[:1].repeat(160, 1), 1),
         (torch.ones(160, 8) / 8, 1),
     ):
-        score = InceptionScore(8, 160, CPU)
-        score.add(p, torch.arange(160))
-        assert score.value() == pytest.approx(expected, rel=1e-12)
+        statistic = InceptionScore(8, 160, CPU)
+        statistic.add(p, torch.arange(160))
+        assert statistic.value() == pytest.approx((expected,), rel=1e-12)
 
 
 def test_kernel_distance_of_whole_sets_is_the_unbiased_estimate():
@@ -133,6 +136,10 @@ def test_kernel_distance_has_the_expectation_of_the_true_one():
     assert kernel_distance(x, x + 1, 5) == kernel_distance(x, x + 1, 5), "the same subsets each time"
 
 
+def precision_and_recall(generated, reference, k=3):
+    return precision(generated, reference, k), recall(generated, reference, k)
+
+
 def neighbours(generated, reference, k):
     """As the paper defines it (eq. 1), by sorting all distances."""
 
@@ -147,8 +154,8 @@ def neighbours(generated, reference, k):
 @pytest.mark.parametrize("seed", range(4))
 def test_precision_and_recall_equal_brute_force(monkeypatch, seed, k):
     rng = np.random.default_rng(seed)
-    monkeypatch.setattr("trainer.evaluation.metrics.ROWS", int(rng.integers(1, 40)))
-    monkeypatch.setattr("trainer.evaluation.metrics.COLUMNS", int(rng.integers(1, 90)))
+    monkeypatch.setattr("trainer.evaluation.precision_recall.ROWS", int(rng.integers(1, 40)))
+    monkeypatch.setattr("trainer.evaluation.precision_recall.COLUMNS", int(rng.integers(1, 90)))
     a = rng.standard_normal((int(rng.integers(k + 1, 150)), 6)).astype(np.float32)
     b = 1.3 * rng.standard_normal((int(rng.integers(k + 1, 150)), 6)).astype(np.float32) + 0.4
     assert precision_and_recall(a, b, k) == pytest.approx(neighbours(a, b, k), abs=1e-12)
@@ -167,5 +174,5 @@ def test_precision_of_one_set_is_recall_of_the_other(n, m, seed):
 def test_fewer_modes_keep_the_precision_and_lose_the_recall():
     rng = np.random.default_rng(4)
     real = np.concatenate([rng.standard_normal((300, 2)), rng.standard_normal((300, 2)) + 20])
-    precision, recall = precision_and_recall(rng.standard_normal((600, 2)), real)
-    assert precision > 0.9 and 0.4 < recall < 0.55
+    found = precision_and_recall(rng.standard_normal((600, 2)), real)
+    assert found[0] > 0.9 and 0.4 < found[1] < 0.55

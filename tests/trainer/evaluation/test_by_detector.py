@@ -14,13 +14,13 @@ from transformers import AutoImageProcessor, AutoModel
 from data.extraction.crop import center_crop
 from tests.stores import write_tar
 from tests.trainer import detectors
-from tests.trainer.detectors import Inception, Plain, WithSpatial, save_images, score_once
+from tests.trainer.detectors import Inception, Plain, WithSpatial, evaluate_once, save_images
 from tests.trainer.evaluation.test_metrics import inception_score, neighbours
 from trainer.errors import RunError
+from trainer.evaluation.by_detector import evaluate_images, open_detector
 from trainer.evaluation.detector import load_detector, resize_299
 from trainer.evaluation.frechet import frechet_distance
-from trainer.evaluation.metrics import kernel_distance
-from trainer.evaluation.scorer import open_detector, score
+from trainer.evaluation.kernel_distance import kernel_distance
 from trainer.ranks import process_group
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def there(tmp_path_factory):
     """Detectors and images, to be read only."""
-    folder = tmp_path_factory.mktemp("score")
+    folder = tmp_path_factory.mktemp("evaluate")
     for name, module in {"plain": Plain(6), "spatial": WithSpatial(), "inception": Inception()}.items():
         detectors.save(module, folder / f"{name}.pt")
     save_images(folder / "made.npz", 300, seed=1)
@@ -55,13 +55,15 @@ def pictures(images, folder, names="{:05d}.png"):
     return folder
 
 
-def scored(there, world, cache, detector="plain.pt", images="made.npz", reference="real.npz", metrics=None):
-    return score(open_detector(str(there / detector), world), there / images, there / reference, metrics, world, cache)
+def evaluated(there, world, cache, detector="plain.pt", images="made.npz", reference="real.npz", metrics=None):
+    return evaluate_images(
+        open_detector(str(there / detector), world), there / images, there / reference, metrics, world, cache
+    )
 
 
 def fails(message, *arguments, **options):
     with pytest.raises(RunError) as raised:
-        scored(*arguments, **options)
+        evaluated(*arguments, **options)
     assert re.search(message, str(raised.value)) and "\n" not in str(raised.value), raised.value
 
 
@@ -88,7 +90,7 @@ def test_all_metrics_of_a_detector_of_the_form_of_inception_by_hand(there, world
 
     made, real = (look(save_images(tmp_path / f"{n}.npz", n, seed=n - 19)) for n in (20, 25))
     with pytest.warns(UserWarning, match="rank-deficient"):  # of 567 spatial features
-        record = scored(there, world, tmp_path, "inception.pt", tmp_path / "20.npz", tmp_path / "25.npz")
+        record = evaluated(there, world, tmp_path, "inception.pt", tmp_path / "20.npz", tmp_path / "25.npz")
     assert made[1].shape[1] == 9 * 9 * 7
     expected = {
         "fid": frechet_distance(made[0], real[0]),
@@ -124,7 +126,7 @@ def test_layers_that_give_other_features_than_the_whole_are_not_taken_for_its_in
 
 
 def test_a_detector_may_return_spatial_features_beside_the_others(there, world, tmp_path):
-    record = scored(there, world, tmp_path, "spatial.pt")
+    record = evaluated(there, world, tmp_path, "spatial.pt")
     made, real = (
         outputs(WithSpatial(), arr_0(there / name))[1].flatten(1).numpy() for name in ("made.npz", "real.npz")
     )
@@ -132,14 +134,14 @@ def test_a_detector_may_return_spatial_features_beside_the_others(there, world, 
 
 
 def test_a_set_is_at_no_distance_from_itself_and_of_full_precision(there, world, tmp_path):
-    record = scored(there, world, tmp_path, "spatial.pt", "made.npz", "made.npz")
+    record = evaluated(there, world, tmp_path, "spatial.pt", "made.npz", "made.npz")
     assert record["fid"] == pytest.approx(0, abs=1e-9) and record["sfid"] == pytest.approx(0, abs=1e-9)
     assert (record["precision"], record["recall"]) == (1, 1)
 
 
 def test_dinov2_gives_the_class_token_of_the_whole_resized_image(save_encoder, there, world, tmp_path):
     folder = save_encoder("dinov2")
-    record = score(
+    record = evaluate_images(
         open_detector(str(folder), world), there / "made.npz", there / "real.npz", ["fd_dinov2"], world, tmp_path
     )
     network = AutoModel.from_pretrained(folder).eval()
@@ -163,13 +165,13 @@ def test_a_folder_of_pictures_a_compressed_file_and_grey_images_are_the_same_ima
     pictures(images, tmp_path / "folder", "{:05d}.png")
     np.savez_compressed(tmp_path / "compressed.npz", arr_0=images)
     np.savez(tmp_path / "fortran.npz", arr_0=np.asfortranarray(images))
-    expected = scored(there, world, tmp_path)
+    expected = evaluated(there, world, tmp_path)
     for images in ("folder", "compressed.npz", "fortran.npz"):
-        found = scored(there, world, tmp_path, images=tmp_path / images)
+        found = evaluated(there, world, tmp_path, images=tmp_path / images)
         assert all(found[name] == expected[name] for name in ("fid", "kid", "precision", "recall"))
     grey = save_images(tmp_path / "grey.npz", 40, seed=3, channels=1)
     np.savez(tmp_path / "rgb.npz", arr_0=grey.repeat(3, axis=3))
-    found = [scored(there, world, tmp_path, images=tmp_path / name)["fid"] for name in ("grey.npz", "rgb.npz")]
+    found = [evaluated(there, world, tmp_path, images=tmp_path / name)["fid"] for name in ("grey.npz", "rgb.npz")]
     assert found[0] == found[1]
 
 
@@ -183,7 +185,7 @@ def test_reference_images_of_other_sizes_are_cropped_as_adm_does(there, world, t
         write_tar(tmp_path / "tars/0.tar", [{"__key__": file.stem, "png": file.read_bytes()} for file in files])
     np.savez(tmp_path / "cropped.npz", arr_0=np.stack([center_crop(Image.fromarray(image), 16) for image in images]))
     found = [
-        scored(there, world, tmp_path / "cache", reference=tmp_path / name)["fid"]
+        evaluated(there, world, tmp_path / "cache", reference=tmp_path / name)["fid"]
         for name in ("tars" if tarred else "real", "cropped.npz")
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-6)
@@ -191,34 +193,36 @@ def test_reference_images_of_other_sizes_are_cropped_as_adm_does(there, world, t
 
 def test_reference_statistics_are_kept_by_the_content_of_images_and_detector(there, world, tmp_path):
     reference = Path(shutil.copy(there / "real.npz", tmp_path))
-    first = scored(there, world, None, reference=reference)
+    first = evaluated(there, world, None, reference=reference)
     kept = sorted((tmp_path / "reference-statistics").glob("*.npz"))
     assert len(kept) == 1 and first["reference"]["images"] == 230
     changed = dict(np.load(kept[0]))
     np.savez(kept[0], **changed | {"mu": changed["mu"] + 1})
-    assert scored(there, world, None, reference=reference)["fid"] > first["fid"] + 1, "they are read"
-    assert scored(there, world, None, "spatial.pt", reference=reference)["fid"] == first["fid"], (
+    assert evaluated(there, world, None, reference=reference)["fid"] > first["fid"] + 1, "they are read"
+    assert evaluated(there, world, None, "spatial.pt", reference=reference)["fid"] == first["fid"], (
         "of another detector: not"
     )
     save_images(reference, 231, seed=2)
-    again = scored(there, world, None, reference=reference)
+    again = evaluated(there, world, None, reference=reference)
     assert again["reference"]["sha256"] != first["reference"]["sha256"] and again["reference"]["images"] == 231
-    assert scored(there, world, None, reference=kept[0])["fid"] > first["fid"] + 1, "a kept file is a reference as well"
+    assert evaluated(there, world, None, reference=kept[0])["fid"] > first["fid"] + 1, (
+        "a kept file is a reference as well"
+    )
 
 
 def test_statistics_as_in_adms_files_are_used_and_their_images_for_precision_alone(there, world, tmp_path):
     images = arr_0(there / "real.npz")
-    all_of_it = scored(there, world, tmp_path)
+    all_of_it = evaluated(there, world, tmp_path)
     features = outputs(Plain(6), images).numpy()
     mean, covariance = features.mean(axis=0), np.cov(features, rowvar=False)
     np.savez(tmp_path / "adm.npz", arr_0=images[:50], mu=mean, sigma=covariance)
     np.savez(tmp_path / "few.npz", arr_0=images[:50])
-    adm = scored(there, world, tmp_path, reference=tmp_path / "adm.npz")
-    few = scored(there, world, tmp_path, reference=tmp_path / "few.npz")
+    adm = evaluated(there, world, tmp_path, reference=tmp_path / "adm.npz")
+    few = evaluated(there, world, tmp_path, reference=tmp_path / "few.npz")
     assert adm["fid"] == pytest.approx(all_of_it["fid"], rel=1e-4) and adm["fid"] != pytest.approx(few["fid"], rel=1e-3)
     assert adm["recall"] == few["recall"] and adm["kid"] == few["kid"]
     np.savez(tmp_path / "bare.npz", mu=mean, sigma=covariance)
-    bare = scored(there, world, tmp_path, reference=tmp_path / "bare.npz", metrics=["fid"])
+    bare = evaluated(there, world, tmp_path, reference=tmp_path / "bare.npz", metrics=["fid"])
     assert bare["fid"] == adm["fid"] and next(iter(bare)) == "fid" and "kid" not in bare
     fails("no arr_0 in it", there, world, tmp_path, reference=tmp_path / "bare.npz")
 
@@ -229,7 +233,7 @@ def test_1_2_and_4_ranks_give_the_same_record(there, ranks, tmp_path):
     for world_size in (1, 2, 4):
         out = tmp_path / f"{world_size}.json"
         arguments = there / "spatial.pt", there / "made.npz", there / "real.npz", tmp_path / str(world_size), out
-        ranks.run(world_size, score_once, *arguments)
+        ranks.run(world_size, evaluate_once, *arguments)
         records.append(json.loads(out.read_text()))
     for record in records[1:]:
         assert record.keys() == records[0].keys()
@@ -242,7 +246,7 @@ def test_1_2_and_4_ranks_give_the_same_record(there, ranks, tmp_path):
 def test_a_damaged_picture_ends_all_ranks_with_its_name(there, ranks, tmp_path):
     folder = pictures(arr_0(there / "made.npz"), tmp_path / "folder")
     (folder / "00299.png").write_bytes(b"no picture")
-    line = ranks.fail(2, score_once, there / "plain.pt", folder, there / "real.npz", tmp_path, tmp_path / "out")
+    line = ranks.fail(2, evaluate_once, there / "plain.pt", folder, there / "real.npz", tmp_path, tmp_path / "out")
     assert "00299.png: cannot be read as an image" in line and line.endswith("; remove it")
 
 
@@ -340,7 +344,7 @@ def test_statistics_of_another_detector_are_refused(there, world, tmp_path):
         tmp_path,
         reference=tmp_path / "other.npz",
     )
-    scored(there, world, tmp_path / "cache", "spatial.pt")
+    evaluated(there, world, tmp_path / "cache", "spatial.pt")
     (kept,) = (tmp_path / "cache").glob("*.npz")
     fails("statistics of another detector than .*plain.pt", there, world, tmp_path, reference=kept)
 

@@ -1,0 +1,54 @@
+"""What a metric is: the statistics of images that it needs, and a number computed from them.
+
+A new metric is one file with its formula, and a line in `METRICS` (trainer/evaluation/metrics.py). What it needs to
+know of a set of images is a `Statistic`: one of trainer/evaluation/accumulators.py, or one of its own.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.ranks import Ranks
+
+Arrays = tuple[np.ndarray, ...]
+Side = Mapping[str, Arrays]  # of one set of images: the value of each statistic, by its name
+
+
+class Accumulator(Protocol):
+    """A statistic of any number of images, added up in parts and over ranks."""
+
+    def add(self, values: Tensor, numbers: Tensor) -> None:
+        """Add an output (n, d) of the detector for the images `numbers` (n,), which ascend."""
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Make it the statistic of the images of all ranks, at least on rank 0. All ranks call it, once."""
+
+    def value(self) -> Arrays:
+        """Return the statistic of all that was added."""
+
+
+class Statistic(NamedTuple):
+    """`make(d, images, device)` returns an accumulator for the detector's `output` ("features", "spatial",
+    "probabilities", or "pixels": the uint8 images themselves) of width d. `arrays` names the arrays of its value in
+    .npz files."""
+
+    name: str
+    output: str
+    make: Callable[[int, int, torch.device], Accumulator]
+    arrays: tuple[str, ...]
+
+
+class Metric(NamedTuple):
+    """`compute(generated, real, device)` returns the metric from the statistics that it `needs` of both sets of images;
+    of the generated ones alone, if it does not `compare`. `kinds` of detectors offer it, where they have the outputs:
+    "torchscript", "dinov2", and "classifier", the small one of trainer/evaluation/classifier.py, which has moments and
+    samples of features alone."""
+
+    name: str
+    needs: tuple[Statistic, ...]
+    kinds: frozenset[str]
+    compute: Callable[[Side, Side, torch.device], float]
+    compares: bool = True

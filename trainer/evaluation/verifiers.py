@@ -1,0 +1,55 @@
+"""Verifiers: how well images show the classes that they were asked for, group by group; built of classifiers.
+
+For samplers that choose between candidates by them (best of n, search over noise, particles).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from data.sets.registry import ArrayImages
+from trainer.errors import RunError
+from trainer.evaluation.classifier import class_log_probabilities, fit_classifier
+from trainer.evaluation.detector import Detector
+from trainer.sampling.pictures import to_uint8
+
+# (images (B, C, H, W), latents or in [-1, 1], label (B,), group_size) -> (B / group_size,): higher is better
+Verifier = Callable[[Tensor, Tensor, int], Tensor]
+Decode = Callable[[Tensor], Tensor]  # from what the network generates to pixels in [-1, 1]
+
+
+def classifier_verifier(train: ArrayImages) -> Verifier:
+    """Return a verifier by the small classifier of trainer/evaluation/classifier.py, trained on these real images."""
+    classifier = fit_classifier(train)
+
+    def log_probabilities(pixels: Tensor) -> Tensor:
+        return torch.from_numpy(class_log_probabilities(classifier, to_uint8(pixels.cpu())))
+
+    return _by_group(log_probabilities, lambda images: images)
+
+
+def detector_verifier(
+    detector: Detector, decode: Decode = lambda images: images, classes: Sequence[int] | None = None
+) -> Verifier:
+    """Return a verifier by the class probabilities of a detector; `classes[i]` is its class of label i (None: i).
+    Calls raise RunError if it has none."""
+
+    def log_probabilities(pixels: Tensor) -> Tensor:
+        outputs = detector(torch.from_numpy(to_uint8(pixels.cpu())).movedim(3, 1).to(pixels.device))
+        if "probabilities" not in outputs:
+            raise RunError(f"{detector.name}: gives no class probabilities; give one of the form of NVlabs's Inception")
+        log = outputs["probabilities"].double().clamp(min=torch.finfo(torch.float32).tiny).log()
+        return log if classes is None else log[:, list(classes)]
+
+    return _by_group(log_probabilities, decode)
+
+
+def _by_group(log_probabilities: Callable[[Tensor], Tensor], decode: Decode) -> Verifier:
+    """The log-probability of each image's label, summed over its group: that of all of them together."""
+
+    def verify(images: Tensor, label: Tensor, group_size: int) -> Tensor:
+        found = log_probabilities(decode(images)).to(label.device)
+        return found.gather(1, label.long()[:, None]).view(-1, group_size).sum(dim=1)
+
+    return verify
