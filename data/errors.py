@@ -1,11 +1,11 @@
-"""The one exception of this package that means "the user can mend this": one line with field or file, value and fix."""
+"""Errors that the user can fix: their message is one line with the field or file, its value, and what to do."""
 
 
-class DataError(Exception):
-    """Data cannot be read, written or used. Tools print the message as it is and exit with code 1."""
+class UserError(Exception):
+    """Something that the user can fix. Tools print the message as it is and exit with code 1."""
 
-    final = True  # trying again would not help
+    final = True  # starting again would not help
 
-    def __init__(self, message: str) -> None:
-        # the worker of a DataLoader passes it on inside a traceback, whose last line it is
-        super().__init__(message.strip().rpartition("\n")[2].removeprefix(f"{__name__}.DataError: "))
+
+class DataError(UserError):
+    """Data cannot be read, written or used."""

@@ -11,8 +11,8 @@ from enum import IntEnum
 import numpy as np
 
 
-class Stream(IntEnum):
-    """What the numbers are for: streams of one seed are independent."""
+class Purpose(IntEnum):
+    """What the numbers are for; those of one seed for two purposes are independent."""
 
     TRAINING = 0
     SAMPLING = 1
@@ -36,7 +36,7 @@ class Draws:
 
 def draw(
     seed: int,
-    stream: Stream,
+    purpose: Purpose,
     positions: np.ndarray,
     shape: tuple[int, ...],
     group_size: int,
@@ -48,7 +48,7 @@ def draw(
     alone, but for the slots, which come from the position of the group's first image."""
     noise = np.empty((1 + posterior, len(positions), *shape), np.float32)
     uniform = np.empty((len(positions), 3 + max_group_size + mirrored))
-    for i, rng in enumerate(generators(seed, stream, positions)):
+    for i, rng in enumerate(generators(seed, purpose, positions)):
         rng.random(out=uniform[i])
         for part in noise:
             rng.standard_normal(out=part[i], dtype=np.float32)
@@ -62,15 +62,15 @@ def draw(
 def step_noise(seed: int, positions: np.ndarray, shape: tuple[int, ...], step: int) -> np.ndarray:
     """Standard normal noise (B, *shape) float32 that a sampler adds to the samples at `positions` in a step."""
     noise = np.empty((len(positions), *shape), np.float32)
-    for out, rng in zip(noise, generators(seed, Stream.SAMPLING, positions, 1 + step), strict=True):
+    for out, rng in zip(noise, generators(seed, Purpose.SAMPLING, positions, 1 + step), strict=True):
         rng.standard_normal(out=out, dtype=np.float32)
     return noise
 
 
-def generators(seed: int, stream: Stream, positions: Iterable[int], part: int = 0) -> Iterator[np.random.Generator]:
+def generators(seed: int, purpose: Purpose, positions: Iterable[int], part: int = 0) -> Iterator[np.random.Generator]:
     """The generator of each position (from 0) in turn; a position has many parts, of 2^128 numbers each. It is one
     object that is moved on: to build one for every image would cost more than its numbers."""
-    philox = np.random.Philox(key=np.array([seed, stream], np.uint64), counter=0)
+    philox = np.random.Philox(key=np.array([seed, purpose], np.uint64), counter=0)
     rng, state = np.random.Generator(philox), philox.state
     for position in positions:
         state["state"]["counter"][2:] = part, position

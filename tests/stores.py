@@ -7,8 +7,8 @@ import pytest
 import webdataset
 from PIL import Image
 
+from data.errors import UserError
 from data.stores.store import Store, read_manifest
-from trainer.errors import RunError
 from trainer.precompute import precompute_features, precompute_latents, precompute_pixels
 
 SIDE = 64
@@ -72,8 +72,8 @@ def stored(out, field="moments", kind="latents"):
 
 
 def refused(function, *arguments, **changes):
-    """What the RunError says, which must be one line."""
-    with pytest.raises(RunError) as error:
+    """What the UserError says, which must be one line."""
+    with pytest.raises(UserError) as error:
         function(*arguments, **changes)
     assert "\n" not in str(error.value)
     return str(error.value)

@@ -7,10 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from data.errors import DataError
+from data.errors import UserError
 from slurm.errors import LaunchError
 from slurm.options import ClusterOptions
-from trainer.errors import RunError
 
 
 def positive(text: str) -> int:
@@ -49,6 +48,6 @@ def run_tool(main: Callable[[list[str]], object]) -> None:
     """Call `main` with the command line; errors that the user can mend are one line, and the exit code is 1."""
     try:
         main(sys.argv[1:])
-    except (DataError, RunError, LaunchError) as error:
+    except (UserError, LaunchError) as error:
         message = re.sub(r"^(data|trainer)\.errors\.\w+: ", "", str(error))  # as a job of submitit gives it
         sys.exit(f"error: {message}")

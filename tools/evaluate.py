@@ -18,6 +18,7 @@ import numpy as np
 from command_line import run_tool
 from tqdm import tqdm
 
+from data.errors import UserError
 from trainer.build import open_data
 from trainer.checkpoints.weights import find_checkpoint
 from trainer.errors import RunError
@@ -80,7 +81,7 @@ def _evaluator(run: Path) -> Callable[[np.ndarray, np.ndarray], dict]:
     config = read_config(run)
     try:
         return make_evaluator(*(open_data(config, split) for split in ("train", "heldout")))
-    except RunError as error:
+    except UserError as error:
         raise RunError(f"{error}; give --detector and --reference") from None
 
 

@@ -2,9 +2,8 @@
 
 import sys
 
-from data.errors import DataError
+from data.errors import UserError
 from trainer.config.tree import load_config
-from trainer.errors import RunError
 from trainer.loop import train
 
 
@@ -14,7 +13,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(__doc__)
     try:
         train(load_config(arguments[0], arguments[1:]))
-    except (DataError, RunError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
 
 

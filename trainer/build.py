@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from data.batches.batch import InWindow
 from data.batches.plan import Plan, plan_epoch
-from data.errors import DataError
 from data.sets.registry import Images, open_images
 from models.backbones.registry import make_network
 from models.paths.base import NoisePath
@@ -24,12 +23,9 @@ from trainer.ranks import from_rank_0
 
 
 def open_data(config: Config, split: Literal["train", "heldout"] = "train") -> Images:
-    """The images of a config. RunError if they are not there or do not fit it."""
-    try:
-        images = open_images(config.data, split)
-        known = images.max_neighbors() if _needs_graph(config) else None
-    except DataError as error:
-        raise RunError(str(error)) from None
+    """Return the images of a config. DataError if they are not there, RunError if they do not fit it."""
+    images = open_images(config.data, split)
+    known = images.max_neighbors() if _needs_graph(config) else None
     n, side = len(images), images.shape[-1]
     if split == "train" and config.train.global_batch > n:
         raise RunError(f"train.global_batch={config.train.global_batch}: more than there are images; set {n} or less")

@@ -1,16 +1,16 @@
-"""The one exception that means "the user can mend this": its message is one line with field or file, value and fix."""
+"""The trainer's error that the user can fix, and what libraries raise at files that are not as they should be."""
 
 from safetensors import SafetensorError
+
+from data.errors import UserError
 
 NOT_LOADED = (OSError, ValueError, RuntimeError, SafetensorError)  # what transformers and diffusers raise at bad files
 
 
-class RunError(Exception):
-    """A run cannot start or go on. Tools print the message as it is and exit with code 1."""
-
-    final = True  # starting again would not help
+class RunError(UserError):
+    """A run cannot start or continue."""
 
 
 def first_line(error: Exception) -> str:
-    """What an exception of a library says, in short."""
+    """Return what an exception of a library says, in short."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

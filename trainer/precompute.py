@@ -1,7 +1,6 @@
 """Latents and features of an image set: what each process of tools/precompute_latents.py and _features.py does."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -10,7 +9,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.errors import DataError
 from data.extraction.crop import center_crop
 from data.extraction.extract import Work, extract
 from data.neighbors.graph import build_graph
@@ -45,8 +43,7 @@ def precompute_latents(
     if image_size % network.factor:
         raise RunError(f"--size {image_size}: must be a multiple of the VAE's factor, {network.factor}")
     work = latents_work(network, images, out, image_size, dtype, part_size, batch, workers, max_rejects)
-    with _data_errors():
-        return extract(work, process, processes)
+    return extract(work, process, processes)
 
 
 def latents_work(
@@ -109,20 +106,8 @@ def precompute_features(
         features = network.features(inputs.to(network.device, non_blocking=True))
         return {"feature": features.half().cpu().numpy()}
 
-    with _data_errors():
-        return extract(
-            Work("features", images, out, settings, network.prepare, encode, part_size, batch, workers, max_rejects),
-            process,
-            processes,
-        )
-
-
-@contextmanager
-def _data_errors() -> Iterator[None]:
-    try:
-        yield
-    except DataError as error:
-        raise RunError(str(error)) from None
+    work = Work("features", images, out, settings, network.prepare, encode, part_size, batch, workers, max_rejects)
+    return extract(work, process, processes)
 
 
 def _load(option: str, name: str, load: Callable[[], T]) -> T:
@@ -138,8 +123,7 @@ def build_neighbors(precision: Precision | None, **arguments: Any) -> None:
     """data.neighbors.graph.build_graph on this process's device; `precision` None: the one that is fast there."""
     device = local_device()
     precision = precision or ("bf16" if device.type == "cuda" else "fp32")
-    with _data_errors():
-        build_graph(precision=precision, device=device, **arguments)
+    build_graph(precision=precision, device=device, **arguments)
 
 
 def precompute_pixels(

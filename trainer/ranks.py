@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from data.errors import UserError
 from trainer.errors import RunError
 
 GRACE = 3.0  # seconds that ranks have to notice a failure before they count as absent
@@ -117,13 +118,15 @@ def _absent(store: dist.Store, rank: int, world_size: int) -> list[int]:
 
 
 def from_rank_0(function: Callable[[], T]) -> T:
-    """Call it on rank 0 alone and give all ranks what it returns, or its RunError: what depends on files that ranks may
-    see at different times has one answer."""
+    """Call `function` on rank 0 alone and return its result on all ranks; its UserError is a RunError on all of them.
+
+    So what depends on files, which ranks may see at different times, has one answer.
+    """
     box: list = [None, None]
     if dist.get_rank() == 0:
         try:
             box[0] = function()
-        except RunError as error:
+        except UserError as error:
             box[1] = str(error)
     dist.broadcast_object_list(box)
     if box[1] is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data.batches.plan import GroupsConfig
-from data.randomness import Stream, draw
+from data.randomness import Purpose, draw
 from data.sets.registry import Images
 
 InWindow = Callable[[Tensor, int], Tensor]  # (quantiles of time (n,), position) -> does a group share there, (n,) bool
@@ -79,7 +79,7 @@ def make_batch(
     number = len(micro.images)
     positions = np.arange(micro.position, micro.position + number)
     random = images.posterior, images.mirrored
-    drawn = draw(seed, Stream.TRAINING, positions, images.shape, size, max_group_size, *random)
+    drawn = draw(seed, Purpose.TRAINING, positions, images.shape, size, max_group_size, *random)
     base, offset, drop = drawn.uniform.T
     first = np.arange(number) // size * size
     u = spread_quantiles(base[first], np.where(first == np.arange(number), 0.5, offset), config.spread)

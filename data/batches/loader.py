@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator
 
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from data.batches.batch import Batch, InWindow, MicroBatch, make_batch
 from data.batches.plan import GroupsConfig, Plan
 from data.sets.registry import Images
+from data.workers import Loader
 
 
 class GroupSampler(Sampler[list[MicroBatch]]):
@@ -86,8 +86,6 @@ class BatchDataset(Dataset[list[Batch]]):
         return [make_batch(self.images, *self.settings, micro, self.in_window, self.extra) for micro in micro_batches]
 
 
-def load_batches(dataset: BatchDataset, sampler: GroupSampler, workers: int) -> DataLoader:
+def load_batches(dataset: BatchDataset, sampler: GroupSampler, workers: int) -> Loader:
     """The batches of each of the sampler's steps, in order; pinned where there is a GPU."""
-    return DataLoader(
-        dataset, sampler=sampler, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available()
-    )
+    return Loader(dataset, workers, sampler=sampler)

@@ -10,8 +10,7 @@ from functools import partial
 from itertools import dropwhile
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from data.batches.batch import Batch, InWindow, MicroBatch, make_batch
 from data.batches.loader import rank_pieces
@@ -19,6 +18,7 @@ from data.batches.plan import form_groups
 from data.batches.windows import Stream, Window
 from data.neighbors.exact import nearest_neighbors
 from data.sets.streamed_latents import Pool, StreamedLatents
+from data.workers import Loader
 
 
 class StreamReader:
@@ -107,15 +107,9 @@ class StreamDataset(IterableDataset[list[Batch]]):
                 yield [make(micro, self.in_window, self.extra) for micro in micro_batches]
 
 
-def stream_batches(dataset: StreamDataset, workers: int) -> DataLoader:
+def stream_batches(dataset: StreamDataset, workers: int) -> Loader:
     """The batches of each step, in order. One worker reads the shards in turn; more would not help it.
 
     It is no fork: matrix products of MKL, which finds the neighbours, may hang in one of a process that had made some.
     """
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=min(workers, 1),
-        pin_memory=torch.cuda.is_available(),
-        multiprocessing_context="spawn" if workers else None,
-    )
+    return Loader(dataset, min(workers, 1), multiprocessing_context="spawn" if workers else None)

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from data.errors import DataError
 from data.extraction.crop import decode_rgb
 from data.extraction.sources import Item, Source
 from data.stores.claims import Claims
+from data.workers import Loader
 
 
 @dataclass
@@ -32,15 +33,9 @@ class PreparedBatch:
 
 def prepared_batches(
     source: Source, claims: Claims, prepare: Callable[[Image.Image], np.ndarray], batch: int, workers: int
-) -> DataLoader:
+) -> Loader:
     """PreparedBatches of the parts that can be claimed, part by part; a part has at least one, be it empty."""
-    return DataLoader(
-        _Prepared(prepare),
-        sampler=_Batches(source, claims, batch),
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-    )
+    return Loader(_Prepared(prepare), workers, sampler=_Batches(source, claims, batch))
 
 
 class _Batches:

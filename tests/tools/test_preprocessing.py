@@ -15,12 +15,12 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
+from data.errors import DataError
 from data.extraction.crop import center_crop
 from data.stores.shards import MANIFEST
 from data.stores.store import Store, read_manifest
 from tests.in_process import call
 from tests.patience import PATIENCE
-from trainer.errors import RunError
 from trainer.precompute import precompute_latents
 
 FAST = ["--size", 32, "--shard-size", 8, "--batch", 4, "--workers", 0, "--precision", "fp32"]
@@ -190,7 +190,7 @@ def test_one_folder_holds_latents_of_one_kind(save_vae, undisturbed, photographs
         vae = save_vae(seed=1) if field == "vae_weights" else save_vae(scaling_factor=0.5)
     images = shutil.copytree(photographs, tmp_path / "images") if field == "images" else photographs
     before = {"images": str(photographs)} | json.loads((undisturbed / "settings.json").read_text())
-    with pytest.raises(RunError, match=f"^{field}=.*: .* was begun with {field}={before[field]}; ") as error:
+    with pytest.raises(DataError, match=f"^{field}=.*: .* was begun with {field}={before[field]}; ") as error:
         make(images, out, vae, **changes)
     assert "\n" not in str(error.value)
     assert {p.name for p in out.iterdir()} == {p.name for p in undisturbed.iterdir()}

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from data.errors import UserError
 from tests.patience import PATIENCE
 from trainer import ranks
 from trainer.checkpoints import folder as checkpoint
 from trainer.config.tree import load_config
-from trainer.errors import RunError
 from trainer.loop import train
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -63,7 +63,7 @@ def _rank(rank, world_size, ports, errors, function, calls):
         for port, arguments in zip(ports, calls, strict=True):
             os.environ["MASTER_PORT"] = str(port)
             function(*arguments)
-    except RunError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
 
 

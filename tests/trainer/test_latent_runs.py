@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from data.errors import DataError
+from data.errors import DataError, UserError
 from data.neighbors.clusters import cluster_latents
 from data.sets.registry import open_images
 from data.sets.streamed_latents import StreamedLatents
@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_refused_in_one_line_and_nothing_is_written(
         monkeypatch.setattr(sys, "argv", ["submit.py", "--cluster", "local", "--procs", "2", *arguments])
         with pytest.raises(SystemExit) as end:
             runpy.run_path("tools/submit.py", run_name="__main__")
-        with pytest.raises(RunError) as error:  # as with torchrun
+        with pytest.raises(UserError) as error:  # as with torchrun
             train(load_config(tiny, [*arguments[1:], "engine=single"]))
         assert end.value.code == f"error: {error.value}"
         assert all(words in str(error.value) for words in said), (said, str(error.value))
@@ -167,7 +167,7 @@ def test_a_damaged_shard_ends_a_streamed_run_with_its_name(folder, tiny, tmp_pat
         content = shard.read_bytes()
         shard.write_bytes(content[: len(content) // 2 // 512 * 512])
     config = load_config(tiny, [*streamed(tmp_path), f"run={tmp_path}/run", "engine=single"])
-    with pytest.raises((DataError, RunError), match=r"latents-\d{6}\.tar: holds \d+ images, should be 16; remove it"):
+    with pytest.raises(DataError, match=r"latents-\d{6}\.tar: holds \d+ images, should be 16; remove it"):
         train(config)
     assert not (tmp_path / "run/checkpoints").exists()
 

@@ -11,13 +11,13 @@ import torch
 import webdataset
 from safetensors.torch import load_file, save_file
 
+from data.errors import DataError
 from data.extraction.sources import list_source, shared_source
 from data.extraction.verify import verify_store
 from data.stores.files import WORK
 from data.stores.shards import MANIFEST
 from models.pretrained.vae import VAE
 from tests.stores import cut, encoded, features, latents, noise, refused, sample, shards, stored, write, write_tar
-from trainer.errors import RunError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -165,7 +165,7 @@ def test_a_store_inside_the_images_folder_is_refused_or_no_class(plain, vae, tmp
     images = shutil.copytree(plain, tmp_path / "images")
     try:
         latents(images, images / "a", vae)
-    except RunError as error:
+    except DataError as error:
         assert "--out" in str(error)
     else:
         assert stored(images / "a")["c0/00"][0] == 0
@@ -179,7 +179,7 @@ def test_an_out_folder_that_is_a_file_is_named(plain, vae, tmp_path, place):
 
 
 def test_a_number_of_workers_below_0_is_refused(plain, vae, tmp_path):
-    with pytest.raises((RunError, ValueError), match="workers"):
+    with pytest.raises((DataError, ValueError), match="workers"):
         latents(plain, tmp_path / "out", vae, workers=-1)
     assert not shards(tmp_path / "out")
 

@@ -12,7 +12,6 @@ from typing import Protocol
 import numpy as np
 from numpy.lib import format as npy
 
-from data.errors import DataError
 from data.extraction.crop import center_crop, decode_rgb
 from data.extraction.sources import EXTENSIONS, Item, list_source
 from data.stores.files import sha256
@@ -159,11 +158,8 @@ def _files(root: Path) -> list[Item]:
 
 
 def _tarred(root: Path) -> list[Item]:
-    try:
-        source = list_source(root, 1)
-        return [item for part in range(source.parts) for item in source.items(part)]
-    except DataError as error:
-        raise RunError(str(error)) from None
+    source = list_source(root, 1)
+    return [item for part in range(source.parts) for item in source.items(part)]
 
 
 def _name(item: Item) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from data.errors import UserError
 from trainer.errors import RunError, first_line
 from trainer.evaluation.detector import Detector, Outputs
 from trainer.evaluation.image_sets import ImageSet, read_ahead
@@ -48,7 +49,7 @@ def compute_statistics(
             for statistic, accumulator in found:
                 accumulator.add(outputs[statistic.output], numbers)
             progress(stop - start)
-    except RunError as error:
+    except UserError as error:
         failure = str(error)
     _raise_together(failure, ranks)
     if ranks.world_size > 1:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.randomness import Stream, draw, step_noise
+from data.randomness import Purpose, draw, step_noise
 from data.sets.registry import Images
 from models.paths.registry import make_path
 from models.sampling.generation import sample_images
@@ -65,7 +65,7 @@ def generate_groups(
     classes (b,). What is random about an image belongs to its number: that of its group, and its place in it."""
     sample, size = config.sample, config.sample.group_size
     numbers = (groups[:, None] * size + np.arange(size)).ravel()
-    drawn = draw(sample.seed, Stream.SAMPLING, numbers, shape, size, config.model.max_group_size)
+    drawn = draw(sample.seed, Purpose.SAMPLING, numbers, shape, size, config.model.max_group_size)
     weights = np.array(sample.guidance, np.float32)[groups % len(sample.guidance)]
     arrays = (drawn.noise, classes.repeat(size), drawn.slot, weights.repeat(size))
     noise, label, slot, weight = (torch.from_numpy(array).to(device) for array in arrays)

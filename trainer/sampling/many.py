@@ -14,13 +14,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data.errors import DataError
 from data.stores.claims import Claims, wait_for_lock
 from data.stores.files import appearing, disk_errors, write_json
 from data.stores.shards import agree_on_settings
 from trainer.build import open_data
 from trainer.config.tree import Config
-from trainer.errors import RunError
 from trainer.ranks import local_device
 from trainer.sampling.decode import make_decoder
 from trainer.sampling.generate import generate_groups
@@ -45,13 +43,10 @@ def sample_many(
     """Make the parts that nobody else makes; whether all are there then, and so the set of `number` samples.
 
     Groups have a class each, in turn. npz: samples.npz with arr_0 (number, H, W, C) uint8 and arr_1, the classes; png:
-    a file per sample in folders of their classes. RunError if `out` holds others, or the disk is full.
+    a file per sample in folders of their classes. DataError if `out` holds others, or the disk is full.
     """
-    try:
-        with disk_errors(out):
-            return _sample_many(folder, config, number, out, form, raw, file, process, processes)
-    except DataError as error:
-        raise RunError(str(error)) from None
+    with disk_errors(out):
+        return _sample_many(folder, config, number, out, form, raw, file, process, processes)
 
 
 def _sample_many(

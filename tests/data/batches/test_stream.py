@@ -15,8 +15,7 @@ from data.batches.plan import GroupsConfig
 from data.batches.stream import StreamDataset, StreamReader, stream_batches
 from data.batches.windows import Stream
 from data.errors import DataError
-from data.randomness import Stream as Purpose
-from data.randomness import draw
+from data.randomness import Purpose, draw
 from data.sets.streamed_latents import StreamedLatents
 from data.stores.shards import agree_on_settings, finish, shard_names, write_shard
 

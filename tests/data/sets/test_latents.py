@@ -12,7 +12,7 @@ from data.batches.batch import MicroBatch, make_batch
 from data.batches.loader import BatchDataset, GroupSampler, load_batches
 from data.batches.plan import GroupsConfig, plan_epoch
 from data.errors import DataError
-from data.randomness import Stream, draw
+from data.randomness import Purpose, draw
 from data.sets.latents import Latents
 from data.sets.registry import DataConfig, open_images
 from data.sets.streamed_latents import StreamedLatents
@@ -101,7 +101,7 @@ def test_a_latent_is_the_moments_of_its_entry_and_the_noise_of_its_position(fold
     numbers = np.random.default_rng(0).permutation(96)[:40]
     micro = MicroBatch(1000, numbers, True)
     batch = make_batch(images, GroupsConfig(size=4), 4, 3, micro)
-    drawn = draw(3, Stream.TRAINING, np.arange(1000, 1040), (2, 4, 4), 4, 4, posterior=True, mirrored=True)
+    drawn = draw(3, Purpose.TRAINING, np.arange(1000, 1040), (2, 4, 4), 4, 4, posterior=True, mirrored=True)
     for i, number in enumerate(numbers):
         mean, logvar = np.split(moments[number, int(drawn.flip[i])], 2)
         expected = (mean + np.exp(logvar / 2) * drawn.posterior[i] - 0.25) * 0.5
@@ -189,7 +189,7 @@ def test_streamed_and_read_at_random_an_image_is_the_same_with_the_same_draws(fl
         numbers = np.concatenate([np.arange(first[shard], first[shard + 1]) for shard in shards])
         assert len(pool.label) == len(numbers) and pool.features is None
         order = np.random.default_rng(1).permutation(len(numbers))
-        drawn = draw(5, Stream.TRAINING, np.arange(len(numbers)) + 11, (3, 3, 3), 1, 4, posterior=True, mirrored=True)
+        drawn = draw(5, Purpose.TRAINING, np.arange(len(numbers)) + 11, (3, 3, 3), 1, 4, posterior=True, mirrored=True)
         assert torch.equal(pool.read(order, drawn), random.read(numbers[order], drawn))
     assert random.shape == streamed.shape == (3, 3, 3) and len(random) == len(streamed) == 50
 

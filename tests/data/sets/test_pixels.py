@@ -17,7 +17,7 @@ from data.extraction.crop import center_crop
 from data.extraction.sources import list_source
 from data.extraction.verify import verify_store
 from data.neighbors.graph import build_graph
-from data.randomness import Stream, draw
+from data.randomness import Purpose, draw
 from data.sets.pixels import Pixels
 from data.sets.registry import DataConfig, open_images
 from data.stores.shards import agree_on_settings, finish, write_shard
@@ -101,7 +101,7 @@ def test_the_images_read_are_the_crops_and_the_mirrored_ones_their_mirror_images
     rng = np.random.default_rng(0)
     for start in (0, 10**9):
         numbers = rng.integers(NUMBER, size=200)
-        drawn = draw(3, Stream.TRAINING, np.arange(start, start + 200), images.shape, 1, 4, mirrored=True)
+        drawn = draw(3, Purpose.TRAINING, np.arange(start, start + 200), images.shape, 1, 4, mirrored=True)
         assert 60 < drawn.flip.sum() < 140
         x, plain = images.read(numbers, drawn), opened(folder, flip=False).read(numbers, drawn)
         assert x.dtype == torch.float32 and x.shape == (200, 3, 16, 16)
@@ -119,7 +119,7 @@ def test_a_batch_is_made_of_the_draws_of_its_positions(folder, group_size):
     numbers = np.random.default_rng(1).permutation(NUMBER)
     config = GroupsConfig(size=4) if group_size == 4 else PLAIN
     batch = make_batch(images, config, 4, 7, MicroBatch(1000, numbers, group_size == 4))
-    drawn = draw(7, Stream.TRAINING, np.arange(1000, 1000 + NUMBER), images.shape, group_size, 4, mirrored=True)
+    drawn = draw(7, Purpose.TRAINING, np.arange(1000, 1000 + NUMBER), images.shape, group_size, 4, mirrored=True)
     assert drawn.posterior is None
     assert torch.equal(batch.x, images.read(numbers, drawn))
     np.testing.assert_array_equal(batch.noise, drawn.noise)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.special import expit
 from scipy.stats import norm
 
-from data.randomness import Stream, draw, step_noise
+from data.randomness import Purpose, draw, step_noise
 from data.sets.registry import open_images
 from models.backbones.registry import make_network
 from models.sampling.samplers import SAMPLERS
@@ -76,7 +76,7 @@ def test_noise_labels_slots_and_weights_are_those_of_the_groups(make):
 
     made, evaluations = generate_groups(Networks(network), config, SHAPE, groups, classes, CPU)
     numbers = (4 * groups[:, None] + np.arange(4)).ravel()
-    drawn = draw(config.sample.seed, Stream.SAMPLING, numbers, SHAPE, 4, config.model.max_group_size)
+    drawn = draw(config.sample.seed, Purpose.SAMPLING, numbers, SHAPE, 4, config.model.max_group_size)
     (x, label, slot, c), (_, null, same_slot, uc) = calls[:2]
     assert evaluations == 3 and len(calls) == 6
     assert torch.equal(x, torch.from_numpy(drawn.noise))

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.errors import DataError
 from tests.trainer.forked import train_tiny
 from trainer.checkpoints.weights import find_checkpoint
 from trainer.config.tree import load_config, parse_config
-from trainer.errors import RunError
 from trainer.sampling.many import sample_many
 
 NUMBER = 64
@@ -97,14 +97,14 @@ def test_the_record_says_how_they_were_made(of, tmp_path):
 def test_a_folder_with_other_samples_is_refused(of, tmp_path):
     make(of, tmp_path, 0, 1, number=4)
     changed = of[1].model_copy(update={"sample": of[1].sample.model_copy(update={"seed": 6})})
-    with pytest.raises(RunError, match=r"^seed=6: .* was begun with seed=5; set it back, or give another --out$"):
+    with pytest.raises(DataError, match=r"^seed=6: .* was begun with seed=5; set it back, or give another --out$"):
         make((of[0], changed), tmp_path, 0, 1, number=4)
 
 
 def test_a_full_disk_is_one_line_and_what_is_complete_stays(of, alone, small_disk, tmp_path):
     out = tmp_path / "small"
     small_disk(out, 24_000)
-    with pytest.raises(RunError, match="No space left") as caught:
+    with pytest.raises(DataError, match="No space left") as caught:
         make(of, out, 0, 1)
     assert "\n" not in str(caught.value)
     small_disk(out, 10_000_000)
