@@ -1,4 +1,4 @@
-"""Looking at runs that were submitted, and ending them."""
+"""Look at runs that were submitted, and end them."""
 
 import os
 import signal
@@ -11,30 +11,30 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from slurm.errors import LaunchError
-from slurm.files import show_new, write_whole
+from slurm.files import show_new, write_text
 from slurm.queue import queue_state
 from slurm.state import STATE, RunState, describe, read_state, write_state
 from slurm.supervise import STOP
 
-ASK_QUEUE = 30.0  # seconds
+ASK_QUEUE = 30.0  # seconds between two questions to Slurm
 NOT_THERE = "not in the queue"
-_JOB = "job"  # a file in the run folder: Slurm's number of its job, or "local PID HOST"
+_JOB = "job"  # a file in the run folder: Slurm's number of its job, or "local PID HOST" of its supervisor
 
 
 def note_job(run: Path, number: str, cluster: Literal["local", "slurm"]) -> None:
-    """Which job does a run, or here, which process."""
-    write_whole(run / _JOB, f"{number}\n" if cluster == "slurm" else f"local {number} {socket.gethostname()}\n")
+    """Note in the run folder which job does a run: Slurm's number, or on this machine the supervisor's process."""
+    write_text(run / _JOB, f"{number}\n" if cluster == "slurm" else f"local {number} {socket.gethostname()}\n")
 
 
 def job_of(run: Path) -> str | None:
-    """Slurm's number of a run's job; None where it was run without Slurm."""
+    """Return Slurm's number of a run's job; None if it was run without Slurm."""
     path = run / _JOB
     number = path.read_text().strip() if path.is_file() else ""
     return number if number[:1].isdigit() else None
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The run of this folder, or those of a sweep below it. LaunchError if there is none."""
+    """Return the run of this folder, or those of the sweep in it. Raise LaunchError if there is none."""
     runs = [folder] if (folder / STATE).is_file() else sorted(path.parent for path in folder.glob(f"*/{STATE}"))
     if not runs:
         raise LaunchError(f"{folder}: no run was submitted there (no {STATE} in it)")
@@ -42,7 +42,7 @@ def runs_in(folder: Path) -> list[Path]:
 
 
 def status(folder: Path) -> str:
-    """What became of the runs of a folder."""
+    """Return how the runs of a folder are doing, as text."""
     parts = []
     for run in runs_in(folder):
         job = job_of(run)
@@ -53,13 +53,13 @@ def status(folder: Path) -> str:
 def _queued(job: str) -> str:
     try:
         return queue_state(job) or NOT_THERE
-    except LaunchError as error:  # what the files say is worth showing without Slurm
+    except LaunchError as error:  # the state file is worth showing without Slurm, too
         return str(error)
 
 
 def cancel(folder: Path) -> None:
-    """Have the runs of a folder save and end; those that wait in the queue end at once. LaunchError, when all have been
-    asked, about those that cannot be found."""
+    """Have the runs of a folder save and end; those that wait in the queue end at once. When all have been asked, raise
+    LaunchError about those that could not be found."""
     wrong = []
     for run in runs_in(folder):
         if not read_state(run).ended:
@@ -88,15 +88,15 @@ def _cancel(run: Path) -> None:
 
 
 def _process(run: Path) -> tuple[str, str]:
-    """(number, host) of the process that does a run without Slurm."""
+    """Return (number, host) of the process that supervises a run without Slurm."""
     said = (run / _JOB).read_text().split() if (run / _JOB).is_file() else []
     return said[1] if said else "?", said[2] if len(said) > 2 else "another one"
 
 
 def _is_here(pid: str) -> bool:
     try:
-        return b"submitit" in Path(f"/proc/{pid}/cmdline").read_bytes()  # a number is given to others later
-    except OSError:  # it ends just now, or has ended
+        return b"submitit" in Path(f"/proc/{pid}/cmdline").read_bytes()  # the number may by now be another process's
+    except OSError:  # it has ended
         return False
 
 
@@ -107,8 +107,8 @@ def _scancel(*arguments: str) -> None:
 
 
 def lost_or_ended(run: Path) -> Callable[[], bool]:
-    """A function that tells whether a run has ended, or its job is not in the queue any more (that, it asks seldom), or
-    its process is no more."""
+    """Return a function that tells whether a run has ended, or has lost its job (Slurm is asked every `ASK_QUEUE`
+    seconds) or its process."""
     asked = time.monotonic()
 
     def ended() -> bool:
@@ -122,16 +122,16 @@ def lost_or_ended(run: Path) -> Callable[[], bool]:
         if time.monotonic() - asked < ASK_QUEUE:
             return False
         asked = time.monotonic()
-        return _queued(job) == NOT_THERE  # Slurm may not answer just now
+        return _queued(job) == NOT_THERE  # false while Slurm does not answer
 
     return ended
 
 
 def follow(run: Path, ended: Callable[[], bool], out: TextIO = sys.stderr) -> RunState:
-    """Show what rank 0 writes until the run has ended; its last state."""
-    shown, path = 0, None
+    """Copy rank 0's log to `out` until `ended()`; return the run's last state."""
+    shown, path = 0, Path()
     while True:
-        done = ended()  # asked before the last look at the log
+        done = ended()  # before the last look at the log, so that nothing is missed
         state = read_state(run)
         log = Path(state.logs) / "0.log"
         shown, path = show_new(log, shown if log == path else 0, out), log

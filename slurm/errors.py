@@ -1,4 +1,4 @@
-"""The exception of this package that means "the user can mend this": one line with option, value and fix."""
+"""The exception of this package that means "the user can fix this": one line with option, value and what to do."""
 
 
 class LaunchError(Exception):

@@ -1,4 +1,4 @@
-"""Is this node fit to work? Each task asks at its start; a bad node is named and, failing again, left out."""
+"""Whether this node is fit: each task checks at its start. A bad node is named and, if it fails again, left out."""
 
 import os
 import shutil
@@ -18,9 +18,11 @@ CLOCK_SKEW = 60.0  # seconds
 class NodeError(Exception):
     """This node is not fit; another one may be."""
 
+    at_fault = "node"  # see slurm/records.py
+
 
 def check_node(folder: Path) -> None:
-    """NodeError if disk, clock or GPU of this node will not do. `folder` is on the file system that nodes share."""
+    """Raise NodeError if this node's disk, clock or GPU is not fit. `folder` is on the file system that nodes share."""
     host = socket.gethostname()
     for place in (folder, Path(tempfile.gettempdir())):
         free = shutil.disk_usage(place).free
@@ -35,7 +37,7 @@ def check_node(folder: Path) -> None:
 
 
 def _check_clock(host: str, folder: Path) -> None:
-    """Against the file server's, the one clock that all nodes can see."""
+    """Compare with the file server's clock, the one that all nodes can see."""
     probe = folder / f".clock.{host}.{os.getpid()}"
     probe.touch()
     skew = time.time() - probe.stat().st_mtime

@@ -1,9 +1,9 @@
-"""Run one function in many processes, here or on Slurm nodes, by submitit."""
+"""Run one function in many processes, without supervision: on this machine, or in job arrays of Slurm, by submitit."""
 
 import math
 import os
-import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import submitit
-from submitit.core.utils import FailedJobError, pickle_load
+from submitit.core.utils import FailedJobError
 
 from slurm.errors import LaunchError
 from slurm.files import show_new
 from slurm.options import ClusterOptions
+from slurm.records import clear_records, failed_record, read_records, write_record
 from slurm.sbatch import check_cluster, sbatch_parameters, slurm_prefixed
 from slurm.tasks import free_port
 
@@ -32,8 +33,8 @@ def make_executor(
     gpus_per_node: int,
     options: ClusterOptions,
 ) -> submitit.AutoExecutor:
-    """A submitit executor for `nodes` x `tasks_per_node` processes whose logs go to `folder` (new for each submission,
-    because job numbers may come again)."""
+    """Return a submitit executor for `nodes` x `tasks_per_node` processes whose logs go to `folder`: a new one for each
+    submission, because job numbers repeat."""
     if cluster == "local" and nodes > 1:
         raise LaunchError(f"--nodes {nodes}: --cluster local is this one machine; use --procs for more processes")
     if cluster == "slurm":
@@ -52,67 +53,83 @@ def make_executor(
 
 
 def submit(executor: submitit.AutoExecutor, function: Callable[..., Any], *arguments: Any) -> submitit.Job:
-    """Start `function(*arguments)` in every process of the executor, with torchrun's environment variables set."""
-    if executor.cluster == "slurm":
-        with sbatch_errors():
-            return executor.submit(_run_task, None, None, function, *arguments)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # behind a shell's `&`: the job would not hear its cancelling
+    """Start `function(*arguments)` in every process of an executor of this machine."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # behind a shell's `&`: the job would not notice a cancel
         signal.signal(signal.SIGINT, signal.default_int_handler)
     tasks = executor.parameters["tasks_per_node"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // tasks)))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # submitit would replace it by the first ones of the machine
-    return executor.submit(_run_task, free_port(), visible, function, *arguments)
+    clear_records(executor.folder)
+    return executor.submit(_run_here, executor.folder, free_port(), visible, function, *arguments)
 
 
 def submit_array(executor: submitit.AutoExecutor, functions: list[Callable[[], Any]]) -> list[submitit.Job]:
     """Start each function as a job of its own, in every process of the executor: a job array of Slurm."""
     with sbatch_errors(), executor.batch():
-        return [executor.submit(_run_task, None, None, function) for function in functions]
+        return [executor.submit(_run_on_node, function) for function in functions]
 
 
 def call_share(function: Callable[..., None], arguments: dict[str, Any], first: int, processes: int) -> None:
-    """In each process of a job: call the function as number `first` + rank of `processes` that share some work."""
+    """Call the function in each process of a job, as number `first` + rank of `processes` that share some work."""
     function(**arguments, process=first + int(os.environ["RANK"]), processes=processes)
 
 
 @contextmanager
 def sbatch_errors() -> Iterator[None]:
-    """What sbatch says, as a LaunchError."""
+    """Turn what sbatch says into a LaunchError."""
     try:
         yield
     except FailedJobError as error:
         raise LaunchError(str(error).strip().splitlines()[-1]) from None
 
 
-def _run_task(port: int | None, visible_gpus: str | None, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What each process does: tell torch.distributed who it is, then call the function."""
-    job = submitit.JobEnvironment()
+def _run_here(logs: Path, port: int, visible_gpus: str | None, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What each process of this machine does: call the function, and leave a record if it fails."""
     if visible_gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus
+    rank = _set_ranks("127.0.0.1", port)
+    try:
+        return function(*arguments)
+    except (Exception, SystemExit) as error:
+        write_record(logs, rank, failed_record(socket.gethostname(), error))
+        raise
+
+
+def _run_on_node(function: Callable[[], Any]) -> Any:
+    """What each process of a job on Slurm does."""
+    job = submitit.JobEnvironment()
+    # a port of the job's own, below those that the kernel gives to clients
+    _set_ranks(job.hostnames[0], 10_000 + int(job.raw_job_id) % 20_000)
+    return function()
+
+
+def _set_ranks(host: str, port: int) -> int:
+    """Set torchrun's variables, and return this process's rank."""
+    job = submitit.JobEnvironment()
     os.environ.update(
         RANK=str(job.global_rank),
         WORLD_SIZE=str(job.num_tasks),
         LOCAL_RANK=str(job.local_rank),
         LOCAL_WORLD_SIZE=str(job.num_tasks // job.num_nodes),
-        MASTER_ADDR=job.hostnames[0] if port is None else "127.0.0.1",
-        # on Slurm a port of the job's own, below those that the kernel gives to clients
-        MASTER_PORT=str(port or 10_000 + int(job.raw_job_id) % 20_000),
+        MASTER_ADDR=host,
+        MASTER_PORT=str(port),
     )
-    return function(*arguments)
+    return job.global_rank
 
 
 def follow(job: submitit.Job, out: TextIO = sys.stderr) -> Any:
-    """Show what task 0 writes to stderr until the job ends, and return its result. LaunchError if a task failed."""
+    """Copy to `out` what task 0 of a job of `submit` writes to stderr, and return its result. Raise LaunchError if a
+    task failed."""
     log = job.task(0).paths.stderr
-    tasks = [job.task(i) for i in range(job.num_tasks)]
+    logs = log.parent
     shown, failed_at = 0, None
     try:
         while True:
-            done = job.done()  # asked before the last look at the log
+            done = job.done()  # before the last look at the log, so that nothing is missed
             shown = show_new(log, shown, out)
             if done:
                 break
-            if failed_at is None and any(_has_failed(task) for task in tasks):
+            if failed_at is None and read_records(logs):
                 failed_at = time.monotonic()
             if failed_at is not None and time.monotonic() - failed_at > PATIENCE:
                 failed_at = math.inf  # once: submitit ends the tasks step by step
@@ -121,25 +138,10 @@ def follow(job: submitit.Job, out: TextIO = sys.stderr) -> Any:
     except KeyboardInterrupt:
         job.cancel()
         raise
-    failures = [(i, task.exception()) for i, task in enumerate(tasks) if task.exception() is not None]
-    if failures:
-        raise LaunchError(_cause(failures, log.parent))
+    if failures := read_records(logs):
+        rank, record = min(failures.items(), key=lambda item: (item[1].at_fault == "peer", item[1].written_at))
+        raise LaunchError(f"{record.error} (task {rank}; logs in {logs})")
+    for rank in range(job.num_tasks):  # a task that was killed leaves no record
+        if error := job.task(rank).exception():
+            raise LaunchError(f"{str(error).strip().splitlines()[0]} (task {rank}; logs in {logs})")
     return job.task(0).result()
-
-
-def _has_failed(task: submitit.Job) -> bool:
-    """Whether a task of a job that may still run has left an error behind."""
-    result = task.paths.result_pickle
-    return result.exists() and pickle_load(result)[0] == "error"
-
-
-def _cause(failures: list[tuple[int, Exception]], logs: Path) -> str:
-    """One line for a failed job: a task's own error, rather than being ended, or the connection that broke with it."""
-
-    def remote(failure: tuple[int, Exception]) -> tuple[bool, bool]:
-        ended = not isinstance(failure[1], FailedJobError)  # it left no error behind
-        return ended, bool(re.search("Connection|DistBackend|NCCL", str(failure[1])))
-
-    rank, error = min(failures, key=remote)
-    raised = [line for line in str(error).splitlines() if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
-    return f"{raised[-1] if raised else str(error).strip()} (task {rank}; logs in {logs})"

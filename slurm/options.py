@@ -1,4 +1,4 @@
-"""What a job asks of its cluster, from a site file and the command line: so one config runs on several clusters."""
+"""What a job asks of its cluster, from a site file and the command line, so that one config runs on many clusters."""
 
 import re
 from pathlib import Path
@@ -14,27 +14,43 @@ SITES = Path("configs/cluster")
 
 
 class ClusterOptions(BaseModel, extra="forbid", frozen=True):
-    """Fields of a site file, and of `--slurm FIELD=VALUE`. Left out, sbatch's own default holds."""
+    """Fields of a site file, and of `--slurm FIELD=VALUE`. What is left out is sbatch's own default."""
 
     partition: str | None = None
+    """Partition of the cluster, or several separated by commas."""
     account: str | None = None
+    """Account that is charged."""
     qos: str | None = None
-    time: int = Field(24 * 60, ge=1)  # minutes; the job is requeued until the run is finished
-    signal_delay: int = Field(120, ge=10)  # seconds before the time limit when the run saves
-    gpus_per_node: int | None = Field(None, ge=0)  # default: one per task
-    tasks_per_node: int | None = Field(None, ge=1)  # default: one per GPU, of 8
+    """Quality of service."""
+    time: int = Field(24 * 60, ge=1)
+    """Time limit of a job, in minutes. The job is requeued until the run is finished."""
+    signal_delay: int = Field(120, ge=10)
+    """Seconds before the time limit when the run saves and stops: at least what a checkpoint takes."""
+    gpus_per_node: int | None = Field(None, ge=0)
+    """GPUs of a node; left out, one per task."""
+    tasks_per_node: int | None = Field(None, ge=1)
+    """Processes of a node; left out, one per GPU, or 8."""
     cpus_per_task: int | None = Field(None, ge=1)
-    mem: str | None = None  # of a node, as 200GB
+    """CPUs of a process."""
+    mem: str | None = None
+    """Memory of a node, for instance 200GB."""
     constraint: str | None = None
+    """Features that a node must have."""
     exclude: str | None = None
+    """Hosts to leave out, for instance node[1-2]."""
     reservation: str | None = None
-    sbatch: list[str] = []  # more options, as --licenses=scratch:1
-    setup: list[str] = []  # commands of the shell before the tasks start, as `module load cuda`
-    retries: int = Field(3, ge=0)  # starts after failures that are not the program's own
+    """Reservation to use."""
+    sbatch: list[str] = []
+    """Further options of sbatch, for instance --licenses=scratch:1."""
+    setup: list[str] = []
+    """Shell commands to run before the tasks start, for instance `module load cuda`."""
+    retries: int = Field(3, ge=0)
+    """How many times in a row the tasks start again after a failure that is not the program's own."""
 
 
 def load_options(site: str | None, settings: list[str]) -> ClusterOptions:
-    """A site file (a path, or the name of one in configs/cluster/), then settings as `partition=gpu`."""
+    """Return the options of a site file (a path, or the name of one in configs/cluster/) and, over them, those of
+    settings like `partition=gpu`. Raise LaunchError if one of them is wrong."""
     tree: dict[str, Any] = {}
     if site:
         path = Path(site) if site.endswith((".yaml", ".yml")) else SITES / f"{site}.yaml"
@@ -54,7 +70,7 @@ def load_options(site: str | None, settings: list[str]) -> ClusterOptions:
         options = ClusterOptions.model_validate(tree)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        name = first["loc"][0]
+        name = str(first["loc"][0])
         known = f"; known are {', '.join(ClusterOptions.model_fields)}" * (first["type"] == "extra_forbidden")
         raise LaunchError(f"--slurm {name}={tree[name]}: {first['msg']}{known}") from None
     for text in options.sbatch:
@@ -78,7 +94,8 @@ def _read_site(path: Path) -> dict[str, Any]:
 
 
 def sbatch_option(text: str) -> tuple[str, str | bool]:
-    """'--licenses=scratch:1' -> ("licenses", "scratch:1"), '--exclusive' -> ("exclusive", True)."""
+    """Return name and value: '--licenses=scratch:1' -> ("licenses", "scratch:1"), '--exclusive' -> ("exclusive", True).
+    Raise LaunchError if `text` is no option."""
     found = re.fullmatch(r"(?:#SBATCH )?--([a-z][\w-]*)(?:=(.+))?", text)
     if not found:
         raise LaunchError(f"--slurm sbatch={text}: write it as --name=value")

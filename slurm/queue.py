@@ -1,4 +1,4 @@
-"""What Slurm's queue says and does about this job."""
+"""Ask Slurm about jobs, and have it requeue the job that this process is part of."""
 
 import os
 import re
@@ -14,27 +14,28 @@ PATIENCE = 120.0  # seconds that slurmctld may be away
 
 
 class SlurmError(Exception):
-    """A command of Slurm failed; the message is what it said."""
+    """A command of Slurm failed; the message is what it printed."""
 
 
 def requeue(excluded: str) -> None:
-    """Have this job start again, without the hosts `excluded`."""
+    """Have Slurm start this job again, without the hosts `excluded` (separated by commas)."""
     job = _this_job()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # also in scontrol: a job that is requeued is terminated meanwhile
-    if leaving() in (None, "preempted"):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # also in scontrol: requeuing a job terminates it first
+    if termination() in (None, "preempted"):
         scontrol("requeue", job)
     if excluded:
         scontrol("update", f"JobId={job}", f"ExcNodeList={excluded}")
 
 
 def seconds_left() -> float:
-    """Until the time limit."""
+    """Return the seconds until this job's time limit."""
     end = _fields()["EndTime"]
     return float("inf") if end == "Unknown" else datetime.fromisoformat(end).timestamp() - time.time()
 
 
 def queue_state(job: str) -> str:
-    """A job's state in the queue, as PENDING or RUNNING; "" if it is not there. LaunchError if Slurm does not say."""
+    """Return a job's state in the queue, for instance PENDING or RUNNING; "" if it is not there. Raise LaunchError if
+    Slurm does not answer."""
     try:
         done = subprocess.run(["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True)
     except FileNotFoundError:
@@ -45,12 +46,13 @@ def queue_state(job: str) -> str:
 
 
 def host_names() -> list[str]:
-    """Of this job's nodes, in Slurm's order."""
+    """Return the names of this job's nodes, in Slurm's order."""
     return scontrol("show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
 
 
 def scontrol(*arguments: str) -> str:
-    """What scontrol prints. It is asked again while slurmctld, which may be busy or away, does not answer."""
+    """Return what scontrol prints; ask again while slurmctld, which may be busy or restarting, does not answer. Raise
+    SlurmError if it refuses, or does not answer in time."""
     end, env = time.monotonic() + PATIENCE, os.environ | {"SLURM_TIME_FORMAT": "standard"}
     while True:
         done = subprocess.run(["scontrol", *arguments], env=env, capture_output=True, text=True)
@@ -62,14 +64,18 @@ def scontrol(*arguments: str) -> str:
 
 
 def _this_job() -> str:
-    """Its number. One member of a job array has the number of the array as its own, which would mean all members."""
+    """Return the number of this job. Members of a job array are named as such, because the job number of one of them is
+    that of the array, and would mean all members."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
-def leaving() -> Literal["requeued", "preempted", "cancelled"] | None:
-    """Whether this job, of which we are a part, is at its end by Slurm's will (`preempted`: for good, unless somebody
-    requeues it) or a user's. Who uses scancel when Slurm has begun to preempt is not told from Slurm."""
+def termination() -> Literal["requeued", "preempted", "cancelled"] | None:
+    """Return how this job is being ended, by Slurm or a user; None while it runs.
+
+    `preempted`: for good, unless somebody requeues it. A user's scancel after Slurm has begun to preempt the job cannot
+    be told from Slurm's.
+    """
     shown = _fields()
     if shown["JobState"] == "RUNNING":
         return None
@@ -79,5 +85,5 @@ def leaving() -> Literal["requeued", "preempted", "cancelled"] | None:
 
 
 def _fields() -> dict[str, str]:
-    """What Slurm says of this job."""
+    """Return what Slurm shows of this job, by name."""
     return dict(re.findall(r"(?:^| )(\w+)=(\S*)", scontrol("show", "job", "--oneliner", _this_job())))

@@ -1,4 +1,4 @@
-"""Options of a job as sbatch and submitit have them, and whether this cluster can meet them."""
+"""A job's options under submitit's names, and whether this cluster has what they ask for."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ from slurm.options import ClusterOptions, sbatch_option
 def sbatch_parameters(
     options: ClusterOptions, name: str, nodes: int, tasks_per_node: int, gpus_per_node: int
 ) -> dict[str, Any]:
-    """By submitit's names."""
+    """Return the options of a job by submitit's names for sbatch's."""
     fields = ("partition", "account", "qos", "time", "cpus_per_task", "mem", "constraint", "exclude")
     return {
         **{field: getattr(options, field) for field in fields},
@@ -21,7 +21,7 @@ def sbatch_parameters(
         "ntasks_per_node": tasks_per_node,
         "gpus_per_node": gpus_per_node or None,
         "signal_delay_s": options.signal_delay,
-        # the second: srun passes on what is set here, also where the site's rule is sbatch --export=NONE
+        # the second: srun passes on what is set here, even where the site's rule is sbatch --export=NONE
         "setup": ["export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}", "export SLURM_EXPORT_ENV=ALL", *options.setup],
         "additional_parameters": {
             "requeue": True,
@@ -32,12 +32,12 @@ def sbatch_parameters(
 
 
 def slurm_prefixed(parameters: dict[str, Any]) -> dict[str, Any]:
-    """As submitit's AutoExecutor wants them."""
+    """Return the parameters that are set, under the names that submitit's AutoExecutor has for them."""
     return {f"slurm_{name}": value for name, value in parameters.items() if value is not None}
 
 
 def check_cluster(options: ClusterOptions, nodes: int, gpus_per_node: int) -> None:
-    """LaunchError if there is no Slurm, no such partition, or if it has not so many nodes or GPUs."""
+    """Raise LaunchError if there is no Slurm or no such partition, or if it has too few nodes or GPUs."""
     if not shutil.which("sbatch"):
         raise LaunchError("sbatch: not found on this machine; submit from a Slurm login node, or use --cluster local")
     done = subprocess.run(["sinfo", "--noheader", "--format=%P|%G|%D"], capture_output=True, text=True)

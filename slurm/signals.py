@@ -1,4 +1,4 @@
-"""Signals that tell a job of its end: SIGUSR2 (time limit), SIGTERM (preemption, scancel), SIGINT (Ctrl-C)."""
+"""Signals that tell a job to end: SIGUSR2 (time limit), SIGTERM (preemption, scancel), SIGINT (Ctrl-C)."""
 
 import signal
 
@@ -6,7 +6,7 @@ _SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
 def note_signals() -> list[int]:
-    """From now on these signals do no more than appear in this list."""
+    """Catch these signals from now on; return the list to which each that arrives is appended."""
     noted: list[int] = []
     for number in _SIGNALS:
         signal.signal(number, lambda number, _: noted.append(number))
@@ -14,7 +14,10 @@ def note_signals() -> list[int]:
 
 
 def ignore_signals() -> None:
-    """At the end: Python gives up its handlers before it exits, and a signal, which any thread may get, would then make
-    a failure of success. What is ignored stays ignored."""
+    """Ignore these signals until the process has exited.
+
+    Python drops its handlers before it exits, and a signal in between, which any thread may get, would turn success
+    into a failure. What is ignored stays ignored.
+    """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,5 +1,5 @@
-"""Submitting runs. Each has a supervisor (slurm/supervise.py), which starts its tasks: in a job of Slurm, in a member
-of a job array, or here."""
+"""Submit runs. Each has a supervisor (slurm/supervise.py) that starts its tasks: in a job of Slurm, in a member of a
+job array, or on this machine."""
 
 import fcntl
 import os
@@ -18,13 +18,13 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from slurm.control import job_of, note_job
 from slurm.errors import LaunchError
-from slurm.files import write_whole
+from slurm.files import write_text
 from slurm.launch import sbatch_errors
 from slurm.options import ClusterOptions
 from slurm.queue import queue_state
 from slurm.sbatch import check_cluster, sbatch_parameters, slurm_prefixed
 from slurm.snapshot import python_path, take_snapshot
-from slurm.state import RunState, read_state, restore_state, write_state
+from slurm.state import RunState, find_state, restore_state, write_state
 from slurm.supervise import STOP, Job, supervise
 
 SLACK = 60.0  # seconds by which Slurm may send its signal early
@@ -32,12 +32,12 @@ SLACK = 60.0  # seconds by which Slurm may send its signal early
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, and the function that does the run in every process (see slurm/task.py). `lock`: see Job."""
+    """A run folder, and what every process calls to do the run (see slurm/task.py)."""
 
     folder: Path
     function: Callable[..., str]
     arguments: tuple
-    lock: Path
+    lock: Path  # the file that a process holds while it writes the run
 
 
 def submit_runs(
@@ -50,8 +50,11 @@ def submit_runs(
     options: ClusterOptions,
     parallel: int,
 ) -> list[submitit.Job]:
-    """Submit them: more than one as a job array, of which `parallel` run at once. `root` is the run's folder, or the
-    one with those of all runs; the code's snapshot and submitit's files go there."""
+    """Submit runs and return their jobs: more than one run as a job array, of which `parallel` run at once.
+
+    `root` is the folder of the run, or the one that holds all runs; the snapshot of the code and submitit's files go
+    there. Raise LaunchError if anything that can be checked now is wrong; the runs are then as they were before.
+    """
     if cluster == "slurm":
         check_cluster(options, nodes, gpus_per_node)
     for folder in {root, *(run.folder for run in runs)}:
@@ -60,7 +63,7 @@ def submit_runs(
         check_idle(run)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     code = take_snapshot(root / "code" / stamp)
-    before = [read_state(run.folder) for run in runs]
+    before = [find_state(run.folder) for run in runs]
     jobs = [_prepare(run, stamp, code, tasks_per_node, gpus_per_node, options, cluster) for run in runs]
     executor = _executor(cluster, root / "logs" / stamp, code)
     if cluster == "local":
@@ -81,10 +84,10 @@ def submit_runs(
     return submitted
 
 
-def script(
+def batch_script(
     root: Path, nodes: int, tasks_per_node: int, gpus_per_node: int, options: ClusterOptions, runs: int, parallel: int
 ) -> str:
-    """The text that sbatch would get."""
+    """Return the script that `submit_runs` would give to sbatch."""
     logs, code = root / "logs" / "STAMP", root / "code" / "STAMP"
     parameters = sbatch_parameters(options, root.name, nodes, tasks_per_node, gpus_per_node)
     return _make_sbatch_string(
@@ -98,12 +101,12 @@ def script(
 
 
 def check_folder(folder: Path, cluster: Literal["local", "slurm"]) -> None:
-    """LaunchError if nothing can be written there, or if nodes cannot see it."""
+    """Make the folder. Raise LaunchError if it cannot be written, or if nodes cannot see it."""
     if ":" in str(folder):
         raise LaunchError(f"run={folder}: to Python the : in it ends a path; set run= to another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / ".writable", "")
+        write_text(folder / ".writable", "")
         (folder / ".writable").unlink()
     except OSError as error:
         raise LaunchError(f"run={folder}: cannot be written: {error.strerror}; set run= to another folder") from None
@@ -114,10 +117,10 @@ def check_folder(folder: Path, cluster: Literal["local", "slurm"]) -> None:
 
 
 def check_idle(run: Run) -> None:
-    """LaunchError if a job of the same run waits or is at work, wherever it was submitted."""
-    state, job = read_state(run.folder), job_of(run.folder)
-    asks = state and not state.ended and job and shutil.which("squeue")  # a folder may be a copy, away from Slurm
-    if asks and (queued := queue_state(job)):
+    """Raise LaunchError if a job of the same run is waiting or running, wherever it was submitted."""
+    state, job = find_state(run.folder), job_of(run.folder)
+    may_be_queued = state and not state.ended and shutil.which("squeue")  # the folder may be a copy, away from Slurm
+    if may_be_queued and job and (queued := queue_state(job)):
         raise LaunchError(
             f"run={run.folder}: its job {job} is {queued.lower()}; wait for its end, or --cancel {run.folder}"
         )
@@ -130,7 +133,7 @@ def check_idle(run: Run) -> None:
                     f"run={run.folder}: another job is writing this run; wait for its end, or --cancel {run.folder}"
                 ) from None
             except OSError:
-                return  # of a file system without locks, of which the run warns
+                return  # the file system has no locks: the run warns of it
 
 
 def _prepare(
@@ -168,12 +171,12 @@ def _executor(cluster: Literal["local", "slurm"], folder: Path, code: Path) -> s
 
 
 def _python(code: Path) -> str:
-    """A command that runs the snapshot's code; -P: not that of the working folder, which may be edited meanwhile."""
+    """Return a command that runs the snapshot's code. -P: not the working folder's, which may be edited meanwhile."""
     return f"env PYTHONPATH={shlex.quote(python_path(code))} {shlex.quote(sys.executable)} -P"
 
 
 def _file_system(folder: Path) -> str:
-    """The type of the file system that a folder is on."""
+    """Return the type of the file system that a folder is on."""
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     above = [mount for mount in mounts if folder.resolve().is_relative_to(mount[1].encode().decode("unicode_escape"))]
     return max(above, key=lambda mount: len(mount[1]))[2]

@@ -1,31 +1,29 @@
 """One process of a supervised job: `python -m slurm.task LOGS`, where LOGS/task.pkl holds the function to call.
 
-The function gets `stop_requested`, which tells that the job is about to end (time limit near, preemption, Ctrl-C), and
-returns "finished" or "stopped". Whatever becomes of it stands in a record (slurm/records.py). If it raises, the
-exception may say `final = True` (starting again would not help) and, in notes, "step 120" and "no answer from ranks 3".
+The function gets `stop_requested`, which tells whether the job is about to end (time limit near, preemption, Ctrl-C),
+and returns "finished" or "stopped". What becomes of it goes into a record; slurm/records.py says what an exception that
+it raises may carry for the supervisor.
 """
 
 import os
 import pickle
-import re
 import socket
 import sys
 import traceback
-from functools import partial
 from pathlib import Path
 
-from slurm.records import write_record
+from slurm.records import Record, failed_record, write_record
 from slurm.signals import ignore_signals, note_signals
 
 
 def main(logs: Path) -> int:
-    """Call the function; 0 if it came to a good end."""
+    """Call the function. Return the exit code: 0 if it finished or stopped, 1 if it failed."""
     signals = note_signals()
     if "RANK" not in os.environ:
         _set_ranks()
-    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()  # Slurm's name for it need not be its own
-    record = partial(write_record, logs, int(os.environ["RANK"]), host=host)
-    record(outcome="running")
+    rank = int(os.environ["RANK"])
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()  # Slurm's name of a node need not be its own
+    write_record(logs, rank, Record("running", host))
     try:
         from slurm.health import check_node  # it takes seconds to import torch, and a signal may come at any time
 
@@ -34,23 +32,14 @@ def main(logs: Path) -> int:
         outcome = function(*arguments, stop_requested=lambda: bool(signals))
     except BaseException as error:
         traceback.print_exc()
-        notes = " ".join(getattr(error, "__notes__", []))
-        step = re.search(r"\bstep (\d+)", notes)
-        absent = re.search(r"\bno answer from ranks ([\d, ]+)", notes)
-        record(
-            outcome="failed",
-            error=_one_line(error),
-            final=getattr(error, "final", False),
-            step=int(step[1]) if step else None,
-            absent=[int(rank) for rank in absent[1].split(",")] if absent else [],
-        )
+        write_record(logs, rank, failed_record(host, error))
         return 1
-    record(outcome=outcome)
+    write_record(logs, rank, Record(outcome, host))
     return 0
 
 
 def _set_ranks() -> None:
-    """torchrun's names for what Slurm says."""
+    """Set torchrun's variables from Slurm's."""
     tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_NNODES"])
     os.environ.update(
         RANK=os.environ["SLURM_PROCID"],
@@ -58,11 +47,6 @@ def _set_ranks() -> None:
         LOCAL_RANK=os.environ["SLURM_LOCALID"],
         LOCAL_WORLD_SIZE=str(tasks // nodes),
     )
-
-
-def _one_line(error: BaseException) -> str:
-    said = next(iter(str(error).strip().splitlines()), "")
-    return said if getattr(error, "final", False) else f"{type(error).__name__}: {said}"
 
 
 if __name__ == "__main__":

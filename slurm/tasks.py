@@ -1,4 +1,4 @@
-"""Running the tasks of a job until all have ended: by srun on its nodes, or as processes of this machine."""
+"""Run the tasks of a job until all have ended: by srun on its nodes, or as processes of this machine."""
 
 import os
 import random
@@ -15,8 +15,8 @@ from pathlib import Path
 from slurm.snapshot import python_path
 
 PATIENCE = 15.0  # seconds that the others have to end when a task has failed
-POLL = 0.1
-GPUS = "GPUS_PROMISED"  # the environment variable that tells a task how many its node should have
+POLL = 0.1  # seconds
+GPUS = "GPUS_PROMISED"  # the environment variable that tells a task how many GPUs its node should have
 
 
 def run_by_srun(
@@ -27,9 +27,13 @@ def run_by_srun(
     deadline: Callable[[], float],
     watch: Callable[[], None],
 ) -> dict[int, str]:
-    """Run all tasks of this job's allocation, whose nodes have so many GPUs each. One that fails takes the others with
-    it; at `deadline()` (seconds since 1970; it may be moved) all are given up. `watch` is called all the time. Returns
-    how tasks ended that ended badly, the first to do so first, by rank."""
+    """Run all tasks of this job's allocation and return how those ended that ended badly, by rank, the first to do so
+    first.
+
+    A task that fails takes the others with it. gpus: how many each node should have. deadline: when all are given up,
+    in seconds since 1970; asked again when it has come, because the time limit may have been moved. watch: called all
+    the time.
+    """
     command = ["srun", "--kill-on-bad-exit=1", "--unbuffered", "--open-mode=append", f"--output={logs}/%t.log"]
     if cpus_per_task:
         command.append(f"--cpus-per-task={cpus_per_task}")  # which srun does not take over from sbatch
@@ -60,7 +64,7 @@ def run_by_srun(
 def run_here(
     logs: Path, code: Path, tasks: int, visible_gpus: str | None, stop_requested: Callable[[], bool]
 ) -> dict[int, str]:
-    """The same with so many processes of this machine. A stop is passed on to them."""
+    """Run that many processes of this machine, and return what `run_by_srun` does. A request to stop is passed on."""
     env = os.environ | _meeting_point("127.0.0.1", code)
     env |= {"WORLD_SIZE": str(tasks), "LOCAL_WORLD_SIZE": str(tasks)}
     env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // tasks)))
@@ -90,17 +94,18 @@ def run_here(
 
 
 def _meeting_point(host: str, code: Path) -> dict[str, str]:
-    """Rank 0 runs on this machine, so that it is known which port is free."""
+    """Return the variables by which ranks find one another. Rank 0 runs on this machine, where a port is known to be
+    free."""
     return {"PYTHONPATH": python_path(code), "MASTER_ADDR": host, "MASTER_PORT": str(free_port())}
 
 
 def _task_command(logs: Path) -> list[str]:
-    """-P: not the code of the working folder, where the user may edit it meanwhile."""
+    """Return the command of a task. -P: without the code of the working folder, which the user may be editing."""
     return [sys.executable, "-P", "-u", "-m", "slurm.task", str(logs)]
 
 
 def free_port() -> int:
-    """A TCP port that nobody uses on any address of this machine, below those that the kernel gives to clients."""
+    """Return a TCP port that is free on all addresses of this machine, below those that the kernel gives to clients."""
     dual = socket.has_dualstack_ipv6()
     for _ in range(100):
         port = random.SystemRandom().randrange(10_000, 30_000)
@@ -114,7 +119,7 @@ def free_port() -> int:
 
 def _signal(processes: list[subprocess.Popen], number: signal.Signals) -> None:
     for process in processes:
-        process.send_signal(number)  # none if it has ended meanwhile
+        process.send_signal(number)  # does nothing if it has ended
 
 
 def _how(code: int) -> str:

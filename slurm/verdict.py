@@ -1,79 +1,101 @@
-"""What an attempt came to, and what follows from that: pure functions."""
+"""How an attempt ended, who is to blame, and what to do next. Nothing here asks Slurm or reads files."""
 
-import re
 from collections import Counter
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
+from slurm.records import Record
 from slurm.state import Attempt, RunState
 
-MAX_FAILURES_OF_HOST = 2
-# errors that come of another rank's end, not of a fault of their own
-_OF_OTHERS = re.compile(r"Connection|DistBackend|DistNetwork|DistStore|NCCL|gloo|[Tt]imed? ?out|Broken pipe")
+MAX_FAILURES_OF_HOST = 2  # from which on a host is left out
 
-Verdict = Literal["again", "requeue", "finished", "stopped", "failed"]
+Verdict = Literal["restart", "requeue", "finished", "stopped", "failed"]
+"""Start the tasks again in the same allocation; have Slurm start the job again; or end the run."""
 
 
-def judge(attempt: Attempt, records: dict[int, dict], ends: dict[int, str], logs: Path) -> None:
-    """Set the outcome of an attempt whose tasks left `records`. `ends`: how tasks ended that ended badly, the first to
-    do so first."""
-    outcomes = {record["outcome"] for record in records.values()}
-    if not ends and outcomes in ({"finished"}, {"stopped"}):
-        attempt.outcome = outcomes.pop()
+def conclude(attempt: Attempt, records: dict[int, Record], bad_ends: dict[int, str], logs: Path) -> None:
+    """Fill in how an attempt ended whose tasks left `records`.
+
+    bad_ends: how the tasks ended that ended badly, by rank, the first to do so first.
+    """
+    outcomes = {record.outcome for record in records.values()}
+    if not bad_ends and outcomes == {"finished"}:
+        attempt.outcome = "finished"
+        return
+    if not bad_ends and outcomes == {"stopped"}:
+        attempt.outcome = "stopped"
         return
     attempt.outcome = "failed"
-    errors = {rank: record for rank, record in sorted(records.items()) if record["outcome"] == "failed"}
-    attempt.final = any(record["final"] for record in errors.values())
-    attempt.step = min((record["step"] for record in errors.values() if record["step"] is not None), default=None)
-    own = [rank for rank, record in errors.items() if not _OF_OTHERS.search(record["error"])]
-    final = [rank for rank in own if errors[rank]["final"]]
-    silent = [rank for rank in ends if records.get(rank, {}).get("outcome") == "running"]
-    votes = Counter(rank for record in errors.values() for rank in record["absent"])  # of those that waited for it
-    # Who reported was alive. If all have, as one that was frozen does when Slurm ends it: the first to report missed
-    # the right one, later ones missed those that had ended.
-    first = min((record for record in errors.values() if record["absent"]), key=lambda record: record["at"], default={})
-    named = first.get("absent", [])
-    missed = sorted(votes, key=lambda rank: (rank in errors, rank not in named, -votes[rank], rank))
-    rank = next(iter([*final, *own, *missed, *silent, *errors, *ends, 0]))
-    record = records.get(rank, {"host": ""})
-    if rank in missed and rank not in own:
-        said = f"did not answer the others: {ends.get(rank, 'it hung')}"
+    failed = [record for record in records.values() if record.outcome == "failed"]
+    attempt.final = any(record.final for record in failed)
+    attempt.step = min((record.step for record in failed if record.step is not None), default=None)
+    rank, did_not_answer = _to_blame(records, bad_ends)
+    record = records.get(rank, Record("running", ""))
+    if did_not_answer:
+        message = f"did not answer the others: {bad_ends.get(rank, 'it hung')}"
     else:
-        said = record.get("error") or ends.get(rank, "ended without a word")
-    where = [
-        f"rank {rank}",
-        f"on {record['host']}" * bool(record["host"]),
-        f"in step {attempt.step}" * (attempt.step is not None),
-    ]
-    attempt.why = f"{said} ({' '.join(filter(None, where))}; log {logs / f'{rank}.log'})"
-    attempt.host = record["host"] if rank in {*own, *missed, *silent} else ""
+        message = record.error or bad_ends.get(rank, "ended without a word")
+        attempt.at_fault = record.at_fault
+    at = f"rank {rank}"
+    if record.host:
+        at += f" on {record.host}"
+    if attempt.step is not None:
+        at += f" in step {attempt.step}"
+    attempt.why = f"{message} ({at}; log {logs / f'{rank}.log'})"
+    silent = record.outcome == "running" and rank in bad_ends
+    blamed = record.outcome == "failed" and record.at_fault in ("program", "node")
+    attempt.host = record.host if did_not_answer or silent or blamed else ""
 
 
-def decide(state: RunState, retries: int, late: bool, asked: bool, can_requeue: bool) -> tuple[Verdict, str]:
-    """What follows the last attempt, and why; hosts to be left out are added to the state.
+def _to_blame(records: dict[int, Record], bad_ends: dict[int, str]) -> tuple[int, bool]:
+    """Return the rank with which a failure began, and whether it is to blame because it did not answer the others."""
+    errors = {rank: record for rank, record in sorted(records.items()) if record.outcome == "failed"}
+    own = [rank for rank, record in errors.items() if record.at_fault != "peer"]
+    final = [rank for rank in own if errors[rank].final]
+    silent = [rank for rank in bad_ends if rank in records and records[rank].outcome == "running"]
+    votes = Counter(rank for record in errors.values() for rank in record.absent_ranks)
+    # A rank that left a record of its failure was alive. If all did, as one that was frozen does when Slurm ends it,
+    # the first to report missed the right one, and later ones missed those that had ended.
+    reports = [record for record in errors.values() if record.absent_ranks]
+    first = min(reports, key=lambda record: record.written_at).absent_ranks if reports else []
+    absent = sorted(votes, key=lambda rank: (rank in errors, rank not in first, -votes[rank], rank))
+    rank = next(iter([*final, *own, *absent, *silent, *errors, *bad_ends, 0]))
+    return rank, rank in absent and rank not in own
 
-    late: the time limit is near. asked: the user wants the end. can_requeue: there is a queue.
+
+def decide(state: RunState, retries: int, near_limit: bool, stop_asked: bool, can_requeue: bool) -> tuple[Verdict, str]:
+    """Return what to do after the last attempt, and why. Adds hosts to leave out to `state.excluded`.
+
+    near_limit: the time limit is too near to start again. stop_asked: the user wants the run to end.
+    can_requeue: there is a queue.
     """
     last = state.attempts[-1]
-    failed = list(takewhile(lambda attempt: attempt.outcome == "failed", reversed(state.attempts)))
     if last.outcome == "finished":
         return "finished", ""
     if last.final:
         return "failed", last.why
-    if asked:
-        return "stopped", f"as asked{'; ' * bool(last.why)}{last.why}"
+    if stop_asked:
+        return "stopped", "as asked" + (f"; {last.why}" if last.why else "")
     if last.outcome in ("stopped", "lost"):
         return "requeue", last.why or "time limit or preemption"
-    others = state.attempts[-2:-1] if last.step is None else state.attempts[:-1]  # one that did not fail has begun
-    before = [attempt for attempt in others if attempt.outcome == "failed"][-1:]
-    own = not re.search("EADDRINUSE|NodeError", last.why)
-    if own and any(attempt.step == last.step for attempt in before):
-        return "failed", f"twice {'before the first step' if last.step is None else f'in step {last.step}'}: {last.why}"
-    if len(failed) > retries:
-        return "failed", f"{len(failed)} failures; the last: {last.why}"
+    if last.at_fault in ("program", "peer") and _has_repeated(state.attempts):
+        when = "before the first step" if last.step is None else f"in step {last.step}"
+        return "failed", f"twice {when}: {last.why}"
+    in_a_row = len(list(takewhile(lambda attempt: attempt.outcome == "failed", reversed(state.attempts))))
+    if in_a_row > retries:
+        return "failed", f"{in_a_row} failures; the last: {last.why}"
     bad = {host for host, number in state.host_failures.items() if number >= MAX_FAILURES_OF_HOST}
-    if can_requeue and (late or bad - set(state.excluded)):
+    if can_requeue and (near_limit or bad - set(state.excluded)):
         state.excluded = sorted({*state.excluded, *bad})
         return "requeue", last.why
-    return "again", last.why
+    return "restart", last.why
+
+
+def _has_repeated(attempts: list[Attempt]) -> bool:
+    """Whether the last attempt failed in the same step as the failure before it."""
+    *before, last = attempts
+    if last.step is None:
+        before = before[-1:]  # an attempt that did not fail got as far as a first step
+    failed = [attempt for attempt in before if attempt.outcome == "failed"]
+    return bool(failed) and failed[-1].step == last.step

@@ -1,7 +1,6 @@
 """How the tools end, and what their command lines have in common."""
 
 import argparse
-import re
 import sys
 from collections.abc import Callable
 
@@ -45,9 +44,8 @@ def places(procs: int | None, cpu: bool, on_slurm: bool, options: ClusterOptions
 
 
 def run_tool(main: Callable[[list[str]], object]) -> None:
-    """Call `main` with the command line; errors that the user can mend are one line, and the exit code is 1."""
+    """Call `main` with the command line; errors that the user can fix are one line, and the exit code is 1."""
     try:
         main(sys.argv[1:])
     except (UserError, LaunchError) as error:
-        message = re.sub(r"^(data|trainer)\.errors\.\w+: ", "", str(error))  # as a job of submitit gives it
-        sys.exit(f"error: {message}")
+        sys.exit(f"error: {error}")

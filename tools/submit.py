@@ -17,7 +17,7 @@ from slurm.control import cancel, follow, lost_or_ended, runs_in, status
 from slurm.errors import LaunchError
 from slurm.options import load_options
 from slurm.state import read_state
-from slurm.submission import Run, script, submit_runs
+from slurm.submission import Run, batch_script, submit_runs
 from trainer.build import check_start, open_data
 from trainer.config.parsing import to_yaml
 from trainer.config.tree import check_world, load_sweep
@@ -87,7 +87,7 @@ def start(args: argparse.Namespace) -> None:
             table = estimate_table(config, images, nodes * tasks, args.utilisation)
             print(to_yaml(config) + textwrap.indent(table, "# "))
         if cluster == "slurm":
-            print(script(root, nodes, tasks, gpus, options, len(configs), args.parallel))
+            print(batch_script(root, nodes, tasks, gpus, options, len(configs), args.parallel))
     elif cluster == "debug":
         for config in configs:
             print(f"{train(config)}: {config.run}")

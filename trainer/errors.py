@@ -1,5 +1,7 @@
 """The trainer's error that the user can fix, and what libraries raise at files that are not as they should be."""
 
+from typing import Any
+
 from safetensors import SafetensorError
 
 from data.errors import UserError
@@ -9,6 +11,18 @@ NOT_LOADED = (OSError, ValueError, RuntimeError, SafetensorError)  # what transf
 
 class RunError(UserError):
     """A run cannot start or continue."""
+
+
+def add_facts(error: BaseException, **facts: Any) -> None:
+    """Give an exception that ends a rank attributes for whoever started the rank, for instance a supervisor:
+
+    - `step`, int: the step in which it was raised.
+    - `absent_ranks`, list[int]: ranks that did not answer this one.
+    - `at_fault`: "peer" if another rank broke the connection or did not answer, "port" if the port where the ranks meet
+      was taken; without it, this rank.
+    - `final`, True (as UserError has it): the user has to fix it.
+    """
+    vars(error).update(facts)
 
 
 def first_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data.batches.plan import Plan
-from trainer.errors import RunError
+from trainer.errors import RunError, add_facts
 from trainer.ranks import Ranks
 from trainer.run_folder import sync
 
@@ -137,6 +137,7 @@ class Monitor:
 
     def __exit__(self, _: type | None, error: BaseException | None, __: object) -> None:
         if error is not None:
+            add_facts(error, step=self._next_step)
             error.add_note(f"in step {self._next_step}")
         if self.writes:
             self._bar.close()

@@ -11,17 +11,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from data.errors import UserError
-from trainer.errors import RunError
+from trainer.errors import RunError, add_facts, first_line
 
 GRACE = 3.0  # seconds that ranks have to notice a failure before they count as absent
 T = TypeVar("T")
-_kept: dict[str, dist.ProcessGroup] = {}
+_BROKEN = re.compile(r"Connection|gloo|monitoredBarrier|NCCL|[Tt]imed? ?out|Broken pipe")
+_kept: dict[str, dist.ProcessGroup | None] = {}
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Ranks:
 
 
 def local_device() -> torch.device:
-    """The device of this process where processes work without one another: one of the machine's GPUs, or its CPUs."""
+    """Return the device of a process that works without the others: one of the machine's GPUs, or its CPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
@@ -49,7 +52,8 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
     MASTER_PORT); without them, a world of one.
 
     On GPUs where there is one for each rank of the machine, else on its CPUs; NCCL for tensors on GPUs, else gloo.
-    A rank that waits for another for more than `timeout` seconds raises.
+    A rank that waits for another for more than `timeout` seconds raises. An error of communication says by its
+    attributes who is at fault (see `trainer.errors.add_facts`).
     """
     rank, world_size, local_world_size = (
         int(os.environ.get(name, default))
@@ -65,14 +69,14 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
     limit = timedelta(seconds=timeout)
     # NCCL would end the process where gloo, by which the ranks vote in each step, raises and says who does not answer
     longer = 2 * limit if device.type == "cuda" else limit
-    store = dist.HashStore()
-    if world_size > 1:
-        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=limit))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=longer)
-    # so that DDP has not the last one: it frees it with the GIL held, and waits for threads that may wait for the GIL
-    _kept["group"] = dist.group.WORLD
+    store: Store = HashStore()
     ended = False
     try:
+        if world_size > 1:
+            store, _, _ = next(rendezvous("env://", rank, world_size, timeout=limit))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=longer)
+        # so that DDP has not the last one: it frees it with the GIL held, and waits for threads that may wait for it
+        _kept["group"] = dist.group.WORLD
         ones = torch.ones((), device=device)
         dist.all_reduce(ones)
         if ones != world_size:
@@ -80,9 +84,11 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
         yield Ranks(rank, world_size, device, local_world_size)
         dist.barrier()  # a rank that leaves early closes connections that others still use
         ended = True
-    except RuntimeError as error:
-        broken = re.search("gloo|NCCL|Connection|[Tt]imed out", str(error))  # a rank is gone, or did not answer in time
-        if broken and (absent := _absent(store, rank, world_size)):
+    except Exception as error:
+        if at_fault := _at_fault(error):
+            add_facts(error, at_fault=at_fault)
+        if at_fault == "peer" and dist.is_initialized() and (absent := _absent(store, rank, world_size)):
+            add_facts(error, absent_ranks=absent)
             error.add_note(f"no answer from ranks {', '.join(map(str, absent))}")
         raise
     finally:
@@ -91,19 +97,35 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
             pass  # NCCL would wait for ranks that are still at work, and what is wrong here would not be said
         elif deepspeed and deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()  # and forget the groups that it remembers
-        else:
+        elif dist.is_initialized():
             dist.destroy_process_group()
 
 
+def _at_fault(error: Exception) -> Literal["peer", "port"] | None:
+    """Return whether an error comes from another rank's end or silence, or from a port that was taken.
+
+    torch gives some of these errors a class, but no code; gloo's are RuntimeErrors that differ in their text alone.
+    This is the one place that reads it.
+    """
+    message = first_line(error)
+    if getattr(error, "final", False):
+        return None
+    if isinstance(error, dist.DistNetworkError) and "EADDRINUSE" in message:
+        return "port"
+    if isinstance(error, dist.DistError | ConnectionError | TimeoutError) or _BROKEN.search(message):
+        return "peer"
+    return None
+
+
 def _allow_files() -> None:
-    """As many as the system lets us have: gloo takes one for each other rank, in each of several groups."""
+    """Raise this process's limit of open files: gloo opens one for each other rank, in each of several groups."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _absent(store: dist.Store, rank: int, world_size: int) -> list[int]:
-    """Which ranks do not notice, a moment after this one, that something is wrong."""
-    found = [[0]]  # it keeps the store, and may not answer either
+def _absent(store: Store, rank: int, world_size: int) -> list[int]:
+    """Return the ranks that do not notice, a moment after this one, that something is wrong."""
+    found = [[0]]  # rank 0 keeps the store: if the store does not answer, nor does rank 0
 
     def ask() -> None:
         with suppress(RuntimeError):

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slurm.state import read_state
+from slurm.state import find_state, read_state
 from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def faults(cluster, submit, tmp_path_factory, wait_for_end):
         faults.slurm("scontrol", "requeue", faults.jobs["requeue"])
 
     def stopped_once(name):
-        state = read_state(faults.run(name))
+        state = find_state(faults.run(name))
         return state is not None and any(attempt.outcome == "stopped" for attempt in state.attempts)
 
     def extend():

@@ -65,7 +65,7 @@ def fail_once(stop_requested):
 
 def fail_always(stop_requested):
     error = ValueError("the program's own")
-    error.add_note("in step 7")
+    error.step = 7
     raise error
 
 
@@ -80,7 +80,7 @@ def wait_for_stop(stop_requested):
 def test_a_run_that_finishes(job):
     made = job(finish, 3)
     assert supervise.supervise(made) == "finished"
-    assert [record["outcome"] for record in read_records(made.logs).values()] == ["finished"] * 3
+    assert [record.outcome for record in read_records(made.logs).values()] == ["finished"] * 3
     assert read_state(made.run).state == "finished"
 
 
