@@ -21,7 +21,7 @@ from trainer.config.tree import load_config
 from trainer.loop import train
 
 CONTEXT = multiprocessing.get_context("forkserver")
-SLOW = ["sklearn.datasets", "trainer.engines.deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"]  # to import
+SLOW = ["sklearn.datasets", "trainer.engines.zero", "deepspeed.runtime.zero.muon.muon_optimizer"]  # to import
 CONTEXT.set_forkserver_preload(["pytest", "tests.trainer.forked", *SLOW])
 
 TINY = Path(__file__).parent / "tiny.yaml"

@@ -16,8 +16,8 @@ from models.sampling.samplers import SAMPLERS
 from trainer.checkpoints.config import CheckpointConfig, ResumeConfig
 from trainer.config.fields import field_names
 from trainer.config.parsing import explain, read_yaml, set_dotted
+from trainer.engines.build import check_engine, check_ranks
 from trainer.engines.config import EngineConfig, OptimConfig
-from trainer.engines.deepspeed_config import deepspeed_config
 from trainer.errors import RunError
 
 
@@ -86,6 +86,7 @@ class Config(EngineConfig, extra="forbid", frozen=True, use_attribute_docstrings
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
+        check_engine(self, self.optim)
         size, limit = self.groups.size, self.model.max_group_size
         if size > limit:
             raise ValueError(f"groups.size={size}: above model.max_group_size={limit}; lower one or raise the other")
@@ -160,8 +161,7 @@ def parse_config(tree: dict) -> Config:
 
 def check_world(config: Config, world_size: int) -> None:
     """RunError if the batches cannot be dealt to `world_size` ranks in whole groups."""
-    if config.engine == "single" and world_size > 1:
-        raise RunError(f"engine=single: cannot use {world_size} ranks; set engine=fsdp or engine=ddp")
+    check_ranks(config, world_size)
     for every in ("train.sample_every", "evaluate.every"):
         part, name = every.split(".")
         if not (value := getattr(getattr(config, part), name)):
@@ -174,10 +174,6 @@ def check_world(config: Config, world_size: int) -> None:
         for other in ("weaker", "small"):
             if file := getattr(config.sample, other):
                 raise RunError(f"sample.{other}={file}: not while training; set {every}=0")
-    if config.engine == "deepspeed":
-        deepspeed_config(config, config.optim)
-    if config.shard_size and world_size % config.shard_size:
-        raise RunError(f"shard_size={config.shard_size}: must divide the world size {world_size}")
     batch, unit = config.train.global_batch, world_size * config.groups.size
     if batch % unit:
         raise RunError(

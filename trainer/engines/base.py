@@ -1,102 +1,117 @@
-"""Engines: one network and its optimizer on one process (single), replicated (ddp), sharded (fsdp), sharded inside
-machines and replicated across them (hsdp), or laid out by DeepSpeed.
+"""The contract of an engine: how a network and its heads are laid over the ranks, trained, saved and loaded."""
 
-The loop does not ask which engine it has: forward, backward, `step -> grad norm` and `state` are the same with all.
-"""
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import ClassVar
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-
-import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
-from trainer.engines.config import OptimConfig
-from trainer.engines.ema import make_averages
+from trainer.engines.config import EngineConfig, OptimConfig
+from trainer.engines.ema import EMA
+from trainer.ranks import Ranks
+
+HEADS = "heads"  # the part of a checkpoint that holds them, and the first word of their parameters' names
 
 
-class Engine:
-    """A network laid over the ranks, its optimizer, and averages of its weights."""
+class Engine(ABC):
+    """A network and its heads laid over the ranks, their optimizer, and averages of the network's weights.
 
-    def __init__(self, network: nn.Module, optim: OptimConfig, autocast: Callable[[], AbstractContextManager]) -> None:
-        self.network, self._autocast, self._clip = network, autocast, optim.clip
-        bare = network.module if isinstance(network, DistributedDataParallel) else network
-        self.weights = dict(bare.named_parameters())
-        self.optimizer = adamw(list(self.weights.values()), optim)
-        self.averages, self.steps = make_averages(self.weights, optim), 0
+    The loop does not ask which engine it has. A step is, on all ranks alike:
 
-    def __call__(self, *inputs: Tensor | int) -> Tensor:
-        """The network's forward pass, in the configured precision."""
-        with self._autocast():
-            return self.network(*inputs)
+        for each micro-batch:
+            with engine.accumulating(last=...):
+                prediction = engine(x_t, t, label, slot, group_size, grouped)
+                with engine.autocast():
+                    extra = heads["name"](hidden)
+                engine.backward(loss)
+        norm = engine.step(lr)
 
+    Heads are modules that loss terms own. The same optimizer trains them by the same rule, and checkpoints hold them;
+    they are neither averaged nor exported. The caller keeps the modules and calls them by their forward: after the
+    network's forward pass of the same micro-batch, before `backward`, inside `autocast`. If one rank calls a head in a
+    micro-batch, all ranks do; each head is called in each step. Without heads, nothing of this exists.
+
+    To add an engine, write a subclass, of this or of another engine, and give it a line in ENGINES (build.py).
+    """
+
+    options: ClassVar[tuple[str, ...]] = ()  # the fields of EngineConfig that mean nothing to every engine, but to this
+    weights: dict[str, Tensor]  # of the network, by name, as they are trained on this rank
+    averages: dict[str, EMA]  # of `weights`, by their name in checkpoints; "ema" is the one that makes samples
+    steps: int = 0  # made so far, those before a checkpoint included
+
+    @classmethod
+    @abstractmethod
+    def check(cls, config: EngineConfig, optim: OptimConfig) -> None:
+        """Raise ValueError (`field=value: ...`) if this engine cannot do what the config says."""
+
+    @classmethod
+    @abstractmethod
+    def check_ranks(cls, config: EngineConfig, world_size: int) -> None:
+        """Raise RunError (`field=value: ...`) if this engine cannot use so many ranks."""
+
+    @abstractmethod
+    def __init__(
+        self, network: nn.Module, heads: nn.ModuleDict, config: EngineConfig, optim: OptimConfig, ranks: Ranks
+    ) -> None:
+        """Take a network and heads that are whole, on the device, and equal on all ranks; `heads` may be empty."""
+
+    @abstractmethod
+    def __call__(self, *inputs: Tensor | int | None) -> Tensor:
+        """Return the network's prediction, computed in the configured precision."""
+
+    @abstractmethod
+    def autocast(self) -> AbstractContextManager:
+        """Give heads the precision of the network's matrix products, whatever the precision of what they are given."""
+
+    @abstractmethod
     def accumulating(self, last: bool) -> AbstractContextManager:
-        """Around forward and backward of a micro-batch: ranks exchange gradients in the `last` one of a step only."""
-        if isinstance(self.network, DistributedDataParallel) and not last:
-            return self.network.no_sync()
-        if isinstance(self.network, FSDPModule):
-            self.network.set_requires_gradient_sync(last)
-        return nullcontext()
+        """Surround the forward and backward pass of a micro-batch. Ranks need not exchange gradients before the `last`
+        one of a step."""
 
+    @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a micro-batch's part of the step's loss."""
-        loss.backward()
+        """Add the gradient of a micro-batch's part of this rank's loss. The step's gradient is the mean over ranks."""
 
+    @abstractmethod
     def step(self, lr: float) -> Tensor:
-        """Clip, update weights and EMA, clear gradients. Returns the gradient norm before clipping, on the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        norm = nn.utils.clip_grad_norm_(self.weights.values(), self._clip or torch.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.update_averages()
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        """Clip the gradient, update weights and averages, clear the gradient.
+
+        Return the gradient's norm before clipping, over network and heads, on the device: a scalar, equal on all ranks.
+        """
+
+    @abstractmethod
+    def state(self) -> dict[str, dict]:
+        """Return what a checkpoint holds: the same names and (global) shapes with every engine and world size.
+
+        {"model": {name: tensor}, "heads": {"<head>.<parameter>": tensor}, "ema" and the other averages: {name: tensor},
+        "optimizer": {"state": {name: {key: tensor}}}}. There is no "heads" without heads; the optimizer's names are
+        those of the network and "heads.<head>.<parameter>". Some engines return their own tensors, others copies.
+        """
+
+    @abstractmethod
+    def load_state(self, state: dict[str, dict], steps: int) -> None:
+        """Resume after `steps` steps from what `state` returned, once a checkpoint has filled its tensors in place."""
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """While this is open, compute predictions with the averaged weights."""
+        self.reshard()
+        with self.averages["ema"].in_network():
+            yield
+            self.reshard()
+
+    @abstractmethod
+    def reshard(self) -> None:
+        """Free what was gathered of sharded weights, so that the next forward pass gathers what the shards are now."""
 
     def update_averages(self) -> None:
-        """After each step."""
+        """Count a step and update the averages: the end of each step."""
         self.steps += 1
         for average in self.averages.values():
             average.update(self.steps)
 
-    @contextmanager
-    def ema_weights(self) -> Iterator[None]:
-        """While this is open, the forward pass uses the EMA weights."""
-        self.drop_gathered()
-        with self.averages["ema"].in_network():
-            yield
-            self.drop_gathered()
 
-    def drop_gathered(self) -> None:
-        """What the network has gathered of its shards must be gathered anew: the shards are others now."""
-        if isinstance(self.network, FSDPModule):
-            self.network.reshard()  # the root keeps what a forward pass gathered until a backward pass
-
-    def state(self) -> dict[str, dict]:
-        """model, ema and other averages, and optimizer by parameter name, the same names and shapes with every engine.
-        The tensors are the engine's own: what is loaded into them is loaded."""
-        moments = {name: self.optimizer.state[weight] for name, weight in self.weights.items()}
-        averages = {name: ema.average for name, ema in self.averages.items()}
-        return {"model": self.weights, **averages, "optimizer": {"state": moments}}
-
-    def load_state(self, state: dict[str, dict], steps: int) -> None:
-        """Go on after so many steps from a `state()` whose tensors a checkpoint has filled: they are ours already."""
-        self.steps = steps
-
-
-def adamw(parameters: list[Tensor], optim: OptimConfig) -> torch.optim.AdamW:
-    """The optimizer, with its state: memory is taken before the first step, and a checkpoint has where to go."""
-    optimizer = torch.optim.AdamW(
-        parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
-    )
-    for parameter in parameters:
-        init_moments(optimizer, parameter)
-    return optimizer
-
-
-def init_moments(optimizer: torch.optim.AdamW, parameter: Tensor) -> None:
-    """What AdamW would make of a parameter's state at its first step."""
-    with torch.no_grad():
-        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-    optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+def head_weights(heads: nn.ModuleDict) -> dict[str, Tensor]:
+    """Return the parameters of heads by their names in the optimizer."""
+    return {f"{HEADS}.{name}": weight for name, weight in heads.named_parameters()}

@@ -1,95 +1,74 @@
-"""Lay a network over the ranks: activation checkpointing, compile, then shard or replicate, then the optimizer."""
-
-import os
-from contextlib import nullcontext
-from functools import partial
+"""Which engines there are, and how one is built."""
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from trainer.engines.base import Engine
 from trainer.engines.config import EngineConfig, OptimConfig
-from trainer.errors import RunError
+from trainer.engines.ddp import DDP
+from trainer.engines.deepspeed import DeepSpeed
+from trainer.engines.fsdp import FSDP, HSDP
+from trainer.engines.optimizer import OPTIMIZERS, RULES
+from trainer.engines.single import Single
 from trainer.ranks import Ranks
 
-UNIT_PARAMETERS = 1_000_000  # FSDP gathers at least so many at once: less costs more to start than to send
+ENGINES: dict[str, type[Engine]] = {"single": Single, "ddp": DDP, "fsdp": FSDP, "hsdp": HSDP, "deepspeed": DeepSpeed}
 
 
-def _units(blocks: list[nn.Module]) -> list[list[nn.Module]]:
-    """Consecutive blocks that are gathered together: one block, or as many as make a message worth its latency."""
-    units: list[list[nn.Module]] = []
-    room = 0
-    for block in blocks:
-        if room <= 0:
-            units.append([])
-            room = UNIT_PARAMETERS
-        units[-1].append(block)
-        room -= sum(p.numel() for p in block.parameters())
-    return units
+def check_engine(config: EngineConfig, optim: OptimConfig) -> None:
+    """Raise ValueError unless engine, optimizer and rule exist, and the engine has what the config asks for."""
+    named = {
+        "engine": (config.engine, ENGINES),
+        "optim.name": (optim.name, OPTIMIZERS),
+        "optim.decay": (optim.decay, RULES),
+    }
+    for field, (name, known) in named.items():
+        if name not in known:
+            raise ValueError(f"{field}={name}: is not there; set one of {', '.join(map(repr, known))}")
+    for option in dict.fromkeys(option for engine in ENGINES.values() for option in engine.options):
+        value, fitting = getattr(config, option), [name for name in ENGINES if option in ENGINES[name].options]
+        if value and config.engine not in fitting:
+            raise ValueError(f"{option}={value}: engine={config.engine} has no such thing; set engine={fitting[0]}")
+    ENGINES[config.engine].check(config, optim)
+
+
+def check_ranks(config: EngineConfig, world_size: int) -> None:
+    """Raise RunError if the engine cannot use so many ranks."""
+    ENGINES[config.engine].check_ranks(config, world_size)
+
+
+def build_engine(
+    config: EngineConfig, optim: OptimConfig, network: nn.Module, ranks: Ranks, heads: nn.ModuleDict | None = None
+) -> Engine:
+    """Lay a network and its heads, equal on all ranks, over them: activation checkpointing, then compile, then shard or
+    replicate, then the optimizer.
+
+    Both are built whole on each rank and then cut, so weights do not depend on the number of ranks. `Engine` says what
+    heads are, and how to call them.
+    """
+    heads = nn.ModuleDict() if heads is None else heads
+    network.to(ranks.device)
+    heads.to(ranks.device)
+    blocks = list(network.get_submodule("blocks").children())
+    if config.activation_checkpointing:
+        for block in blocks[:: config.activation_checkpointing]:
+            _recompute(block)
+    if config.compile:
+        # blocks share their code, whose forms count as one's: groups or none, parts of batches, training or not
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(64, dynamo.recompile_limit)
+        for block in blocks:
+            block.compile()
+    return ENGINES[config.engine](network, heads, config, optim, ranks)
 
 
 def _recompute(block: nn.Module) -> None:
     """Keep only the block's inputs for the backward pass (Chen et al. 2016, "Training Deep Nets with Sublinear Memory
-    Cost"). By its `forward`, so that names of parameters and the hooks of engines are as without."""
+    Cost"). Replace its `forward`, so that names of parameters and the hooks of engines are as without."""
     inner = block.forward
 
-    def forward(*inputs: Tensor | int | bool | None) -> Tensor:  # a partial, torch.compile would leave alone
+    def forward(*inputs: Tensor | int | bool | None) -> Tensor:  # torch.compile would not trace a partial
         return recomputed(inner, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing is random
 
     block.forward = forward
-
-
-def build_engine(config: EngineConfig, optim: OptimConfig, network: nn.Module, ranks: Ranks) -> Engine:
-    """Lay a network, equal on all ranks, over them. The order is: activation checkpointing, compile, then shard or
-    replicate, then the optimizer.
-
-    The network is built whole on each rank and then cut, so weights do not depend on the number of ranks.
-    """
-    network.to(ranks.device)
-    if config.activation_checkpointing:
-        for block in network.blocks[:: config.activation_checkpointing]:
-            _recompute(block)
-    if config.compile:
-        # blocks share their code, whose forms count as one's: groups or none, parts of batches, training or not
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for block in network.blocks:
-            block.compile()
-    bf16 = config.precision == "bf16"
-    if config.engine == "deepspeed":
-        os.environ["DS_ACCELERATOR"] = ranks.device.type  # it would take a GPU where there is one, used or not
-        os.environ.setdefault("LOCAL_RANK", "0")
-        from trainer.engines.deepspeed import DeepSpeedEngine  # importing DeepSpeed takes seconds
-
-        return DeepSpeedEngine(network, config, optim)
-    if config.engine in ("fsdp", "hsdp"):
-        # inputs stay fp32: in bf16, neighbouring timesteps would be one; the network casts behind its embeddings
-        precision = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-        pinned = ranks.device.type == "cuda"
-        offload = CPUOffloadPolicy(pin_memory=pinned) if config.offload else OffloadPolicy()
-        shard = partial(fully_shard, mesh=_mesh(config, ranks), mp_policy=precision, offload_policy=offload)
-        for unit in _units(list(network.blocks)):
-            shard(unit)
-        shard(network)
-        return Engine(network, optim, nullcontext)
-    if config.engine == "ddp":
-        devices = [ranks.device] if ranks.device.type == "cuda" else None
-        network = DistributedDataParallel(
-            network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
-    return Engine(network, optim, lambda: torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16))
-
-
-def _mesh(config: EngineConfig, ranks: Ranks) -> DeviceMesh:
-    """Of fsdp: all ranks. Of hsdp: (copies, ranks that share one), the latter neighbours, on one machine."""
-    if config.engine == "fsdp":
-        return init_device_mesh(ranks.device.type, (ranks.world_size,))
-    size = config.shard_size or ranks.local_world_size
-    if ranks.world_size % size:
-        raise RunError(f"shard_size={size}: must divide the world size {ranks.world_size}; set one that does")
-    return init_device_mesh(ranks.device.type, (ranks.world_size // size, size), mesh_dim_names=("replicate", "shard"))

@@ -1,18 +1,17 @@
-"""What the config says of engines and of their optimizer."""
+"""The configuration of engines and of their optimizer."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field
 
 from trainer.engines.power_ema import WIDEST
 
 
 class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """How the network is laid over the ranks. None of it changes what is computed, but for rounding."""
+    """How the network is laid over the ranks. None of it changes what is computed, but for rounding. `check_engine`
+    (build.py) tells whether it fits together."""
 
-    engine: Literal["single", "ddp", "fsdp", "hsdp", "deepspeed"] = Field(
-        "fsdp", json_schema_extra={"may_change": True}
-    )
+    engine: str = Field("fsdp", json_schema_extra={"may_change": True})
     """How training is spread over the ranks. single: one process; ddp: a copy of the weights on each rank; fsdp:
     weights sharded over all ranks; hsdp: sharded within copies; deepspeed: DeepSpeed's ZeRO."""
     zero: Literal[0, 1, 2, 3] = Field(2, json_schema_extra={"may_change": True})
@@ -30,36 +29,26 @@ class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     deepspeed: dict[str, Any] = Field({}, json_schema_extra={"may_change": True})
     """Of deepspeed: further keys of DeepSpeed's own configuration."""
 
-    @model_validator(mode="after")
-    def _check_engine(self) -> "EngineConfig":
-        wanted = {
-            "shard_size": (self.shard_size, ("hsdp",)),
-            "offload": (self.offload, ("fsdp", "hsdp")),
-            "deepspeed": (self.deepspeed, ("deepspeed",)),
-        }
-        for name, (value, engines) in wanted.items():
-            if value and self.engine not in engines:
-                raise ValueError(f"{name}={value}: engine={self.engine} has no such thing; set engine={engines[0]}")
-        if self.compile and self.engine == "deepspeed" and self.zero == 3:
-            raise ValueError("compile=True: not with zero=3, whose hooks it cannot trace; set zero=2 or engine=fsdp")
-        return self
-
 
 Std = Annotated[float, Field(gt=0, lt=WIDEST)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """AdamW with a constant learning rate after a linear warm-up."""
+    """The optimizer, with a constant learning rate after a linear warm-up, and the averages of its weights."""
 
     lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
     """Learning rate after the warm-up."""
     warmup: int = Field(0, ge=0)
     """Images over which the learning rate rises from 0 to `lr`. 0: no warm-up."""
+    name: str = "adamw"
+    """The optimizer: a key of OPTIMIZERS in trainer/engines/optimizer.py."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's decay rates of the first and the second moment, per step."""
     weight_decay: float = Field(0.01, ge=0)
     """AdamW's weight decay."""
+    decay: str = "all"
+    """Rule that says which parameters decay: a key of RULES in trainer/engines/optimizer.py. all: every one."""
     clip: float | None = Field(3.0, gt=0)
     """Largest norm of the gradient; a larger one is scaled down to it. null: no clipping."""
     ema: float = Field(0.9999, ge=0, lt=1)

@@ -3,7 +3,6 @@
 from typing import Any
 
 from trainer.engines.config import EngineConfig, OptimConfig
-from trainer.errors import RunError
 
 BUCKET = 3_000_000  # numbers sent or held at once: half of what DDP does; DeepSpeed's own 5e8 take 2 GB
 GROUP = 20_000_000  # weights that AdamW updates, and the ranks gather, at once: as many as a block of DiT-XL has
@@ -27,8 +26,8 @@ _OURS = {
 
 
 def deepspeed_config(config: EngineConfig, optim: OptimConfig) -> dict[str, Any]:
-    """The configuration for `deepspeed.initialize`: ours, under the further keys of `config.deepspeed`. RunError if one
-    of those belongs to a field of ours."""
+    """Return the configuration for `deepspeed.initialize`: what our fields say, and the further keys of
+    `config.deepspeed`. Raise ValueError if one of those belongs to a field of ours."""
     zero = {"stage": config.zero, "reduce_bucket_size": BUCKET, "allgather_bucket_size": GROUP}
     if config.zero == 3:
         zero |= {f"stage3_{name}": BUCKET for name in ("prefetch_bucket_size", "max_live_parameters")}
@@ -52,7 +51,7 @@ def _merged(derived: dict[str, Any], extra: dict[str, Any], above: str = "") -> 
     for key, value in extra.items():
         name = above + key
         if name in _OURS:
-            raise RunError(f"deepspeed.{name}={value}: is derived from {_OURS[name]}; set that, and leave this out")
+            raise ValueError(f"deepspeed.{name}={value}: is derived from {_OURS[name]}; set that, and leave this out")
         inner = derived.get(key, {})
         if isinstance(value, dict) and isinstance(inner, dict):
             value = _merged(inner, value, name + ".")

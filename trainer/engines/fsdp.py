@@ -1,0 +1,101 @@
+"""Weights, gradients, moments and averages cut over the ranks: by PyTorch's `fully_shard`."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from trainer.engines.config import EngineConfig, OptimConfig
+from trainer.engines.single import Single
+from trainer.errors import RunError
+from trainer.ranks import Ranks
+
+UNIT_PARAMETERS = 1_000_000  # gathered at least at once: fewer cost more to start sending than to send
+
+
+class FSDP(Single):
+    """Everything is cut over all ranks (Zhao et al. 2023, "PyTorch FSDP").
+
+    Heads are cut too, each gathered by itself, and keep fp32: `autocast` gives them their precision. They exchange
+    gradients in each micro-batch, so that one need not be called in the last.
+    """
+
+    options = ("offload",)
+
+    def __init__(
+        self, network: nn.Module, heads: nn.ModuleDict, config: EngineConfig, optim: OptimConfig, ranks: Ranks
+    ) -> None:
+        # inputs stay fp32: in bf16, neighbouring timesteps would be one; the network casts behind its embeddings
+        precision = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if config.precision == "bf16" else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
+        pinned = ranks.device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=pinned) if config.offload else OffloadPolicy()
+        shard = partial(fully_shard, mesh=self.mesh(config, ranks), offload_policy=offload)
+        for unit in _units(list(network.get_submodule("blocks").children())):
+            shard(unit, mp_policy=precision)
+        self._sharded = shard(network, mp_policy=precision)
+        for head in heads.children():
+            shard(head)
+        super().__init__(network, heads, config, optim, ranks)
+
+    @classmethod
+    def check_ranks(cls, config: EngineConfig, world_size: int) -> None:
+        """Accept any number."""
+
+    @classmethod
+    def mesh(cls, config: EngineConfig, ranks: Ranks) -> DeviceMesh:
+        """Return the ranks that share one copy: all."""
+        return init_device_mesh(ranks.device.type, (ranks.world_size,))
+
+    def __call__(self, *inputs: Tensor | int | None) -> Tensor:
+        """Return the network's prediction: the gathered weights have the configured precision."""
+        return self.network(*inputs)
+
+    def accumulating(self, last: bool) -> AbstractContextManager:
+        """Exchange gradients in the last micro-batch of a step only."""
+        self._sharded.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def reshard(self) -> None:
+        """Free the weights that the root keeps from a forward pass until a backward pass."""
+        self._sharded.reshard()
+
+
+class HSDP(FSDP):
+    """Everything is cut over `shard_size` neighbouring ranks, those of one machine, and replicated across these."""
+
+    options = ("offload", "shard_size")
+
+    @classmethod
+    def check_ranks(cls, config: EngineConfig, world_size: int) -> None:
+        """Raise RunError unless the ranks are whole copies."""
+        size = config.shard_size or 1
+        if world_size % size:
+            raise RunError(f"shard_size={size}: must divide the world size {world_size}; set one that does")
+
+    @classmethod
+    def mesh(cls, config: EngineConfig, ranks: Ranks) -> DeviceMesh:
+        """Return the ranks as (copies, ranks that share one copy)."""
+        size = config.shard_size or ranks.local_world_size
+        cls.check_ranks(config.model_copy(update={"shard_size": size}), ranks.world_size)
+        shape = (ranks.world_size // size, size)
+        return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _units(blocks: list[nn.Module]) -> list[list[nn.Module]]:
+    """Return consecutive blocks that are gathered together: one, or as many as make a message worth its latency."""
+    units: list[list[nn.Module]] = []
+    room = 0
+    for block in blocks:
+        if room <= 0:
+            units.append([])
+            room = UNIT_PARAMETERS
+        units[-1].append(block)
+        room -= sum(parameter.numel() for parameter in block.parameters())
+    return units
