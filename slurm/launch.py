@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import submitit
 from submitit.core.utils import FailedJobError
@@ -24,47 +24,38 @@ from slurm.tasks import free_port
 PATIENCE = 10.0  # seconds that the other tasks of a local job have to end when one has failed
 
 
-def make_executor(
-    cluster: Literal["local", "slurm"],
+def submit_here(folder: Path, processes: int, gpus: int, function: Callable[[], Any]) -> submitit.Job:
+    """Start `function()` in processes of this machine that use so many GPUs together; `follow` waits for them.
+
+    Logs go to `folder`: a new one for each submission, because job numbers repeat.
+    """
+    executor = submitit.AutoExecutor(folder=folder, cluster="local")
+    executor.update_parameters(tasks_per_node=processes, gpus_per_node=gpus, timeout_min=60 * 24 * 365)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # behind a shell's `&`: the job would not notice a cancel
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # submitit would replace it by the first ones of the machine
+    clear_records(folder)
+    return executor.submit(_run_here, folder, free_port(), visible, function)
+
+
+def submit_array(
     folder: Path,
     name: str,
-    nodes: int,
     tasks_per_node: int,
     gpus_per_node: int,
     options: ClusterOptions,
-) -> submitit.AutoExecutor:
-    """Return a submitit executor for `nodes` x `tasks_per_node` processes whose logs go to `folder`: a new one for each
-    submission, because job numbers repeat."""
-    if cluster == "local" and nodes > 1:
-        raise LaunchError(f"--nodes {nodes}: --cluster local is this one machine; use --procs for more processes")
-    if cluster == "slurm":
-        check_cluster(options, nodes, gpus_per_node)
-    executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-    if cluster == "local":
-        executor.update_parameters(tasks_per_node=tasks_per_node, gpus_per_node=gpus_per_node)
-        executor.update_parameters(timeout_min=60 * 24 * 365)
-        return executor
-    parameters = sbatch_parameters(options, name, nodes, tasks_per_node, gpus_per_node)
+    functions: list[Callable[[], Any]],
+) -> list[submitit.Job]:
+    """Submit a job array of Slurm: for each function a job of one node that calls it in every task. Logs go to
+    `folder`."""
+    check_cluster(options, 1, gpus_per_node)
+    executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
     srun = ["--kill-on-bad-exit=1"]  # a task that fails takes the others with it, which would wait for it
     if options.cpus_per_task:
         srun.append(f"--cpus-per-task={options.cpus_per_task}")  # which srun does not take over from sbatch
+    parameters = sbatch_parameters(options, name, 1, tasks_per_node, gpus_per_node)
     executor.update_parameters(slurm_srun_args=srun, **slurm_prefixed(parameters))
-    return executor
-
-
-def submit(executor: submitit.AutoExecutor, function: Callable[..., Any], *arguments: Any) -> submitit.Job:
-    """Start `function(*arguments)` in every process of an executor of this machine."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # behind a shell's `&`: the job would not notice a cancel
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    tasks = executor.parameters["tasks_per_node"]
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // tasks)))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # submitit would replace it by the first ones of the machine
-    clear_records(executor.folder)
-    return executor.submit(_run_here, executor.folder, free_port(), visible, function, *arguments)
-
-
-def submit_array(executor: submitit.AutoExecutor, functions: list[Callable[[], Any]]) -> list[submitit.Job]:
-    """Start each function as a job of its own, in every process of the executor: a job array of Slurm."""
     with sbatch_errors(), executor.batch():
         return [executor.submit(_run_on_node, function) for function in functions]
 
@@ -83,20 +74,20 @@ def sbatch_errors() -> Iterator[None]:
         raise LaunchError(str(error).strip().splitlines()[-1]) from None
 
 
-def _run_here(logs: Path, port: int, visible_gpus: str | None, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What each process of this machine does: call the function, and leave a record if it fails."""
+def _run_here(logs: Path, port: int, visible_gpus: str | None, function: Callable[[], Any]) -> Any:
+    """Call the function in a process of this machine. If it fails, leave a record."""
     if visible_gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus
     rank = _set_ranks("127.0.0.1", port)
     try:
-        return function(*arguments)
+        return function()
     except (Exception, SystemExit) as error:
         write_record(logs, rank, failed_record(socket.gethostname(), error))
         raise
 
 
 def _run_on_node(function: Callable[[], Any]) -> Any:
-    """What each process of a job on Slurm does."""
+    """Call the function in a task of a job on Slurm."""
     job = submitit.JobEnvironment()
     # a port of the job's own, below those that the kernel gives to clients
     _set_ranks(job.hostnames[0], 10_000 + int(job.raw_job_id) % 20_000)
@@ -118,8 +109,8 @@ def _set_ranks(host: str, port: int) -> int:
 
 
 def follow(job: submitit.Job, out: TextIO = sys.stderr) -> Any:
-    """Copy to `out` what task 0 of a job of `submit` writes to stderr, and return its result. Raise LaunchError if a
-    task failed."""
+    """Copy to `out` what task 0 of a job of `submit_here` writes to stderr, and return its result. Raise LaunchError if
+    a task failed."""
     log = job.task(0).paths.stderr
     logs = log.parent
     shown, failed_at = 0, None

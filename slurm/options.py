@@ -13,7 +13,7 @@ from slurm.errors import LaunchError
 SITES = Path("configs/cluster")
 
 
-class ClusterOptions(BaseModel, extra="forbid", frozen=True):
+class ClusterOptions(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
     """Fields of a site file, and of `--slurm FIELD=VALUE`. What is left out is sbatch's own default."""
 
     partition: str | None = None

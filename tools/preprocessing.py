@@ -14,7 +14,7 @@ from command_line import not_negative, places, positive
 from data.extraction.sources import Source, list_source
 from data.extraction.verify import verify_store
 from data.stores.shards import MANIFEST
-from slurm.launch import call_share, follow, make_executor, submit, submit_array
+from slurm.launch import call_share, follow, submit_array, submit_here
 from slurm.options import load_options
 
 
@@ -57,13 +57,12 @@ def run_in_processes(args: argparse.Namespace, function: Callable[..., Any], **a
         function(**arguments)
         return
     logs = args.out.absolute() / "logs" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    executor = make_executor("slurm" if args.nodes else "local", logs, args.out.name, 1, procs, gpus, options)
     shares = [partial(call_share, function, arguments, node * procs, nodes * procs) for node in range(nodes)]
     if args.nodes:
-        jobs = submit_array(executor, shares)
+        jobs = submit_array(logs, args.out.name, procs, gpus, options, shares)
         print(f"jobs {' '.join(job.job_id for job in jobs)}: logs in {logs}")
     else:
-        follow(submit(executor, shares[0]))
+        follow(submit_here(logs, procs, gpus, shares[0]))
 
 
 def report(folder: Path) -> None:

@@ -8,12 +8,10 @@ import pytest
 
 from slurm import launch
 from slurm.errors import LaunchError
-from slurm.options import ClusterOptions
 
 
 def run(tmp_path, function, tasks):
-    executor = launch.make_executor("local", tmp_path, "test", 1, tasks, 0, ClusterOptions())
-    return launch.follow(launch.submit(executor, function), out=io.StringIO())
+    return launch.follow(launch.submit_here(tmp_path, tasks, 0, function), out=io.StringIO())
 
 
 def test_every_process_knows_its_place(tmp_path):
