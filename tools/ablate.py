@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
 
     rows = summarise(cells, out)
     r = correlations(rows)
-    (out / "ablation.json").write_text(json.dumps({"rows": rows, "score_frechet_r": r}, indent=1) + "\n")
+    (out / "ablation.json").write_text(json.dumps({"rows": rows, "s_cross_frechet_r": r}, indent=1) + "\n")
     (out / "ablation.md").write_text(table(rows))
     plot_ablation(rows, r, out / "ablation.svg")
     print(

@@ -8,10 +8,9 @@ from command_line import positive, run_tool
 from tqdm import tqdm
 
 from trainer.analysis import attention_plots as plots
-from trainer.analysis.attention import data_scores, form, load, one_group, sampling_scores
-from trainer.analysis.attention_scores import as_record
-from trainer.checkpoints import folder as checkpoint
-from trainer.checkpoints.weights import find_checkpoint, place_in_run
+from trainer.analysis.attention import data_attention, draw_groups, load_grouped, one_group, sampling_attention
+from trainer.analysis.cross_attention import as_record
+from trainer.checkpoints.weights import WeightSource, find_checkpoint, place_in_run
 from trainer.config.tree import parse_config
 from trainer.run_folder import read_config
 
@@ -45,37 +44,39 @@ def main(arguments: list[str]) -> None:
     query = config.groups.query
     out = args.out or place_in_run(folder, f"attention/{query if args.during == 'data' else 'sampling'}")
 
-    loaded = load(folder, config, args.raw, args.weights)
-    groups = form(loaded, args.groups)
+    source = WeightSource(folder, args.raw, args.weights)
+    loaded = load_grouped(source, config)
+    groups = draw_groups(config, args.groups)
     middle = loaded.images.shape[-1] // config.model.patch // 2
     patch = args.patch or (0, 0, middle, middle)
     shown = one_group(loaded, groups, patch, args.log_snr)
     with tqdm(unit="img", desc="attention") as bar:
         if args.during == "data":
-            size, scores = config.groups.size, data_scores(loaded, groups, bar.update)
+            size, attention = config.groups.size, data_attention(loaded, groups, bar.update)
         else:
-            size, scores = config.sample.group_size, sampling_scores(loaded, args.groups, bar.update)
+            size, attention = config.sample.group_size, sampling_attention(loaded, args.groups, bar.update)
 
     out.mkdir(parents=True, exist_ok=True)
-    plots.save(plots.score_map(scores, size), out / "attention_score.png")
+    plots.save(plots.level_map(attention, size), out / "attention_score.png")
     plots.save(plots.image_map(shown, f"group {patch[0]}, query {query}"), out / "attention_images.png")
     plots.save(plots.patch_map(shown, *patch[1:]), out / "attention_patch.png")
     record = {
         "checkpoint": str(folder),
-        "position": checkpoint.read_manifest(folder)["position"],
-        "weights": str(args.weights) if args.weights else "model" if args.raw else "ema",
+        "position": source.position,
+        "weights": source.weights,
         "during": args.during,
-        "groups": int(scores.groups.sum()) if args.during == "data" else args.groups,
+        "groups": int(attention.groups.sum()) if args.during == "data" else args.groups,
         "group_size": size,
     }
     if args.during == "data":
         record |= {"query": query, "fallbacks": groups.fallbacks}
     else:
         record |= {"sample": config.sample.model_dump()}
-    record |= as_record(scores, size)
+    record |= as_record(attention, size)
     (out / "attention_score.json").write_text(json.dumps(record, indent=1) + "\n")
     uniform = f"{record['uniform_cross_share']:.4f} if uniform"
-    print(f"{out}: N={size}: S_cross {scores.mean_score:.4f}, cross share {scores.mean_cross_share:.4f} ({uniform})")
+    s_cross, share = attention.mean_s_cross, attention.mean_cross_share
+    print(f"{out}: N={size}: S_cross {s_cross:.4f}, cross share {share:.4f} ({uniform})")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from trainer.analysis.attention_plots import save
 from trainer.analysis.probe import linear_probe, probe_map
-from trainer.checkpoints import folder as checkpoint
-from trainer.checkpoints.weights import find_checkpoint, place_in_run
+from trainer.checkpoints.weights import WeightSource, find_checkpoint, place_in_run
 from trainer.run_folder import read_config
 
 
@@ -29,14 +28,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--weights", type=Path, help="those of this file, as tools/reconstruct_ema.py writes")
     args = parser.parse_args(arguments)
     folder, levels = find_checkpoint(args.run), list(args.log_snr)
-    out = args.out or place_in_run(folder, "probe")
+    out, source = args.out or place_in_run(folder, "probe"), WeightSource(folder, args.raw, args.weights)
     with tqdm(unit="img", desc="features") as bar:
-        probe = linear_probe(folder, read_config(folder), levels, args.images, args.raw, args.weights, bar.update)
+        probe = linear_probe(source, read_config(folder), levels, args.images, bar.update)
     out.mkdir(parents=True, exist_ok=True)
     record = {
         "checkpoint": str(folder),
-        "position": checkpoint.read_manifest(folder)["position"],
-        "weights": str(args.weights) if args.weights else "model" if args.raw else "ema",
+        "position": source.position,
+        "weights": source.weights,
         "train_images": probe.train_images,
         "test_images": probe.test_images,
         "log_snr": probe.levels.tolist(),

@@ -1,7 +1,7 @@
 """Samples from a run, a checkpoint or a file of weights: `python tools/sample.py RUN [sample.field=value ...]`.
 
 Without --num: sample.per_class images of every class as a picture and an .npz, in this process. With --num N: N images
-for metrics, by any number of processes; kill it at any time, the same command goes on.
+for metrics, by any number of processes; kill it at any time, the same command resumes.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from command_line import positive, run_tool
 from preprocessing import add_process_options, run_in_processes
 from tqdm import tqdm
 
-from trainer.checkpoints.weights import find_checkpoint, place_in_run
+from trainer.checkpoints.weights import WeightSource, find_checkpoint, place_in_run
 from trainer.config.fields import marked, matches
 from trainer.config.parsing import set_dotted
 from trainer.config.tree import Config, load_config, parse_config
@@ -35,27 +35,27 @@ def main(arguments: list[str]) -> None:
     add_process_options(parser)
     args = parser.parse_intermixed_args(arguments)
 
-    folder, config = find(args)
-    args.out = args.out or place_in_run(folder, f"samples-{args.num}" if args.num else "")
+    source, config = find(args)
+    args.out = args.out or place_in_run(source.checkpoint, f"samples-{args.num}" if args.num else "")
     if args.num:
-        about = {"number": args.num, "out": args.out.absolute(), "form": args.format or "npz", "raw": args.raw}
-        run_in_processes(args, sample_many, folder=folder, config=config, file=args.weights, **about)
+        about = {"number": args.num, "out": args.out.absolute(), "form": args.format or "npz"}
+        run_in_processes(args, sample_many, source=source, config=config, **about)
         if not args.nodes:
             complete = (args.out / RECORD).exists()
-            print(f"{args.out}: {f'{args.num} images' if complete else 'not complete; the same command goes on'}")
+            print(f"{args.out}: {f'{args.num} images' if complete else 'not complete; the same command resumes'}")
         return
     for option, given in {"--nodes": args.nodes, "--procs": args.procs, "--format": args.format}.items():
         if given:
             raise RunError(f"{option} {given}: is for --num; without it, this process makes a picture and an .npz")
     with tqdm(unit="img", desc="sample") as bar:
-        pixels, label, record = make_samples(folder, config, args.raw, args.weights, bar.update)
+        pixels, label, record = make_samples(source, config, bar.update)
     write_samples(args.out, pixels, label, record, config.sample.group_size)
     each = f"{record['evaluations']} evaluations each"
     print(f"{args.out / 'samples.png'} {args.out / 'samples.npz'}: {label.size} images, {each}")
 
 
-def find(args: argparse.Namespace) -> tuple[Path | None, Config]:
-    """The checkpoint, if there is one, and the config, changed as the command line says."""
+def find(args: argparse.Namespace) -> tuple[WeightSource, Config]:
+    """Return where the weights come from, and the config, changed as the command line says."""
     free = marked(Config, "sampling", "only", "also")
     for override in args.overrides:
         if not matches(override.partition("=")[0], free):
@@ -64,12 +64,12 @@ def find(args: argparse.Namespace) -> tuple[Path | None, Config]:
     if args.run.suffix == ".yaml":
         if not args.weights:
             raise RunError(f"{args.run}: a config has no weights; give a file with --weights, or a run folder")
-        return None, fixed(load_config(args.run, args.overrides))
+        return WeightSource(None, args.raw, args.weights), fixed(load_config(args.run, args.overrides))
     folder = find_checkpoint(args.run.absolute())
     tree = read_config(folder).model_dump()
     for override in args.overrides:
         set_dotted(tree, override)
-    return folder, fixed(parse_config(tree))
+    return WeightSource(folder, args.raw, args.weights), fixed(parse_config(tree))
 
 
 if __name__ == "__main__":

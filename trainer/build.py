@@ -1,6 +1,7 @@
 """From a config to the plan and the network, and whether the config fits its data."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 
 from data.batches.batch import InWindow
 from data.batches.plan import Plan, plan_epoch
+from data.sets.form import ImageForm, form_of
 from data.sets.registry import Images, open_images
 from models.backbones.registry import make_network
 from models.paths.base import NoisePath
 from models.paths.registry import make_path
 from models.sampling.guidance import Interval, inside
 from trainer.checkpoints import folder as checkpoint
-from trainer.checkpoints.weights import find_weights, read_weights, start_from
+from trainer.checkpoints.weights import WeightSource, find_weights, read_weights, start_from
 from trainer.config.tree import Config
 from trainer.errors import RunError
 from trainer.ranks import from_rank_0
@@ -34,6 +36,22 @@ def open_data(config: Config, split: Literal["train", "heldout"] = "train") -> I
     if side % config.model.patch:
         raise RunError(f"model.patch={config.model.patch}: must divide the side of the images, {side}")
     return images
+
+
+def find_form(config: Config, source: WeightSource) -> ImageForm:
+    """Return the form of the images that these weights generate: as their checkpoint or file says, else of the data.
+    `data.vae` goes before. Raise RunError if neither says it."""
+    form = source.form() or form_of(open_data(config))
+    return replace(form, vae=config.data.vae or form.vae)
+
+
+def form_from_config(config: Config, num_classes: int) -> ImageForm:
+    """Return the form that a config states of data that are not there. Raise RunError if it does not."""
+    data = config.data
+    for field in ("channels", "side"):
+        if getattr(data, field) is None:
+            raise RunError(f"data.{field}=null: the data are not there to tell it; set data.{field}")
+    return ImageForm((data.channels, data.side, data.side), num_classes, data.vae)
 
 
 def make_planner(config: Config, images: Images) -> Callable[[int], Plan]:
@@ -55,7 +73,7 @@ def _in_window(path: NoisePath, window: Interval, u: Tensor, position: int) -> T
     return torch.tensor([inside(value, window) for value in log_snr], dtype=torch.bool)
 
 
-def build_network(config: Config, images: Images) -> nn.Module:
+def build_network(config: Config, images: ImageForm) -> nn.Module:
     """The network for these images, initialised by the run's seed alone."""
     channels, side, _ = images.shape
     with torch.random.fork_rng(devices=[]):
@@ -63,7 +81,7 @@ def build_network(config: Config, images: Images) -> nn.Module:
         return make_network(config.model, channels, side, images.num_classes, config.predictions * channels)
 
 
-def initial_network(config: Config, images: Images) -> nn.Module:
+def initial_network(config: Config, images: ImageForm) -> nn.Module:
     """The network of a run that starts: from the weights `init_from`, if the config has some. All ranks call it."""
     network = build_network(config, images)
     if config.init_from:
@@ -73,7 +91,7 @@ def initial_network(config: Config, images: Images) -> nn.Module:
     return network
 
 
-def check_start(config: Config, images: Images) -> None:
+def check_start(config: Config, images: ImageForm) -> None:
     """RunError if the run is to start from weights that are not there or of another model. Reads their shapes alone."""
     started, _ = checkpoint.find(Path(config.run) / checkpoint.CHECKPOINTS)
     if config.init_from and not started:

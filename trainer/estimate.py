@@ -18,7 +18,7 @@
 
 import torch
 
-from data.sets.registry import Images
+from data.sets.form import ImageForm
 from models.backbones.flops import forward_multiply_adds
 from trainer.build import build_network
 from trainer.config.tree import Config
@@ -26,7 +26,7 @@ from trainer.config.tree import Config
 PEAK_FLOPS = {"bf16": 989e12, "fp32": 67e12}  # of an H100 SXM
 
 
-def estimate(config: Config, images: Images, world_size: int, utilisation: float) -> dict[str, float]:
+def estimate(config: Config, images: ImageForm, world_size: int, utilisation: float) -> dict[str, float]:
     """parameters, flops_per_step, and per rank: bytes of states, gathered weights, activations and communication;
     images_per_second, days. A rank's memory is of its largest micro-batch."""
     with torch.device("meta"):
@@ -79,7 +79,7 @@ def _kept_of_blocks(config: Config) -> float:
     return 17 * (depth - recomputed) + (recomputed + 17 if recomputed else 0)
 
 
-def estimate_table(config: Config, images: Images, world_size: int, utilisation: float) -> str:
+def estimate_table(config: Config, images: ImageForm, world_size: int, utilisation: float) -> str:
     """The estimate for people."""
     e = estimate(config, images, world_size, utilisation)
     memory = e["states"] * (not config.offload) + e["gathered"] + e["activations"]

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from data.sets.form import form_of
 from models.objectives.denoising import denoising_loss
 from models.paths.registry import make_path
 from trainer.batches import make_batches
@@ -37,12 +38,13 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
 
         # what to train on
         images = open_data(config)
+        form = form_of(images)
         looks = Looks(config, images, ranks)
 
         # what to train, from where
         from_rank_0(lambda: closing.enter_context(sole_user(folder)))
         started = from_rank_0(lambda: bool(find(folder / CHECKPOINTS)[0]))
-        network = build_network(config, images) if started else initial_network(config, images)
+        network = build_network(config, form) if started else initial_network(config, form)
         engine = build_engine(config, config.optim, network, ranks)
         path = make_path(config.path)
         position, notes = restore(folder / CHECKPOINTS, engine, images, batch, config.resume.fallback)
@@ -90,7 +92,7 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
                 states = {SNAPSHOTS: power_averages(state)} if snapping else {}  # first: what follows a checkpoint is
                 states |= {CHECKPOINTS: state} if saving else {}  # not done again by a run that goes on from it
                 metrics = {"loss": monitor.loss_since_last_save()} if saving else {}
-                saver.save(position, states, to_yaml(config), images.identity, metrics)
+                saver.save(position, states, to_yaml(config), form, metrics)
                 del state, states  # copies, with some engines
             if stopping:
                 break

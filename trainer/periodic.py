@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from data.batches.batch import Batch
+from data.sets.form import form_of
 from data.sets.registry import Images
 from models.paths.base import NoisePath
-from trainer.analysis.attention_scores import Scores, step_scores
+from trainer.analysis.cross_attention import CrossAttention, step_attention
 from trainer.build import open_data
+from trainer.checkpoints.weights import WeightSource
 from trainer.config.tree import Config
 from trainer.engines.base import Engine
 from trainer.errors import RunError
@@ -31,8 +33,8 @@ class Looks:
     no gradients. What would fail in a look fails when this is made, before hours have passed."""
 
     def __init__(self, config: Config, images: Images, ranks: Ranks) -> None:
-        self._config, self._images, self._ranks = config, images, ranks
-        self._score_due = False
+        self._config, self._images, self._ranks = config, form_of(images), ranks
+        self._attention_due = False
         if config.evaluate.every:
             from_rank_0(lambda: bool(self._decoder()))
         if config.train.sample_every:
@@ -49,8 +51,8 @@ class Looks:
     def due(self, before: int, position: int) -> bool:
         """Whether there may be something to look at."""
         train, evaluate = self._config.train, self._config.evaluate
-        intervals = (train.sample_every, evaluate.every, train.score_every)
-        return self._score_due or any(every and has_passed(every, before, position) for every in intervals)
+        intervals = (train.sample_every, evaluate.every, train.attention_every)
+        return self._attention_due or any(every and has_passed(every, before, position) for every in intervals)
 
     def look(
         self, engine: Engine, path: NoisePath, before: int, position: int, step: list[Batch], monitor: Monitor
@@ -70,12 +72,12 @@ class Looks:
                 monitor.picture("samples", grid(pixels, config.sample.group_size), position)
         if passed(config.evaluate.every):
             self._evaluate(engine, position, monitor)
-        self._score_due |= passed(train.score_every)
-        if self._score_due and any(micro.group_size > 1 for micro in step):
+        self._attention_due |= passed(train.attention_every)
+        if self._attention_due and any(micro.group_size > 1 for micro in step):
             with engine.ema_weights():
-                scores = step_scores(engine, path, step, self._ranks.device)
-            _show_attention(scores, config.groups.size, position, monitor)
-            self._score_due = False
+                attention = step_attention(engine, path, step, self._ranks.device)
+            _show_attention(attention, config.groups.size, position, monitor)
+            self._attention_due = False
 
     def _evaluate(self, engine: Engine, position: int, monitor: Monitor) -> None:
         measured = evaluated(self._config)
@@ -83,21 +85,21 @@ class Looks:
             samples, _ = generate(Networks(engine), measured, self._images, self._ranks)
         record = self._measure(samples)
         if self._ranks.rank == 0:
-            about = describe(None, measured, raw=False, file=None) | {"position": position}
+            about = describe(WeightSource(None), measured) | {"position": position}
             monitor.measures(record | {"samples": about}, position)
 
     def _decoder(self) -> Callable[[Tensor], Tensor]:
         return make_decoder(self._images.vae, self._images.shape[0], self._ranks.device)
 
 
-def _show_attention(scores: Scores, group_size: int, position: int, monitor: Monitor) -> None:
+def _show_attention(attention: CrossAttention, group_size: int, position: int, monitor: Monitor) -> None:
     """How images of a group attend to one another: means over layers and noise levels, and a map of them."""
-    monitor.scalar("attention/s_cross", scores.mean_score, position)
-    monitor.scalar("attention/cross_share", scores.mean_cross_share, position)
+    monitor.scalar("attention/s_cross", attention.mean_s_cross, position)
+    monitor.scalar("attention/cross_share", attention.mean_cross_share, position)
     if monitor.writes:
-        from trainer.analysis.attention_plots import picture, score_map  # matplotlib takes a second to import
+        from trainer.analysis.attention_plots import level_map, picture  # matplotlib takes a second to import
 
-        monitor.picture("attention/by_layer_and_level", picture(score_map(scores, group_size)), position)
+        monitor.picture("attention/by_layer_and_level", picture(level_map(attention, group_size)), position)
 
 
 def has_passed(every: int, before: int, position: int) -> bool:

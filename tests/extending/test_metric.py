@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.trainer import detectors
-from trainer.checkpoints.weights import find_checkpoint
+from trainer.checkpoints.weights import WeightSource, find_checkpoint
 from trainer.config.tree import load_config
 from trainer.errors import RunError
 from trainer.evaluation.metric import Metric, Side, Statistic
@@ -56,7 +56,7 @@ def test_a_metric_of_ones_own_is_computed_for_a_run_by_the_tool(monkeypatch, tmp
     run = tmp_path / "run"
     config = load_config("tests/trainer/tiny.yaml", [f"run={run}", "engine=single", "train.images=64"])
     train(config)
-    write_samples(run, *make_samples(find_checkpoint(run), config), config.sample.group_size)
+    write_samples(run, *make_samples(WeightSource(find_checkpoint(run)), config), config.sample.group_size)
     real = detectors.save_images(tmp_path / "real.npz", 50, seed=2, side=8, channels=1)
     detectors.save(detectors.Plain(6), tmp_path / "plain.pt")
     arguments = run, "--detector", tmp_path / "plain.pt", "--reference", tmp_path / "real.npz"

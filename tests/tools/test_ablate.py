@@ -13,7 +13,8 @@ import pytest
 
 from tests.patience import PATIENCE
 from tests.trainer.forked import TINY
-from trainer.ablation.runs import Cell, at_real_accuracy, attention_score, correlations, plan_cells, summarise, table
+from trainer.ablation.runs import Cell, at_real_accuracy, correlations, plan_cells, s_cross, summarise, table
+from trainer.checkpoints.weights import WeightSource
 from trainer.config.tree import load_config
 from trainer.errors import RunError
 
@@ -54,8 +55,8 @@ def test_each_row_is_mean_and_deviation_of_its_seeds(whole):
             values = [point[name] for point in best]
             assert row["best"][name] == pytest.approx([np.mean(values), np.std(values, ddof=1)]), name
         assert [point["guidance"] for point in runs[0]["curve"]] == [1, 2]
-        scores = [run["score"] for run in runs]
-        assert (row["score"] is None) == (row["value"] == "1") == (scores == [None, None])
+        measured = [run["s_cross"] for run in runs]
+        assert (row["s_cross"] is None) == (row["value"] == "1") == (measured == [None, None])
     assert rows[1] | {"axis": "", "value": ""} == rows[2] | {"axis": "", "value": ""}
 
 
@@ -117,9 +118,9 @@ def test_results_of_other_settings_are_not_mixed_in(whole, tool, changes, messag
     assert all(path.read_bytes() == before[path] for path in before if path.name != "ablation.svg")
 
 
-def test_a_run_whose_layers_share_nothing_has_no_attention_score():
+def test_a_run_whose_layers_share_nothing_has_no_s_cross():
     config = load_config(TINY, ["groups.size=4", "model.group_layers=[]", "run=unused"])
-    assert attention_score(Path("nowhere"), config) is None
+    assert s_cross(WeightSource(Path("nowhere")), config) is None
 
 
 @pytest.mark.parametrize(
@@ -148,16 +149,16 @@ def test_values_in_brackets_are_one_value():
     assert [config.groups.window for config in configs.values()] == [None, (None, 0), (-1.5, 2)]
 
 
-def test_the_correlation_is_over_the_rows_that_have_a_score(tmp_path):
+def test_the_correlation_is_over_the_rows_that_have_s_cross(tmp_path):
     rng, cells, points = np.random.default_rng(), [], []
     for number in range(5):
-        frechet, score = rng.random(2).tolist()
+        frechet, measured = rng.random(2).tolist()
         name = f"run-{number}"
         point = {"frechet": frechet, "guidance": 1.0, "class_accuracy": 0.5, "heldout_accuracy": 0.9}
-        run = {"curve": [point], "score": score if number else None}
+        run = {"curve": [point], "s_cross": measured if number else None}
         (tmp_path / f"{name}.json").write_text(json.dumps(run))
         cells.append(Cell("axis", str(number), 0, name))
-        points += [(score, frechet)] if number else []
+        points += [(measured, frechet)] if number else []
     rows = summarise(cells, tmp_path)
     assert correlations(rows) == {"w=1": pytest.approx(np.corrcoef(np.array(points).T)[0, 1])}
     assert correlations(rows[:3]) == {}, "of two points there is none"
@@ -168,7 +169,7 @@ def test_the_table_shows_the_best_point_of_each_curve(tmp_path):
         {"frechet": f, "guidance": w, "class_accuracy": a, "precision": 0.25, "recall": 0.75, "heldout_accuracy": 0.9}
         for f, w, a in ((3.0, 1.0, 0.8), (2.0, 1.5, 0.85), (4.0, 2.0, 0.95), (6.0, 3.0, 0.92))
     ]
-    (tmp_path / "run.json").write_text(json.dumps({"curve": points, "score": 0.02}))
+    (tmp_path / "run.json").write_text(json.dumps({"curve": points, "s_cross": 0.02}))
     lines = table(summarise([Cell("groups.size", "4", 0, "run")], tmp_path)).splitlines()
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
     assert cells[:4] == ["`groups.size`", "4", "2.00 ± 0.00", "1.5 ± 0.0"]

@@ -14,9 +14,9 @@ from models.paths.base import PathConfig
 from models.paths.registry import make_path
 from tools.attention_score import main
 from trainer.analysis import attention as attention_checkpoint
-from trainer.analysis.attention import data_scores, form, load, one_group, sampling_scores
-from trainer.analysis.attention_plots import MOST_LAYERS, patch_map, picture, score_map
-from trainer.checkpoints.weights import find_checkpoint
+from trainer.analysis.attention import data_attention, draw_groups, load_grouped, one_group, sampling_attention
+from trainer.analysis.attention_plots import MOST_LAYERS, level_map, patch_map, picture
+from trainer.checkpoints.weights import WeightSource, find_checkpoint
 from trainer.config.tree import load_config
 from trainer.errors import RunError
 from trainer.loop import train
@@ -52,7 +52,7 @@ def make_run(tmp_path_factory):
 
 def loaded(run):
     folder, config = run
-    return load(find_checkpoint(folder), config)
+    return load_grouped(WeightSource(find_checkpoint(folder)), config)
 
 
 @pytest.mark.parametrize(
@@ -68,9 +68,9 @@ def test_the_tool_writes_numbers_and_pictures(make_run, capsys, place, arguments
     assert record["group_size"] == 4 and record["uniform_cross_share"] == 0.75
     assert 0 < record["s_cross"] < 2 / 3 and 0.5 < record["cross_share"] < 1
     assert f"S_cross {record['s_cross']:.4f}, cross share {record['cross_share']:.4f}" in out
-    scores, counts = np.array(record["s_cross_by_layer_and_level"], float), np.array(record["groups_by_level"])
-    assert scores.shape == (2, 7) == (2, len(record["log_snr"]))
-    assert np.nansum(scores * counts) / (2 * 60) == pytest.approx(record["s_cross"], abs=1e-6)
+    s_cross, counts = np.array(record["s_cross_by_layer_and_level"], float), np.array(record["groups_by_level"])
+    assert s_cross.shape == (2, 7) == (2, len(record["log_snr"]))
+    assert np.nansum(s_cross * counts) / (2 * 60) == pytest.approx(record["s_cross"], abs=1e-6)
     for name in PICTURES:
         pixels = np.asarray(Image.open(folder / "attention" / place / name).convert("RGB"))
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
@@ -89,16 +89,14 @@ def test_while_sampling(make_run):
 def test_both_kinds_of_groups_count_while_sampling(make_run):
     folder, config = make_run()
     sample = config.sample.model_copy(update={"cond_group_size": 2})
-    scores = sampling_scores(loaded((folder, config.model_copy(update={"sample": sample}))), 10)
-    assert scores.groups.sum() == 4 * 10 * (1 + 2)  # groups of 4, and of 2
+    measured = sampling_attention(loaded((folder, config.model_copy(update={"sample": sample}))), 10)
+    assert measured.groups.sum() == 4 * 10 * (1 + 2)  # groups of 4, and of 2
 
 
 @pytest.mark.parametrize("query", ["similarity", "class", "random"])
 def test_groups_are_those_of_the_query(make_run, query):
-    folder, config = make_run()
-    groups = form(
-        loaded((folder, config.model_copy(update={"groups": config.groups.model_copy(update={"query": query})}))), 40
-    )
+    _, config = make_run()
+    groups = draw_groups(config.model_copy(update={"groups": config.groups.model_copy(update={"query": query})}), 40)
     assert groups.numbers.shape == (40, 4) and len(np.unique(groups.numbers)) == 160 and groups.fallbacks == 0
     label, features = groups.source.label[groups.numbers], groups.source.features[groups.numbers]
     unit = features / np.linalg.norm(features, axis=-1, keepdims=True)
@@ -108,7 +106,7 @@ def test_groups_are_those_of_the_query(make_run, query):
         "class": (False, True),
         "random": (False, False),
     }[query]
-    assert len(form(loaded((folder, config)), 10**6).numbers) == len(groups.source) // 4
+    assert len(draw_groups(config, 10**6).numbers) == len(groups.source) // 4
 
 
 @pytest.mark.parametrize("overrides", [(), tuple(JIT)])
@@ -126,7 +124,7 @@ def test_one_group_is_shown_as_its_attention_is(make_run, overrides, monkeypatch
         return observing(both)
 
     monkeypatch.setattr(attention_checkpoint, "observing", watching)
-    shown = one_group(about, form(about, 20), (7, 1, 2, 3), -1.0)
+    shown = one_group(about, draw_groups(about.config, 20), (7, 1, 2, 3), -1.0)
     levels, layers = len(shown.levels), 2
     assert shown.mass.shape == (levels, 4, 4) and shown.patch.shape == (layers, 4, 4, 4)
     assert len(whole) == (levels + 1) * layers
@@ -148,20 +146,20 @@ def test_one_group_is_shown_as_its_attention_is(make_run, overrides, monkeypatch
 
 def test_layers_without_groups_are_left_out_of_the_pictures(make_run):
     about = loaded(make_run("model.depth=3", "model.group_layers=[0,2]"))
-    groups = form(about, 20)
-    scores, shown = data_scores(about, groups), one_group(about, groups, (0, 0, 0, 0), 0.0)
-    assert scores.score[1].isnan().all() and not scores.score[::2, scores.groups > 0].isnan().any()
+    groups = draw_groups(about.config, 20)
+    measured, shown = data_attention(about, groups), one_group(about, groups, (0, 0, 0, 0), 0.0)
+    assert measured.s_cross[1].isnan().all() and not measured.s_cross[::2, measured.groups > 0].isnan().any()
     assert np.isnan(shown.patch).all(axis=(1, 2, 3)).tolist() == [False, True, False] and np.isfinite(shown.mass).all()
     figure = patch_map(shown, 0, 0, 0)
     labels = [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel().startswith("layer")]
     assert labels == ["layer 0", "layer 2"] and MOST_LAYERS >= 2
-    assert picture(score_map(scores, 4)).shape[-1] == 3
+    assert picture(level_map(measured, 4)).shape[-1] == 3
 
 
 def test_a_window_leaves_the_other_levels_empty(make_run):
     about = loaded(make_run("groups.window=[-1,1]"))
-    scores = data_scores(about, form(about, 60))
-    assert scores.groups[3] > 0 and scores.groups.sum() == scores.groups[3] and scores.mean_score > 0
+    measured = data_attention(about, draw_groups(about.config, 60))
+    assert measured.groups[3] > 0 and measured.groups.sum() == measured.groups[3] and measured.mean_s_cross > 0
 
 
 @pytest.mark.parametrize("store", ["latents", "clustered"])
@@ -175,10 +173,10 @@ def test_latents_by_number_and_streamed(make_latents, save_vae, tmp_path, store)
     config = load_config(CONFIG, [*BASE, *data, *path, f"run={tmp_path}/run"])
     train(config)
     about = loaded((tmp_path / "run", config))
-    groups = form(about, 5)
+    groups = draw_groups(about.config, 5)
     assert len(groups.source.label) == (32 if store == "clustered" else 96)
-    scores, shown = data_scores(about, groups), one_group(about, groups, (4, 3, 1, 1), 0.0)
-    assert scores.groups.sum() == 5 and 0 < scores.mean_score < 2 / 3
+    measured, shown = data_attention(about, groups), one_group(about, groups, (4, 3, 1, 1), 0.0)
+    assert measured.groups.sum() == 5 and 0 < measured.mean_s_cross < 2 / 3
     assert shown.pixels.shape == (4, 32, 32, 3) and shown.patch.shape == (2, 4, 2, 2)
     assert (shown.label == groups.source.label[groups.numbers[4]]).all()
     assert np.abs(shown.levels - attention_checkpoint.LEVELS).max() < 0.1
@@ -188,7 +186,11 @@ def test_batches_do_not_matter(make_run):
     folder, config = make_run()
     small = config.model_copy(update={"sample": config.sample.model_copy(update={"batch": 12})})
     whole, parts = (loaded((folder, one)) for one in (config, small))
-    for a, b in zip(data_scores(whole, form(whole, 50)), data_scores(parts, form(parts, 50)), strict=True):
+    for a, b in zip(
+        data_attention(whole, draw_groups(whole.config, 50)),
+        data_attention(parts, draw_groups(parts.config, 50)),
+        strict=True,
+    ):
         torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=0, atol=1e-5, equal_nan=True)
 
 
@@ -214,4 +216,4 @@ def test_wrong_runs_and_options_are_one_line(make_run, tool, capsys, tmp_path):
         loaded((folder, no_layers))
     unguided = config.model_copy(update={"sample": config.sample.model_copy(update={"guidance": (1.0,)})})
     with pytest.raises(RunError, match=r"sample.uncond_group_size=4: no image sees another while sampling"):
-        sampling_scores(loaded((folder, unguided)), 4)
+        sampling_attention(loaded((folder, unguided)), 4)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.trainer import detectors
 from tests.trainer.detectors import Plain, save_images
-from trainer.checkpoints.weights import find_checkpoint
+from trainer.checkpoints.weights import WeightSource, find_checkpoint
 from trainer.config.tree import load_config
 from trainer.errors import RunError
 from trainer.loop import train
@@ -32,7 +32,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate") / "run"
     config = load_config("configs/digits.yaml", [f"run={folder}", *SMALL])
     train(config)
-    write_samples(folder, *make_samples(find_checkpoint(folder), config), config.sample.group_size)
+    write_samples(folder, *make_samples(WeightSource(find_checkpoint(folder)), config), config.sample.group_size)
     return folder
 
 

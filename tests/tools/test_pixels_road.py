@@ -16,7 +16,7 @@ from data.stores.shards import agree_on_settings, finish, write_shard
 from data.stores.store import Store, read_manifest
 from tests.stores import cut, shards, stored
 from tools.benchmarks.pictures import write_pictures
-from trainer.checkpoints.weights import find_checkpoint
+from trainer.checkpoints.weights import WeightSource, find_checkpoint
 from trainer.config.tree import load_config
 from trainer.loop import train
 from trainer.sampling.samples import make_samples, write_samples
@@ -124,7 +124,7 @@ def test_a_network_trains_on_pixels_and_its_samples_are_pixels(road, tmp_path):
     assert len(losses) == 10 and np.isfinite(losses).all() and losses[-1] < losses[0]
     assert [row["grouped"] for row in rows] == [0.5] * 10
 
-    made, label, record = make_samples(find_checkpoint(run), config)
+    made, label, record = make_samples(WeightSource(find_checkpoint(run)), config)
     write_samples(tmp_path / "samples", made, label, record, config.sample.group_size)
     arrays = np.load(tmp_path / "samples/samples.npz")
     assert arrays["arr_0"].shape == (8, SIDE, SIDE, 3) and arrays["arr_0"].dtype == np.uint8

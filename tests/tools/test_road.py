@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data.sets.registry import DataConfig, open_images
 from tests.in_process import call
 from trainer.build import build_network
-from trainer.checkpoints.weights import find_checkpoint
+from trainer.checkpoints.weights import WeightSource, find_checkpoint
 from trainer.config.tree import load_config
 from trainer.ranks import Ranks
 from trainer.sampling.generate import generate
@@ -122,7 +122,7 @@ def test_two_sharded_ranks_showed_the_samples_that_one_process_makes_from_the_em
     events = EventAccumulator(str(run), size_guidance={"images": 0}).Reload()
     shown = np.asarray(Image.open(io.BytesIO(events.Images("samples")[-1].encoded_image_string))).astype(int)
     config = load_config(run / "config.yaml")
-    ema, raw = (make_samples(find_checkpoint(run), config, raw)[0] for raw in (False, True))
+    ema, raw = (make_samples(WeightSource(find_checkpoint(run), raw), config)[0] for raw in (False, True))
     difference = {
         name: abs(grid(pixels, 4).squeeze(-1).astype(int) - shown[..., 0])
         for name, pixels in (("ema", ema), ("raw", raw))

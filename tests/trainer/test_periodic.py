@@ -9,6 +9,7 @@ from tests.trainer import detectors
 from tests.trainer.detectors import Plain, save_images
 from tests.trainer.forked import TINY, train_tiny
 from trainer.build import open_data
+from trainer.checkpoints.weights import WeightSource
 from trainer.config.tree import check_world, load_config
 from trainer.errors import RunError
 from trainer.evaluation.by_detector import evaluate_images, open_detector
@@ -71,7 +72,7 @@ def test_it_measures_what_the_tools_measure_of_the_checkpoint(runs, tmp_path, en
     assert list(found) == [64, 128, 192]
     config = evaluated(load_config(run / "config.yaml"))
     for position in (64, 192):
-        pixels, label, record = make_samples(run / "checkpoints" / f"{position:012d}", config)
+        pixels, label, record = make_samples(WeightSource(run / "checkpoints" / f"{position:012d}"), config)
         write_samples(tmp_path, pixels, label, record, config.sample.group_size)
         with process_group() as ranks:
             detector = open_detector(str(runs / "plain.pt"), ranks)
@@ -98,7 +99,7 @@ def test_tensorboard_shows_the_figures(runs):
 def test_without_a_detector_the_classifier_measures(runs):
     (row,) = rows(runs / "classified")
     config = evaluated(load_config(runs / "classified" / "config.yaml"))
-    pixels, label, _ = make_samples(runs / "classified" / "checkpoints" / "000000000128", config)
+    pixels, label, _ = make_samples(WeightSource(runs / "classified" / "checkpoints" / "000000000128"), config)
     splits = [open_data(config, split) for split in ("train", "heldout")]
     expected = evaluate(pixels.reshape(-1, *pixels.shape[2:]), label.ravel(), *splits)
     assert row["images"] == expected["images"] == 100

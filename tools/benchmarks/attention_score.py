@@ -1,4 +1,4 @@
-"""What the attention score costs in training: one measurement with its picture, over the steps between two of them."""
+"""What measuring attention costs in training: one measurement with its picture, over the steps between two of them."""
 
 import statistics
 import time
@@ -11,8 +11,8 @@ from data.batches.batch import Batch
 from models.backbones.config import ModelConfig
 from models.backbones.dit import DiT
 from models.paths.flows import LinearFlow
-from trainer.analysis.attention_plots import picture, score_map
-from trainer.analysis.attention_scores import step_scores
+from trainer.analysis.attention_plots import level_map, picture
+from trainer.analysis.cross_attention import step_attention
 from trainer.config.tree import TrainConfig
 from trainer.engines.build import build_engine
 from trainer.engines.config import EngineConfig, OptimConfig
@@ -27,7 +27,7 @@ def measure() -> tuple[Figures, Targets]:
     share is that of the default batch and interval; the picture's time does not grow."""
     gpu = torch.cuda.is_available()
     images, size = (64, "XL") if gpu else (8, "S")
-    seconds: dict[str, list[float]] = {"step": [], "score": [], "picture": []}
+    seconds: dict[str, list[float]] = {"step": [], "attention": [], "picture": []}
     with process_group() as ranks:
         network = DiT(ModelConfig(size=size), channels=4, side=32, num_classes=1000).to(ranks.device)
         config = EngineConfig(engine="single", precision="bf16" if gpu else "fp32")
@@ -36,20 +36,20 @@ def measure() -> tuple[Figures, Targets]:
             step = step_seconds(network, images, (1,), 1)[1][0]
             start = time.perf_counter()
             with engine.ema_weights():
-                scores = step_scores(engine, path, [batch], ranks.device)  # ends on the CPU: nothing to wait for
-            scored = time.perf_counter()
-            picture(score_map(scores, GROUP_SIZE))
+                attention = step_attention(engine, path, [batch], ranks.device)  # ends on the CPU: nothing to wait for
+            measured = time.perf_counter()
+            picture(level_map(attention, GROUP_SIZE))
             drawn = time.perf_counter()
             if i >= 0:  # the first turn warms up
-                for name, value in (("step", step), ("score", scored - start), ("picture", drawn - scored)):
+                for name, value in (("step", step), ("attention", measured - start), ("picture", drawn - measured)):
                     seconds[name].append(value)
     train = TrainConfig()
-    steps, larger = train.score_every / train.global_batch, train.global_batch / images
+    steps, larger = train.attention_every / train.global_batch, train.global_batch / images
     turns = zip(*seconds.values(), strict=True)
-    shares = [(score * larger + drawing) / (step * larger * steps) for step, score, drawing in turns]
+    shares = [(attention * larger + drawing) / (step * larger * steps) for step, attention, drawing in turns]
     figures: Figures = {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()}
-    ratios = [score / step for score, step in zip(seconds["score"], seconds["step"], strict=True)]
-    figures |= {"score_over_step": statistics.median(ratios), "share_of_training": statistics.median(shares)}
+    ratios = [attention / step for attention, step in zip(seconds["attention"], seconds["step"], strict=True)]
+    figures |= {"attention_over_step": statistics.median(ratios), "share_of_training": statistics.median(shares)}
     return figures, {"share_of_training": ("<", 0.01)}
 
 

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from benchmarks import Figures, Targets
 from benchmarks.memory import on_ranks
 from data.batches.batch import Batch
+from data.sets.form import ImageForm
 from models.backbones.config import ModelConfig
 from models.backbones.dit import DiT
 from models.objectives.denoising import denoising_loss
@@ -89,8 +90,9 @@ def _turns(folder: Path, state: dict[str, dict], tensors: list[torch.Tensor]) ->
         with file.open("rb", buffering=0) as stream:
             list(map(stream.readinto, buffers))
 
+    form = ImageForm((1, 8, 8), 10, None)
     ways = {
-        "ours": (lambda: checkpoint.save(folder, 0, state, "", ""), lambda: checkpoint.load(ours, state)),
+        "ours": (lambda: checkpoint.save(folder, 0, state, "", form), lambda: checkpoint.load(ours, state)),
         "plain": (lambda: write(lambda stream: stream.writelines(buffers)), read),
         "torch": (lambda: write(partial(torch.save, tensors)), lambda: torch.load(file)),
     }

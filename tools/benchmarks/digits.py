@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks import Figures, Targets
 from data.sets.registry import DataConfig, open_images
-from trainer.checkpoints.weights import find_checkpoint
+from trainer.checkpoints.weights import WeightSource, find_checkpoint
 from trainer.config.tree import load_config
 from trainer.evaluation.classifier import evaluate
 from trainer.sampling.samples import make_samples
@@ -33,7 +33,7 @@ def measure() -> tuple[Figures, Targets]:
                 settings += [f"sample.per_class={PER_CLASS}", f"sample.seed={seed}"]
                 command = [sys.executable, "tools/submit.py", "--cluster", "local", "--procs", "2", CONFIG, *settings]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-                pixels, label, _ = make_samples(find_checkpoint(run), load_config(run / "config.yaml"))
+                pixels, label, _ = make_samples(WeightSource(find_checkpoint(run)), load_config(run / "config.yaml"))
                 reports.append(evaluate(pixels.reshape(-1, *pixels.shape[2:]), label.ravel(), *splits))
             for measure in ("frechet", "class_accuracy"):
                 values = [report[measure] for report in reports]

@@ -14,7 +14,7 @@ import torch
 from benchmarks import Figures, Targets
 from models.sampling.samplers import SAMPLERS
 from trainer.build import open_data
-from trainer.checkpoints.weights import find_checkpoint
+from trainer.checkpoints.weights import WeightSource, find_checkpoint
 from trainer.config.tree import load_config, parse_config
 from trainer.evaluation.classifier import evaluate
 from trainer.loop import train
@@ -66,7 +66,7 @@ def _row(run: Path, sampler: str, budget: int) -> dict:
     steps = {"heun": budget // 2, "pseudo_corrector": budget - 1}.get(sampler, budget) or 1
     sample = {**tree["sample"], "sampler": sampler, "steps": steps, "guidance": 1, "per_class": PER_CLASS}
     config = parse_config({**tree, "sample": sample})
-    pixels, label, record = make_samples(find_checkpoint(run), config)
+    pixels, label, record = make_samples(WeightSource(find_checkpoint(run)), config)
     splits = (open_data(config, split) for split in ("train", "heldout"))
     report = evaluate(pixels.reshape(-1, *pixels.shape[2:]), label.ravel(), *splits)
     names = ("frechet", "class_accuracy", "frechet_train")

@@ -10,6 +10,7 @@ from benchmarks import Figures, Targets
 from data.batches.batch import Batch
 from data.batches.loader import BatchDataset, GroupSampler
 from data.batches.plan import steps_per_epoch
+from data.sets.form import form_of
 from data.sets.registry import open_images
 from models.objectives.denoising import denoising_loss
 from models.paths.registry import make_path
@@ -56,7 +57,7 @@ def _trainer_seconds(config: Config) -> float:
 def _bare_seconds(config: Config) -> float:
     """Mean seconds of forward, backward and AdamW on the same batches, made before: no EMA, clipping, log, loader."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = build_network(config, open_images(config.data)).to(device)
+    network = build_network(config, form_of(open_images(config.data))).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
     path = make_path(config.path)
     steps = _batches(config, device)

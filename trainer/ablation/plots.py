@@ -5,12 +5,12 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from trainer.ablation.runs import scored
+from trainer.ablation.runs import with_cross_attention
 
 
 def plot_ablation(rows: list[dict], r: dict[str, float], path: Path) -> None:
     """For each axis the guidance curves, and by value their best Frechet distance and that at the class accuracy of
-    real images, with standard deviations over seeds; below, at each weight of guidance, attention score against
+    real images, with standard deviations over seeds; below, at each weight of guidance, S_cross against
     distance, whose correlations are `r`."""
     axes = list(dict.fromkeys(row["axis"] for row in rows))
     figure = Figure(figsize=(11, 3.4 * (len(axes) + 1)), layout="constrained")  # without pyplot: needs no display
@@ -37,7 +37,7 @@ def plot_ablation(rows: list[dict], r: dict[str, float], path: Path) -> None:
         right.legend(fontsize=8)
     left, right = panels[-1]
     for place, (weight, correlation) in enumerate(r.items()):
-        points = [(row["score"], row["curve"][place]["frechet"]) for row in scored(rows)]
+        points = [(row["s_cross"], row["curve"][place]["frechet"]) for row in with_cross_attention(rows)]
         (x, dx), (y, dy) = (zip(*values, strict=True) for values in zip(*points, strict=True))
         left.errorbar(x, y, dy, dx, fmt="o", markersize=4, label=f"{weight}: r = {correlation:.2f}")
     left.set(xlabel="S_cross", ylabel="Frechet distance", yscale="log")

@@ -1,5 +1,5 @@
-"""Claims of the method, run again: for each value of an axis and each seed a run, its guidance curve, and its attention
-score."""
+"""Claims of the method, run again: for each value of an axis and each seed a run, its guidance curve, and how much the
+images of its groups attend to one another (S_cross)."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from data.stores.claims import Claims
 from data.stores.files import write_json
 from trainer.analysis import attention
 from trainer.build import open_data
-from trainer.checkpoints.weights import find_checkpoint
+from trainer.checkpoints.weights import WeightSource, find_checkpoint
 from trainer.config.fields import marked, matches
 from trainer.config.parsing import dotted, to_yaml
 from trainer.config.tree import Config, load_config
@@ -28,7 +28,7 @@ from trainer.loop import train
 from trainer.ranks import local_device
 from trainer.sampling.samples import make_samples
 
-GROUPS_SCORED = 64  # for the attention score of a run
+ATTENTION_GROUPS = 64  # over which S_cross of a run is measured
 
 
 @dataclass(frozen=True)
@@ -114,36 +114,37 @@ def run_cells(
 def measure_run(
     config: Config, guidance: tuple[float, ...], evaluate: Callable[[np.ndarray, np.ndarray], dict[str, float]]
 ) -> dict:
-    """{"curve": measures of trainer.evaluation.classifier at each weight of guidance, "score": S_cross or None}."""
+    """Return {"curve": metrics of trainer/evaluation/classifier.py at each weight of guidance, "s_cross": S_cross or
+    None}."""
     train(config)
     checkpoint = find_checkpoint(Path(config.run))
     curve = []
     for weight in guidance:
         sample = config.sample.model_copy(update={"guidance": (weight,)})
-        pixels, label, _ = make_samples(checkpoint, config.model_copy(update={"sample": sample}))
+        pixels, label, _ = make_samples(WeightSource(checkpoint), config.model_copy(update={"sample": sample}))
         curve.append({"guidance": weight, **evaluate(pixels.reshape(-1, *pixels.shape[2:]), label.ravel())})
-    return {"curve": curve, "score": attention_score(checkpoint, config)}
+    return {"curve": curve, "s_cross": s_cross(WeightSource(checkpoint), config)}
 
 
-def attention_score(checkpoint: Path, config: Config) -> float | None:
-    """S_cross on groups of the data with noise as in training, over layers and noise levels; None without groups."""
+def s_cross(source: WeightSource, config: Config) -> float | None:
+    """Return S_cross of groups of the data with noise as in training, over layers and levels; None without groups."""
     if config.groups.size < 2 or config.model.group_layers == ():
         return None
-    loaded = attention.load(checkpoint, config)
-    return attention.data_scores(loaded, attention.form(loaded, GROUPS_SCORED)).mean_score
+    loaded = attention.load_grouped(source, config)
+    return attention.data_attention(loaded, attention.draw_groups(config, ATTENTION_GROUPS)).mean_s_cross
 
 
 def summarise(cells: list[Cell], out: Path) -> list[dict]:
     """A row per axis and value: each measure as (mean, standard deviation) over the seeds, at every weight of guidance
     (`curve`) and at the weight that is best by Frechet distance for each seed (`best`); the Frechet distance where the
-    curve has the class accuracy of real images (`matched`; None if one does not); and the attention score."""
+    curve has the class accuracy of real images (`matched`; None if one does not); and S_cross."""
     rows = []
     for axis, value in dict.fromkeys((cell.axis, cell.value) for cell in cells):
-        runs = [json.loads((out / f"{c.name}.json").read_text()) for c in cells if (c.axis, c.value) == (axis, value)]
+        runs = [_read_result(out / f"{c.name}.json") for c in cells if (c.axis, c.value) == (axis, value)]
         curves = [run["curve"] for run in runs]
         best = [min(curve, key=lambda point: point["frechet"]) for curve in curves]
         matched = [at_real_accuracy(curve) for curve in curves]
-        scores = [run["score"] for run in runs if run["score"] is not None]
+        measured = [run["s_cross"] for run in runs if run["s_cross"] is not None]
         rows.append(
             {
                 "axis": axis,
@@ -152,7 +153,7 @@ def summarise(cells: list[Cell], out: Path) -> list[dict]:
                 "best": _statistics(best),
                 "curve": [_statistics(points) for points in zip(*curves, strict=True)],
                 "matched": None if None in matched else _mean_std(matched),
-                "score": _mean_std(scores) if scores else None,
+                "s_cross": _mean_std(measured) if measured else None,
             }
         )
     return rows
@@ -170,19 +171,19 @@ def at_real_accuracy(curve: list[dict]) -> float | None:
 
 
 def correlations(rows: list[dict]) -> dict[str, float]:
-    """Pearson's r of attention score and Frechet distance at each weight of guidance, over the rows with groups of 3 or
-    more, whose score says something, each run counted once; none of fewer than three."""
+    """Return Pearson's r of S_cross and Frechet distance at each weight of guidance, over the rows with groups of 3 or
+    more, where S_cross says something, each run counted once; none of fewer than three."""
     found = {}
     for place, point in enumerate(rows[0]["curve"]):
-        points = {(row["score"][0], row["curve"][place]["frechet"][0]) for row in scored(rows)}
+        points = {(row["s_cross"][0], row["curve"][place]["frechet"][0]) for row in with_cross_attention(rows)}
         if len(points) > 2:
             found[f"w={point['guidance'][0]:g}"] = float(np.corrcoef(np.array(list(points)).T)[0, 1])
     return found
 
 
-def scored(rows: list[dict]) -> list[dict]:
-    """Those with an attention score that is not 0, as it is for groups of 2."""
-    return [row for row in rows if row["score"] and row["score"][0] > 0]
+def with_cross_attention(rows: list[dict]) -> list[dict]:
+    """Return those whose S_cross is not 0, as it is for groups of 2."""
+    return [row for row in rows if row["s_cross"] and row["s_cross"][0] > 0]
 
 
 def table(rows: list[dict]) -> str:
@@ -200,7 +201,7 @@ def table(rows: list[dict]) -> str:
     ]
     lines = [" | ".join(head), " | ".join(["---"] * len(head))]
     for row in rows:
-        best, score = row["best"], row["score"]
+        best, measured = row["best"], row["s_cross"]
         lines.append(
             " | ".join(
                 [
@@ -212,11 +213,16 @@ def table(rows: list[dict]) -> str:
                     _shown(best["precision"], 3),
                     _shown(best["recall"], 3),
                     _shown(row["matched"], 2) if row["matched"] else "",
-                    _shown([100 * x for x in score], 1) + " %" if score else "",
+                    _shown([100 * x for x in measured], 1) + " %" if measured else "",
                 ]
             )
         )
     return "".join(f"| {line} |\n" for line in lines)
+
+
+def _read_result(path: Path) -> dict:
+    result = json.loads(path.read_text())
+    return {"s_cross": result.get("score"), **result}  # which older versions called so
 
 
 def _statistics(points: Iterable[dict]) -> dict[str, tuple[float, float]]:

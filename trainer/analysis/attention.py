@@ -1,9 +1,7 @@
 """The attention between the images of groups in a checkpoint: on noisy groups of its run's data, or while sampling."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,26 +17,17 @@ from models.backbones.attention_mass import observing, token_attention
 from models.objectives.denoising import denoising_loss
 from models.paths.base import share_at
 from models.paths.registry import make_path
-from trainer.analysis.attention_scores import Scores, keep_masses, mean_scores, watched
+from trainer.analysis.cross_attention import CrossAttention, keep_masses, mean_attention, watched
 from trainer.build import open_data, shares_attention
+from trainer.checkpoints.weights import WeightSource
 from trainer.config.tree import Config
 from trainer.errors import RunError
-from trainer.ranks import local_device
 from trainer.sampling.decode import make_decoder
 from trainer.sampling.generate import generate_groups
-from trainer.sampling.networks import Networks, load_networks
+from trainer.sampling.networks import Loaded, Networks, load
 from trainer.sampling.pictures import to_uint8
 
 LEVELS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # log-SNR at which the attention of one group is shown
-
-
-class Loaded(NamedTuple):
-    """A checkpoint's networks, on a device, and what they are used with."""
-
-    config: Config
-    images: Images
-    networks: Networks
-    device: torch.device
 
 
 class Groups(NamedTuple):
@@ -62,54 +51,58 @@ class OneGroup(NamedTuple):
     patch: np.ndarray
 
 
-def load(folder: Path, config: Config, raw: bool = False, file: Path | None = None) -> Loaded:
-    """A checkpoint with its EMA weights, its `raw` ones, or those of a `file`. RunError if its run has no groups."""
+def load_grouped(source: WeightSource, config: Config) -> Loaded:
+    """Load a network of a run with groups. Raise RunError if its run has none."""
     if config.groups.size < 2:
         raise RunError(f"groups.size={config.groups.size}: a run without groups; give one with groups of 2 or more")
     if config.model.group_layers == ():
         raise RunError("model.group_layers=[]: no layer of this run has groups; give one whose layers share attention")
-    images = open_data(config)
-    device = local_device()
-    return Loaded(config, images, load_networks(folder, config, images, device, raw, file), device)
+    return load(source, config)
 
 
-def form(loaded: Loaded, number: int) -> Groups:
-    """At most so many groups, as the config's query forms them; of streamed latents, in the first window of shards."""
-    config, source, graph = loaded.config.groups, loaded.images, None
-    if isinstance(source, StreamedLatents):
-        source = source.first(loaded.config.data.window)
-    number = min(number, len(source.label) // config.size)
-    if config.query == "similarity" and isinstance(source, Pool):
-        graph = nearest_neighbors(source.features, min(config.neighbors, len(source.label) - 1))
-    elif config.query == "similarity":
-        graph = source.neighbors(config.neighbors)
-    rng = np.random.default_rng([loaded.config.seed, 0])
-    numbers, fallback = form_groups(config, source.label, graph, number, rng)
-    return Groups(source, numbers, int(fallback.sum()))
+def draw_groups(config: Config, number: int) -> Groups:
+    """Return at most so many groups of the config's images, as its query forms them; of streamed latents, in the first
+    window of shards."""
+    images: Images | Pool = open_data(config)
+    graph = None
+    if isinstance(images, StreamedLatents):
+        images = images.first(config.data.window)
+    number = min(number, len(images.label) // config.groups.size)
+    if config.groups.query == "similarity" and isinstance(images, Pool):
+        graph = nearest_neighbors(images.features, min(config.groups.neighbors, len(images.label) - 1))
+    elif config.groups.query == "similarity":
+        graph = images.neighbors(config.groups.neighbors)
+    rng = np.random.default_rng([config.seed, 0])
+    numbers, fallback = form_groups(config.groups, images.label, graph, number, rng)
+    return Groups(images, numbers, int(fallback.sum()))
 
 
-def data_scores(loaded: Loaded, groups: Groups, progress: Callable[[int], object] = lambda images: None) -> Scores:
-    """Of groups with noise, timesteps, slots and classes as training draws them."""
+def data_attention(
+    loaded: Loaded, groups: Groups, progress: Callable[[int], object] = lambda images: None
+) -> CrossAttention:
+    """Measure groups with noise, timesteps, slots and classes as training draws them."""
     config, path, sums = loaded.config, make_path(loaded.config.path), []
     network = watched(loaded.networks.network, path, sums)
     numbers = np.arange(len(groups.numbers))
     for part in np.array_split(numbers, -(-len(numbers) // max(config.sample.batch // config.groups.size, 1))):
         batch = _batch(loaded, groups, part)
-        with _inference(loaded):
+        with loaded.inference():
             denoising_loss(network, path, batch)
         progress(len(batch.x))
-    return mean_scores(torch.stack(sums).sum(dim=0))
+    return mean_attention(torch.stack(sums).sum(dim=0))
 
 
-def sampling_scores(loaded: Loaded, number: int, progress: Callable[[int], object] = lambda images: None) -> Scores:
-    """Of so many groups, of each class in turn, while they are sampled as the config says: of all calls with groups."""
+def sampling_attention(
+    loaded: Loaded, number: int, progress: Callable[[int], object] = lambda images: None
+) -> CrossAttention:
+    """Measure so many groups, of each class in turn, while they are sampled as the config says: in all calls."""
     config, sums = loaded.config, []
     network, weaker, small = loaded.networks
     networks = Networks(watched(network, make_path(config.path), sums), weaker, small)
     numbers, size = np.arange(number), config.sample.group_size
     for part in np.array_split(numbers, -(-number // max(config.sample.batch // size, 1))):
         classes = part % loaded.images.num_classes
-        with _inference(loaded):
+        with loaded.inference():
             generate_groups(networks, config, loaded.images.shape, part, classes, loaded.device)
         progress(len(part) * size)
     if not sums:
@@ -117,11 +110,11 @@ def sampling_scores(loaded: Loaded, number: int, progress: Callable[[int], objec
             f"sample.uncond_group_size={config.sample.uncond_group_size}: no image sees another while sampling; the run"
             " must be sampled with groups of 2 or more, and with guidance where they are the unconditional ones"
         )
-    return mean_scores(torch.stack(sums).sum(dim=0))
+    return mean_attention(torch.stack(sums).sum(dim=0))
 
 
 def one_group(loaded: Loaded, groups: Groups, chosen: tuple[int, int, int, int], log_snr: float) -> OneGroup:
-    """Of the chosen (group, image in it, row and column of a patch), at about this log-SNR; P at LEVELS as well."""
+    """Look at the chosen (group, image in it, row and column of a patch), at about this log-SNR; P at LEVELS too."""
     config, path, network = loaded.config, make_path(loaded.config.path), loaded.networks.network
     size, cells = config.groups.size, loaded.images.shape[-1] // config.model.patch
     for name, value, limit in zip(
@@ -144,7 +137,7 @@ def one_group(loaded: Loaded, groups: Groups, chosen: tuple[int, int, int, int],
 
     def run(see: Callable[[int, Tensor, Tensor], None], wanted: float) -> float:
         share, level = share_at(path, wanted)
-        with _inference(loaded), observing(see):
+        with loaded.inference(), observing(see):
             denoising_loss(network, path, replace(batch, u=torch.full_like(batch.u, share), grouped=None))
         return level
 
@@ -158,17 +151,9 @@ def one_group(loaded: Loaded, groups: Groups, chosen: tuple[int, int, int, int],
 
 
 def _batch(loaded: Loaded, groups: Groups, chosen: np.ndarray) -> Batch:
-    """Neighbouring groups, on the device."""
+    """Successive groups, on the device."""
     config = loaded.config
     numbers = groups.numbers[chosen].ravel()
     where = MicroBatch(int(chosen[0]) * config.groups.size, numbers, in_groups=True)
     settings = config.groups, config.model.max_group_size, config.seed
     return make_batch(groups.source, *settings, where, shares_attention(config)).to(loaded.device)
-
-
-@contextmanager
-def _inference(loaded: Loaded) -> Iterator[None]:
-    """Without gradients, in the run's precision."""
-    bf16 = loaded.config.precision == "bf16"
-    with torch.no_grad(), torch.autocast(loaded.device.type, torch.bfloat16, enabled=bf16):
-        yield

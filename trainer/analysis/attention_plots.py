@@ -10,31 +10,33 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from trainer.analysis.attention import OneGroup
-from trainer.analysis.attention_scores import EDGES, Scores
+from trainer.analysis.cross_attention import EDGES, CrossAttention
 
 MOST_LAYERS = 6  # of which the attention of a patch is shown
 MOST_NUMBERED = 8  # images in a group for which there is room for numbers
 GRID = {"aspect": "auto", "origin": "lower"}
 
 
-def score_map(scores: Scores, group_size: int) -> Figure:
+def level_map(attention: CrossAttention, group_size: int) -> Figure:
     """Layer x noise level: S_cross, and the share of attention that leaves an image beside that of uniform attention;
     blank where no groups share attention."""
     uniform = 1 - 1 / group_size
-    figure = _figure(10, 1.6 + 0.25 * len(scores.score))
+    figure = _figure(10, 1.6 + 0.25 * len(attention.s_cross))
     left, right = figure.subplots(1, 2)
-    shown = left.imshow(scores.score.numpy(), vmin=0, **GRID)
+    shown = left.imshow(attention.s_cross.numpy(), vmin=0, **GRID)
     figure.colorbar(shown, ax=left)
-    left.set_title(f"S_cross, mean {scores.mean_score:.4f}", fontsize=10)
-    shown = right.imshow(scores.cross_share.numpy(), **_around(uniform, scores.cross_share.numpy()), **GRID)
+    left.set_title(f"S_cross, mean {attention.mean_s_cross:.4f}", fontsize=10)
+    shown = right.imshow(attention.cross_share.numpy(), **_around(uniform, attention.cross_share.numpy()), **GRID)
     figure.colorbar(shown, ax=right)
-    title = f"attention to other images, mean {scores.mean_cross_share:.4f}\n(white: {uniform:.4f}, uniform attention)"
+    title = (
+        f"attention to other images, mean {attention.mean_cross_share:.4f}\n(white: {uniform:.4f}, uniform attention)"
+    )
     right.set_title(title, fontsize=10)
     for axes in (left, right):
         axes.set_xlabel("log-SNR (noisy to clean)")
         axes.set_xticks(np.arange(len(EDGES)) + 0.5, [f"{edge:g}" for edge in EDGES])
         axes.set_ylabel("layer")
-        axes.set_yticks(range(0, len(scores.score), math.ceil(len(scores.score) / 14)))
+        axes.set_yticks(range(0, len(attention.s_cross), math.ceil(len(attention.s_cross) / 14)))
     return figure
 
 

@@ -4,7 +4,6 @@ and noise level (as in Yu et al., REPA, arXiv 2410.06940, sec. 3)."""
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.batches.batch import MicroBatch, make_batch
 from data.sets.registry import ARRAYS, Images
@@ -22,10 +21,10 @@ from models.objectives.denoising import denoising_loss
 from models.paths.base import share_at
 from models.paths.registry import make_path
 from trainer.build import open_data
+from trainer.checkpoints.weights import WeightSource
 from trainer.config.tree import Config
 from trainer.errors import RunError
-from trainer.ranks import local_device
-from trainer.sampling.networks import load_networks
+from trainer.sampling.networks import Loaded, load
 
 TEST_SHARE = 0.2  # of images without held-out ones, to test on
 
@@ -40,22 +39,19 @@ class Probe(NamedTuple):
 
 
 def linear_probe(
-    folder: Path,
+    source: WeightSource,
     config: Config,
     levels: list[float],
     number: int,
-    raw: bool = False,
-    file: Path | None = None,
     progress: Callable[[int], object] = lambda images: None,
 ) -> Probe:
-    """Probe a checkpoint's EMA weights, its `raw` ones, or those of a `file`, on at most `number` images at these
-    log-SNRs.
+    """Probe a network on at most `number` images of its run's data at these log-SNRs.
 
     Each image alone, without its class: nothing but its own noisy pixels can tell it. Tested on the held-out images, or
     on a fifth of the images, where there are none. RunError if there are too few.
     """
     images, rng = open_data(config), np.random.default_rng([config.seed, 1])
-    network = load_networks(folder, config, images, local_device(), raw, file).network
+    loaded = load(source, config)
     if isinstance(images, StreamedLatents):
         images = images.first(config.data.window)
     chosen = rng.permutation(len(images.label))[:number]
@@ -71,23 +67,22 @@ def linear_probe(
     path, accuracy, found = make_path(config.path), [], []
     for wanted in levels:
         share, level = share_at(path, wanted)
-        parts = [features(network, config, *part, share, progress) for part in (train, test)]
+        parts = [features(loaded, *part, share, progress) for part in (train, test)]
         accuracy.append([_accuracy(*labels, *layer) for layer in zip(*parts, strict=True)])
         found.append(level)
     return Probe(np.array(accuracy).T, np.array(found), len(labels[0]), len(labels[1]))
 
 
 def features(
-    network: nn.Module,
-    config: Config,
+    loaded: Loaded,
     images: Images | Pool,
     numbers: np.ndarray,
     share: float,
     progress: Callable[[int], object] = lambda images: None,
 ) -> np.ndarray:
-    """(layers, n, width) float32: after each block the mean over an image's patches, of the images `numbers` (n,) at
-    this share of the path's timesteps. An image's noise belongs to its place among them."""
-    device = next(network.parameters()).device
+    """Return (layers, n, width) float32: after each block the mean over an image's patches, of images `numbers` (n,)
+    at this share of the path's timesteps. An image's noise belongs to its place among them."""
+    network, config = loaded.networks.network, loaded.config
     path, patches = make_path(config.path), (images.shape[-1] // config.model.patch) ** 2
     found: list[list[Tensor]] = [[] for _ in network.blocks]
 
@@ -95,15 +90,14 @@ def features(
         found[layer].append(tokens[:, -patches:].float().mean(dim=1).cpu())  # without tokens of the class
 
     settings = config.groups, config.model.max_group_size, config.seed
-    with ExitStack() as hooks, torch.no_grad():
-        hooks.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"))
+    with ExitStack() as hooks, loaded.inference():
         for layer, block in enumerate(network.blocks):
             hooks.callback(block.register_forward_hook(lambda *args, layer=layer: keep(layer, args[-1])).remove)
         for start in range(0, len(numbers), config.sample.batch):
             part = numbers[start : start + config.sample.batch]
             batch = make_batch(images, *settings, MicroBatch(start, part, in_groups=False))
             batch = replace(batch, u=torch.full_like(batch.u, share), conditional=torch.zeros_like(batch.conditional))
-            denoising_loss(network, path, batch.to(device))
+            denoising_loss(network, path, batch.to(loaded.device))
             progress(len(part))
     return torch.stack([torch.cat(parts) for parts in found]).numpy()
 

@@ -73,6 +73,7 @@ def _run(folder: Path) -> str:
 
 def _ablation(folder: Path) -> str:
     content = json.loads((folder / "ablation.json").read_text())
+    results = [{"s_cross": row.get("score"), **row} for row in content["rows"]]  # "score" in older versions
     rows = [
         {
             "axis": row["axis"],
@@ -80,11 +81,12 @@ def _ablation(folder: Path) -> str:
             "seeds": row["seeds"],
             **{name: f"{mean:.4g} ± {deviation:.2g}" for name, (mean, deviation) in row["best"].items()},
             "at real accuracy": "{:.4g} ± {:.2g}".format(*row["matched"]) if row["matched"] else "",
-            "S_cross": "{:.4g} ± {:.2g}".format(*row["score"]) if row["score"] else "",
+            "S_cross": "{:.4g} ± {:.2g}".format(*row["s_cross"]) if row["s_cross"] else "",
         }
-        for row in content["rows"]
+        for row in results
     ]
-    r = ", ".join(f"{value:.2f} at {weight}" for weight, value in content["score_frechet_r"].items())
+    correlations = content.get("s_cross_frechet_r") or content.get("score_frechet_r", {})
+    r = ", ".join(f"{value:.2f} at {weight}" for weight, value in correlations.items())
     said = f"<p>Correlation of S_cross and Frechet distance: {r}</p>" if r else ""
     picture = _picture(folder / "ablation.svg", "mean and standard deviation over seeds")
     return (

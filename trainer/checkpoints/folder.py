@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from data.sets.form import ImageForm
 from trainer.checkpoints.files import Damaged, Sums, Writer, check_file, check_size, damaged, written
 from trainer.checkpoints.reader import Reader
 from trainer.errors import RunError, first_line
@@ -39,15 +40,15 @@ def save(
     position: int,
     state: dict[str, dict],
     config: str,
-    data: str,
+    images: ImageForm,
     metrics: dict[str, float] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> None:
     """Write the checkpoint of `position` (images seen); all ranks of the `group` call it. RunError on all of them, and
     nothing is left, if one cannot write. One that is there stays: a run that does its steps again makes it again.
 
-    `config` is the resolved config's text, `data` tells the images from others, `metrics` (name -> value) the
-    checkpoint from others.
+    `config` is the resolved config's text, `images` what the checkpoint is trained on, `metrics` (name -> value) tell
+    the checkpoint from others.
     """
     final = folder / f"{position:012d}"
     partial = folder / (final.name + INCOMPLETE)
@@ -63,8 +64,8 @@ def save(
         def finish() -> None:
             files = {name: sums for part in parts for name, sums in part.items()}
             _write(partial / "config.yaml", config, files)
-            fields = {"position": position, "world_size": dist.get_world_size(), "data": data}
-            fields |= {"metrics": metrics or {}, "files": dict(sorted(files.items()))}
+            fields = {"position": position, "world_size": dist.get_world_size(), "data": images.identity}
+            fields |= {"images": images.as_record(), "metrics": metrics or {}, "files": dict(sorted(files.items()))}
             _write(partial / MANIFEST, _manifest_text(fields), {})
             _sync(partial)
             partial.rename(final)
@@ -176,8 +177,9 @@ def load(checkpoint: Path, state: dict[str, dict]) -> int:
 
 
 def read_manifest(checkpoint: Path) -> dict:
-    """position, world_size (ranks that wrote it), data (which images), metrics, files (name -> [bytes, CRC-32]).
-    Damaged if there is none, or it is not as it was written."""
+    """Return position, world_size (ranks that wrote it), data (which images), images (their form; older versions did
+    not write it), metrics, files (name -> [bytes, CRC-32]). Raise Damaged if there is none, or it is not as it was
+    written."""
     file = checkpoint / MANIFEST
     if not file.is_file():
         raise Damaged(f"{file}: no such file; {checkpoint} is no checkpoint of ours: remove it")

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from data.sets.form import ImageForm
 from trainer.checkpoints import folder as checkpoint
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.folder import CHECKPOINTS
@@ -38,7 +39,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, position: int, states: States, config: str, data: str, metrics: dict[str, float]) -> None:
+    def save(self, position: int, states: States, config: str, images: ImageForm, metrics: dict[str, float]) -> None:
         """Begin to write `states` (folder in the run -> state) of `position`, when those before are written. What they
         hold may change when `wait_for_copy` returns."""
         self.wait()
@@ -47,7 +48,7 @@ class Saver:
                 torch.accelerator.current_stream().synchronize()
             states = self._stager.stage(states)
         # a daemon: a process that fails does not wait for it
-        arguments = (position, states, config, data, metrics)
+        arguments = (position, states, config, images, metrics)
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._thread.start()
         if not self._config.asynchronous:

@@ -1,11 +1,13 @@
 """Weights by name: read from a run, a checkpoint or a file, put into a network to start from, exported."""
 
 import argparse
+import json
 import pickle
 import re
 import shutil
 import warnings
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,11 +15,39 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from data.sets.form import ImageForm, read_form
 from trainer.checkpoints import folder as checkpoint
 from trainer.errors import RunError, first_line
 
 SAMPLE_TABLE = "sample_embedder.embedding_table.weight"  # a row per slot: the one tensor that may be longer or shorter
 _GIVE = "give a run folder, one of its checkpoints/*, a .safetensors or a .pt file"
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Where a network's weights come from: the EMA of a checkpoint, its `raw` weights, or a `file`, which needs no
+    checkpoint."""
+
+    checkpoint: Path | None
+    raw: bool = False
+    file: Path | None = None
+
+    @property
+    def weights(self) -> str:
+        """Which they are, as records say it: "ema", "model", or the file."""
+        return str(self.file) if self.file else "model" if self.raw else "ema"
+
+    @property
+    def position(self) -> int | None:
+        """Images seen by the checkpoint; None without one."""
+        return checkpoint.read_manifest(self.checkpoint)["position"] if self.checkpoint else None
+
+    def form(self) -> ImageForm | None:
+        """Return what the checkpoint or the file says of its images; None if it was written by an older version."""
+        if self.checkpoint:
+            manifest = checkpoint.read_manifest(self.checkpoint)
+            return read_form(manifest["images"], manifest["data"]) if "images" in manifest else None
+        return form_in(read_metadata(self.file)) if self.file else None
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -103,9 +133,11 @@ def check_out(out: Path) -> None:
 
 def write_weights(weights: dict[str, Tensor], out: Path, folder: Path, kind: str) -> None:
     """Write a .safetensors file, whole or not at all, that says of which checkpoint folder and which weights it is."""
-    config = folder / "config.yaml"
-    position = checkpoint.read_manifest(folder)["position"]
-    save_weights(weights, out, {"position": str(position), "config": config.read_text(), "weights": kind}, config)
+    config, manifest = folder / "config.yaml", checkpoint.read_manifest(folder)
+    about = {"position": str(manifest["position"]), "config": config.read_text(), "weights": kind}
+    if "images" in manifest:
+        about["images"] = json.dumps(manifest["images"])
+    save_weights(weights, out, about, config)
 
 
 def save_weights(weights: dict[str, Tensor], out: Path, metadata: dict[str, str], like: Path) -> None:
@@ -126,6 +158,11 @@ def read_metadata(path: Path) -> dict[str, str]:
         return {}
     with safe_open(path, "pt") as file:
         return file.metadata() or {}
+
+
+def form_in(metadata: dict[str, str]) -> ImageForm | None:
+    """Return what the metadata of a file say of its images, if anything."""
+    return read_form(json.loads(metadata["images"])) if "images" in metadata else None
 
 
 def _read_file(path: Path, raw: bool) -> dict[str, Tensor]:

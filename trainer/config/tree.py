@@ -34,7 +34,7 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """Images between two log entries; metrics.jsonl has every step."""
     sample_every: int = Field(0, ge=0, json_schema_extra={"may_change": True})
     """Images between two sample grids in TensorBoard. 0: none."""
-    score_every: int = Field(1_280_000, ge=0, json_schema_extra={"may_change": True})
+    attention_every: int = Field(1_280_000, ge=0, json_schema_extra={"may_change": True})
     """Images between two measurements of how much attention crosses images of a group. 0: none."""
     timeout: float = Field(1800, gt=0, json_schema_extra={"may_change": True, "affects_results": False})
     """Seconds after which a rank stops waiting for the others, and the run fails."""

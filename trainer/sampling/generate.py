@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.randomness import Purpose, draw, step_noise
-from data.sets.registry import Images
+from data.sets.form import ImageForm
 from models.paths.registry import make_path
 from models.sampling.generation import sample_images
 from trainer.config.tree import Config
@@ -19,13 +19,13 @@ from trainer.sampling.networks import Networks
 def generate(
     networks: Networks,
     config: Config,
-    images: Images,
+    images: ImageForm,
     ranks: Ranks,
     progress: Callable[[int], object] = lambda number: None,
     classes: Sequence[int] | None = None,
 ) -> tuple[Tensor, int]:
-    """(images (classes, sample.per_class, C, H, W), latents or in [-1, 1], on the CPU, groups contiguous; number of
-    evaluations). `classes`: which; None: all.
+    """Return (images (classes, sample.per_class, C, H, W), latents or in [-1, 1], on the CPU, groups contiguous; number
+    of evaluations). `classes`: which; None: all.
 
     Any number of ranks makes the same images. Groups are dealt to the ranks in equal numbers (the last one again, where
     they do not divide), because a sharded network needs all ranks in every call. A class has whole groups, cut to

@@ -2,7 +2,7 @@
 
 The samples are cut into parts of whole groups. A part is claimed by one process and made in one batch, and what is
 random in it belongs to the numbers of its samples: so any number of processes makes the same images, bit for bit on one
-kind of machine, and the same command goes on where it was stopped.
+kind of machine, and the same command resumes where it was stopped.
 """
 
 import zipfile
@@ -17,12 +17,12 @@ from tqdm import tqdm
 from data.stores.claims import Claims, wait_for_lock
 from data.stores.files import appearing, disk_errors, write_json
 from data.stores.shards import agree_on_settings
-from trainer.build import open_data
+from trainer.checkpoints.weights import WeightSource
 from trainer.config.tree import Config
 from trainer.ranks import local_device
 from trainer.sampling.decode import make_decoder
 from trainer.sampling.generate import generate_groups
-from trainer.sampling.networks import load_networks
+from trainer.sampling.networks import load
 from trainer.sampling.pictures import to_uint8
 from trainer.sampling.samples import describe
 
@@ -30,37 +30,33 @@ PARTS, SAMPLES, RECORD = "parts", "samples.npz", "samples.json"
 
 
 def sample_many(
-    folder: Path | None,
+    source: WeightSource,
     config: Config,
     number: int,
     out: Path,
     form: Literal["npz", "png"],
-    raw: bool = False,
-    file: Path | None = None,
     process: int = 0,
     processes: int = 1,
 ) -> bool:
-    """Make the parts that nobody else makes; whether all are there then, and so the set of `number` samples.
+    """Make the parts that nobody else makes; return whether all are there then, and so the set of `number` samples.
 
     Groups have a class each, in turn. npz: samples.npz with arr_0 (number, H, W, C) uint8 and arr_1, the classes; png:
     a file per sample in folders of their classes. DataError if `out` holds others, or the disk is full.
     """
     with disk_errors(out):
-        return _sample_many(folder, config, number, out, form, raw, file, process, processes)
+        return _sample_many(source, config, number, out, form, process, processes)
 
 
 def _sample_many(
-    folder: Path | None,
+    source: WeightSource,
     config: Config,
     number: int,
     out: Path,
     form: Literal["npz", "png"],
-    raw: bool,
-    file: Path | None,
     process: int,
     processes: int,
 ) -> bool:
-    record = describe(folder, config, raw, file) | {"number": number, "form": form}
+    record = describe(source, config) | {"number": number, "form": form}
     agree_on_settings(out, {name: value for name, value in record.items() if name != "per_class"})
     if (out / RECORD).exists():
         return True
@@ -69,19 +65,18 @@ def _sample_many(
     per_part = max(config.sample.batch // size, 1)
     names = [f"part-{part:06d}.npz" for part in range(-(-groups // per_part))]
 
-    device = local_device()
-    if device.type == "cpu":
+    if local_device().type == "cpu":
         torch.set_num_threads(1)  # sums depend on the number of threads, which depends on that of processes
-    images = open_data(config)
-    decode = make_decoder(images.vae, images.shape[0], device)
-    networks = load_networks(folder, config, images, device, raw, file)
+    loaded = load(source, config)
+    images = loaded.images
+    decode = make_decoder(images.vae, images.shape[0], loaded.device)
     claims = Claims(out / PARTS, names, process * len(names) // processes, complete=out / RECORD)
     with tqdm(total=number, unit="img", desc="sample", initial=_made(out, names, per_part * size, number)) as bar:
         for part in claims:
             chosen = np.arange(part * per_part, min((part + 1) * per_part, groups))
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            with loaded.inference():
                 made, evaluations = generate_groups(
-                    networks, config, images.shape, chosen, chosen % images.num_classes, device
+                    loaded.networks, config, images.shape, chosen, chosen % images.num_classes, loaded.device
                 )
             pixels = to_uint8(decode(made).cpu())[: number - part * per_part * size]
             if form == "png":

@@ -1,18 +1,21 @@
 """The networks that sample: of a checkpoint or a file, and those that sample.weaker and sample.small name."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from data.sets.registry import Images
+from data.sets.form import ImageForm
 from models.sampling.guidance import Network
-from trainer.build import build_network
+from trainer.build import build_network, find_form
 from trainer.checkpoints import folder as checkpoint
-from trainer.checkpoints.weights import find_checkpoint, find_weights, read_weights, start_from
+from trainer.checkpoints.weights import WeightSource, find_checkpoint, find_weights, read_weights, start_from
 from trainer.config.tree import Config
 from trainer.errors import RunError
+from trainer.ranks import local_device
 from trainer.run_folder import read_config
 
 
@@ -31,26 +34,37 @@ def fixed(config: Config) -> Config:
     return config.model_copy(update={"sample": config.sample.model_copy(update=found)})
 
 
-def load_networks(
-    folder: Path | None,
-    config: Config,
-    images: Images,
-    device: torch.device,
-    raw: bool = False,
-    file: Path | None = None,
-) -> Networks:
-    """The network of a checkpoint with its EMA weights, its `raw` ones, or those of a `file`, and those that
-    sample.weaker and sample.small name, with their EMA weights."""
+class Loaded(NamedTuple):
+    """Networks on a device, with the config that they are used with and the form of what they generate."""
+
+    config: Config
+    images: ImageForm
+    networks: Networks
+    device: torch.device
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Call them inside of it: without gradients, in the config's precision."""
+        bf16 = self.config.precision == "bf16"
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            yield
+
+
+def load(source: WeightSource, config: Config) -> Loaded:
+    """Load the network of these weights, and those that sample.weaker and sample.small name with their EMA weights, on
+    the device of this process. Raise RunError if weights are not there or of another model."""
+    images, device = find_form(config, source), local_device()
     network = build_network(config, images)
-    if file:
-        start_from(network, read_weights(file, raw), str(file))
-    else:
-        checkpoint.load(folder, {"model" if raw else "ema": network.state_dict()})  # fills the network's own tensors
+    if source.file:
+        start_from(network, read_weights(source.file, source.raw), str(source.file))
+    elif source.checkpoint:
+        part = "model" if source.raw else "ema"
+        checkpoint.load(source.checkpoint, {part: network.state_dict()})  # fills the network's own tensors
     others = [_load_other(name, config, images) for name in ("weaker", "small")]
-    return Networks(*(net and net.to(device).eval() for net in (network, *others)))
+    return Loaded(config, images, Networks(*(net and net.to(device).eval() for net in (network, *others))), device)
 
 
-def _load_other(name: str, config: Config, images: Images) -> nn.Module | None:
+def _load_other(name: str, config: Config, images: ImageForm) -> nn.Module | None:
     """The network that sample.NAME means: of a run or checkpoint, as its config says; of a file, as this one says."""
     source = getattr(config.sample, name)
     if source is None:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from trainer.checkpoints.weights import WeightSource
 from trainer.config.fields import marked, matches
 from trainer.config.parsing import set_dotted
 from trainer.config.tree import Config, parse_config
@@ -52,8 +53,8 @@ def run_sweep(
             folder = out / ",".join(f"{name}={value}" for name, value in choice.items()).replace("/", "_")
             weights = choice.get(WEIGHTS, "ema")
             if not _there(folder, checkpoint, config, weights):
-                named = Path(weights) if weights not in ("ema", "raw") else None
-                made = make_samples(checkpoint, config, weights == "raw", named, progress)
+                file = Path(weights) if weights not in ("ema", "raw") else None
+                made = make_samples(WeightSource(checkpoint, weights == "raw", file), config, progress)
                 write_samples(folder, *made, config.sample.group_size)
             rows.append({"axes": choice, **measure(folder)})
             file.write(json.dumps(rows[-1]) + "\n")

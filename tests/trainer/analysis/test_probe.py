@@ -6,14 +6,16 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from data.sets.form import ImageForm
 from data.sets.registry import ArrayImages, open_images
 from models.backbones.registry import make_network
 from trainer.analysis.probe import features, linear_probe
 from trainer.build import build_network
 from trainer.checkpoints import folder as checkpoint
-from trainer.checkpoints.weights import find_checkpoint
+from trainer.checkpoints.weights import WeightSource, find_checkpoint
 from trainer.config.tree import load_config
 from trainer.loop import train
+from trainer.sampling.networks import Loaded, Networks
 
 CONFIG = "tests/trainer/tiny.yaml"
 JIT = ["model.backbone=jit", "model.context_tokens=3", "model.context_start=1", "path=jit"]
@@ -26,6 +28,10 @@ def run(tmp_path_factory):
     config = load_config(CONFIG, ["engine=single", "train.images=3200", "optim.lr=5e-3", f"run={folder}"])
     train(config)
     return find_checkpoint(folder), config
+
+
+def loaded(network, config):
+    return Loaded(config, ImageForm((1, 8, 8), 10, None), Networks(network), torch.device("cpu"))
 
 
 def some_images(config, number=11, seed=0):
@@ -44,7 +50,7 @@ def test_features_are_means_of_the_patches_after_each_block(random_weights, over
         block.register_forward_pre_hook(lambda block, args: seen.append(args[0]))
     network.final_layer.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
     numbers = np.array([3, 1, 7])
-    found = features(network, config, images, numbers, 0.3)
+    found = features(loaded(network, config), images, numbers, 0.3)
     for layer, tokens in enumerate(seen[1:]):  # what a block gives is what the next one gets
         assert torch.equal(torch.from_numpy(found[layer]), tokens[:, -16:].mean(dim=1)), layer
     assert len(found) == len(network.blocks) == len(seen) - 1
@@ -54,16 +60,16 @@ def test_features_depend_on_no_batch_and_on_no_class(random_weights):
     config = load_config(CONFIG, ["sample.batch=4"])
     network, images = random_weights(make_network(config.model, 1, 8, 10, 1), 3), some_images(config)
     numbers = np.arange(11)
-    found = features(network, config, images, numbers, 0.5)
+    found = features(loaded(network, config), images, numbers, 0.5)
     whole = config.model_copy(update={"sample": config.sample.model_copy(update={"batch": 11})})
-    np.testing.assert_allclose(found, features(network, whole, images, numbers, 0.5), atol=1e-5)
+    np.testing.assert_allclose(found, features(loaded(network, whole), images, numbers, 0.5), atol=1e-5)
     other = ArrayImages(images.x, 9 - images.label, images.features, 10)
-    assert np.array_equal(found, features(network, config, other, numbers, 0.5))
-    assert not np.allclose(found, features(network, config, images, numbers, 0.6), atol=1e-3)
+    assert np.array_equal(found, features(loaded(network, config), other, numbers, 0.5))
+    assert not np.allclose(found, features(loaded(network, config), images, numbers, 0.6), atol=1e-3)
 
 
 def test_digits_are_read_best_where_there_is_little_noise_and_not_at_all_where_there_is_nothing_else(run):
-    probe = linear_probe(*run, [-14.0, 0.0, 8.0], 10_000)
+    probe = linear_probe(WeightSource(run[0]), run[1], [-14.0, 0.0, 8.0], 10_000)
     noise, _, clean = probe.accuracy.T
     assert probe.accuracy.shape == (2, 3) and np.allclose(probe.levels, [-14, 0, 8], atol=0.2)
     assert (probe.train_images, probe.test_images) == tuple(
@@ -74,7 +80,7 @@ def test_digits_are_read_best_where_there_is_little_noise_and_not_at_all_where_t
 
 def test_accuracy_is_that_of_a_regression_by_hand(run):
     folder, config = run
-    probe = linear_probe(folder, config, [4.0], 300)
+    probe = linear_probe(WeightSource(folder), config, [4.0], 300)
     rng = np.random.default_rng([config.seed, 1])
     sets = [open_images(config.data, split) for split in ("train", "heldout")]
     chosen = [rng.permutation(len(images))[:300] for images in sets]
@@ -82,7 +88,10 @@ def test_accuracy_is_that_of_a_regression_by_hand(run):
     checkpoint.load(folder, {"ema": network.state_dict()})
     t = torch.linspace(0, 1, 100_001)
     share = float(t[(2 * (t / (1 - t)).log() - 4).abs().nan_to_num(9).argmin()])
-    x, y = (features(network, config, images, numbers, share)[1] for images, numbers in zip(sets, chosen, strict=True))
+    x, y = (
+        features(loaded(network, config), images, numbers, share)[1]
+        for images, numbers in zip(sets, chosen, strict=True)
+    )
     scaler = StandardScaler().fit(x)
     regression = LogisticRegression(max_iter=1000).fit(scaler.transform(x), sets[0].label[chosen[0]])
     expected = np.mean(regression.predict(scaler.transform(y)) == sets[1].label[chosen[1]])

@@ -94,10 +94,10 @@ def test_an_ablation_is_a_table_and_its_plot(tmp_path):
         "best": best,
         "curve": [best],
         "matched": [1.75, 0.5],
-        "score": [0.01, 0.002],
+        "s_cross": [0.01, 0.002],
     }
     (tmp_path / "ablation.json").write_text(
-        json.dumps({"rows": [row, {**row, "score": None}], "score_frechet_r": {"w=1.5": -0.5}})
+        json.dumps({"rows": [row, {**row, "s_cross": None}], "s_cross_frechet_r": {"w=1.5": -0.5}})
     )
     (tmp_path / "ablation.svg").write_text("<svg></svg>")
     page = Page(render([tmp_path]))

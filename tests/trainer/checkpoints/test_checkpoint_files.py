@@ -10,9 +10,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from data.sets.form import ImageForm
 from trainer.checkpoints import folder as checkpoint
 from trainer.checkpoints.files import AHEAD, PIECE, Source, check_file, written
 from trainer.errors import RunError
+
+FORM = ImageForm((1, 8, 8), 10, None, "images")
 
 RANDOM = random.SystemRandom()
 
@@ -60,7 +63,7 @@ def same(one, other):
 @pytest.mark.parametrize("seed", range(3))
 def test_what_we_save_stock_dcp_loads_bit_for_bit_and_so_do_we(seed, alone, tmp_path):
     state = random_state(seed)
-    checkpoint.save(tmp_path, 1, state, "seed: 0\n", "images")
+    checkpoint.save(tmp_path, 1, state, "seed: 0\n", FORM)
     ours, theirs = empty(state), empty(state)
     assert checkpoint.load(tmp_path / "000000000001", ours) == 1
     dcp.load(theirs, storage_reader=dcp.FileSystemReader(tmp_path / "000000000001"))
@@ -71,7 +74,7 @@ def test_what_we_save_stock_dcp_loads_bit_for_bit_and_so_do_we(seed, alone, tmp_
 def test_what_stock_dcp_saved_we_load_bit_for_bit(seed, alone, tmp_path):
     """As checkpoints were, with the sums of each tensor and without; also into strided tensors."""
     state, folder = random_state(seed), tmp_path / "000000000001"
-    checkpoint.save(tmp_path, 1, state, "seed: 0\n", "images")
+    checkpoint.save(tmp_path, 1, state, "seed: 0\n", FORM)
     fields = checkpoint.read_manifest(folder)
     torch.serialization.set_crc32_options(bool(seed % 2))
     for file in folder.glob("*.distcp"):
@@ -90,7 +93,7 @@ def test_what_stock_dcp_saved_we_load_bit_for_bit(seed, alone, tmp_path):
 
 def test_a_part_that_is_loaded_is_right_and_all_files_are_verified(alone, tmp_path):
     state = random_state(7)
-    checkpoint.save(tmp_path, 1, state, "", "images")
+    checkpoint.save(tmp_path, 1, state, "", FORM)
     folder = tmp_path / "000000000001"
     part = {"ema": empty(state["ema"])}
     checkpoint.load(folder, part)

@@ -16,12 +16,15 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
+from data.sets.form import ImageForm
 from tests.patience import PATIENCE
 from tests.trainer.forked import Forked, train_tiny
 from trainer.checkpoints import folder as checkpoint
 from trainer.checkpoints.files import PIECE
 from trainer.errors import RunError
 from trainer.ranks import process_group
+
+FORM = ImageForm((1, 8, 8), 10, None, "images")
 
 RANDOM = random.SystemRandom()
 LAST = "checkpoints/000000000640"
@@ -142,7 +145,7 @@ def test_damage_is_found_on_loading_and_named_by_all_ranks_however_many_they_are
 
 def test_the_checksums_are_of_all_bytes_also_of_large_files(tmp_path):
     with process_group():
-        checkpoint.save(tmp_path, 1, {"model": {"a": torch.randn(9_000_001)}}, "", "images")
+        checkpoint.save(tmp_path, 1, {"model": {"a": torch.randn(9_000_001)}}, "", FORM)
     contents = {path.name: path.read_bytes() for path in (tmp_path / "000000000001").iterdir()}
     files = json.loads(contents.pop(checkpoint.MANIFEST))["files"]
     assert files == {name: [len(content), zlib.crc32(content)] for name, content in contents.items()}

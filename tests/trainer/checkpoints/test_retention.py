@@ -7,11 +7,14 @@ import subprocess
 import pytest
 import torch
 
+from data.sets.form import ImageForm
 from tests.trainer.forked import positions, train_tiny
 from trainer.checkpoints import folder as checkpoint
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.folder import CHECKPOINTS
 from trainer.checkpoints.retention import prune, remove
+
+FORM = ImageForm((1, 8, 8), 10, None, "images")
 
 RANDOM = random.SystemRandom()
 LAST = "checkpoints/000000000640"
@@ -33,7 +36,7 @@ def test_what_stays_is_the_newest_the_first_after_each_multiple_and_the_best(alo
             position += RANDOM.choice([1, 20, 50, 90, 300])
             metrics = {"loss": RANDOM.choice([1.0, 2.0, 3.0])} if RANDOM.random() < 0.8 else {"other": 0.0}
             history.append((position, metrics.get("loss")))
-            checkpoint.save(folder, position, small_state(), "", "images", metrics)
+            checkpoint.save(folder, position, small_state(), "", FORM, metrics)
             prune(folder, config)
             expected = {seen for seen, _ in history[-keep:]}
             for multiple in range(keep_every, position + 1, keep_every or position + 1):
@@ -52,7 +55,7 @@ def test_a_damaged_checkpoint_neither_counts_nor_goes_so_the_last_good_ones_stay
         folder, keep = tmp_path / str(number), RANDOM.randint(1, 3)
         good, damaged = [], []
         for position in range(1, 13):
-            checkpoint.save(folder, position, small_state(), "seed: 0\n", "images", {"loss": 1.0 / position})
+            checkpoint.save(folder, position, small_state(), "seed: 0\n", FORM, {"loss": 1.0 / position})
             good.append(position)
             if RANDOM.random() < 0.5:
                 broken = RANDOM.choice(good)
@@ -70,9 +73,9 @@ def test_a_damaged_checkpoint_neither_counts_nor_goes_so_the_last_good_ones_stay
 
 def test_what_cannot_be_deleted_now_harms_no_run_and_goes_later(alone, small_disk, tmp_path):
     """As a file on NFS that somebody reads; here something is mounted in the checkpoint."""
-    checkpoint.save(tmp_path, 1, small_state(), "", "images")
+    checkpoint.save(tmp_path, 1, small_state(), "", FORM)
     small_disk(tmp_path / "000000000001/busy", MB)
-    checkpoint.save(tmp_path, 2, small_state(), "", "images")
+    checkpoint.save(tmp_path, 2, small_state(), "", FORM)
     prune(tmp_path, CheckpointConfig(keep=1))
     left = tmp_path / "000000000001.incomplete"
     assert checkpoint.find(tmp_path) == ([tmp_path / "000000000002"], [left])
@@ -96,7 +99,7 @@ def test_a_run_keeps_the_checkpoint_of_its_lowest_loss(ranks, undisturbed, metri
 
 def test_one_that_cannot_be_moved_away_stays_with_a_warning(alone, tmp_path):
     for position in (1, 2, 3):
-        checkpoint.save(tmp_path, position, small_state(), "", "")
+        checkpoint.save(tmp_path, position, small_state(), "", FORM)
     (tmp_path / "000000000001.incomplete").mkdir()
     (tmp_path / "000000000001.incomplete/of a user").touch()
     with pytest.warns(UserWarning, match="000000000001: cannot be removed: Directory not empty"):

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from data.sets.form import ImageForm
 from tests.patience import PATIENCE
 from tests.trainer.forked import newest_is_good, one_line, positions, train_hasty, train_tiny
 from trainer.checkpoints import folder as checkpoint
@@ -22,6 +23,8 @@ from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.folder import CHECKPOINTS
 from trainer.checkpoints.saver import Saver
 from trainer.ranks import process_group
+
+FORM = ImageForm((1, 8, 8), 10, None, "images")
 
 RANDOM = random.SystemRandom()
 LAST = "checkpoints/000000000640"
@@ -61,7 +64,7 @@ def test_a_state_that_changes_as_soon_as_it_is_copied_is_written_as_it_was(devic
         for number in range(1, 5):
             for (_, tensor), (_, new) in zip(leaves(live), leaves(random_state(number)), strict=True):
                 tensor.copy_(new)
-            saver.save(number, {CHECKPOINTS: live}, "", "images", {})
+            saver.save(number, {CHECKPOINTS: live}, "", FORM, {})
             saver.wait_for_copy()
             for _, tensor in leaves(live):
                 tensor.fill_(float("nan"))
@@ -88,7 +91,7 @@ def save_sharded(folder, rounds):
             for number in range(1, rounds + 1):
                 for _, tensor in leaves(live):
                     fill(tensor, number)
-                saver.save(number, {CHECKPOINTS: live}, "", "images", {})
+                saver.save(number, {CHECKPOINTS: live}, "", FORM, {})
                 saver.wait_for_copy()
                 for _, tensor in leaves(live):
                     fill(tensor, float("nan"))
@@ -127,7 +130,7 @@ def measure(folder, asynchronous, size):
             for rounds in (1, 5):
                 Path("/proc/self/clear_refs").write_text("5")  # forget the peak
                 for number in range(rounds):
-                    saver.save(10 * rounds + number, {CHECKPOINTS: state}, "", "images", {})
+                    saver.save(10 * rounds + number, {CHECKPOINTS: state}, "", FORM, {})
                 saver.wait()
                 found.append(memory("VmHWM"))
             found.append(memory("VmRSS"))
@@ -197,14 +200,14 @@ def save_on_ever_smaller_disks(folder, sizes):
                 shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
             dist.barrier()
             state = {"model": {"a": distribute_tensor(torch.full((2, 20_000), float(number)), mesh, [Shard(0)])}}
-            checkpoint.save(folder / CHECKPOINTS, 1, state, "seed: 0\n" * 1000, "images")
+            checkpoint.save(folder / CHECKPOINTS, 1, state, "seed: 0\n" * 1000, FORM)
             used = sum(file.stat().st_blocks * 512 for file in folder.rglob("*"))
             _resize(ranks, folder, used + size)
             asynchronous = bool(number % 2)
             error = None
             try:
                 with Saver(folder, CheckpointConfig(keep=9, asynchronous=asynchronous), timeout=60) as saver:
-                    saver.save(number, {CHECKPOINTS: state}, "seed: 0\n" * 1000, "images", {})
+                    saver.save(number, {CHECKPOINTS: state}, "seed: 0\n" * 1000, FORM, {})
             except checkpoint.RunError as failed:
                 error = str(failed)
             dist.barrier()

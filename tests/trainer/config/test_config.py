@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from tests.stores import encoded, noise, pixels, write
 from tests.trainer import detectors
 from trainer.build import open_data
-from trainer.checkpoints.weights import find_checkpoint
+from trainer.checkpoints.weights import WeightSource, find_checkpoint
 from trainer.config.fields import field_names
 from trainer.config.parsing import dotted, to_yaml
 from trainer.config.tree import Config, check_world, load_config, parse_config
@@ -232,11 +232,11 @@ def test_every_field_is_read_by_something(tmp_path, tiny, monkeypatch, make_late
     for each in (config, within):
         check_world(each, 1)
         train(each)
-        make_samples(find_checkpoint(Path(each.run)), each)
+        make_samples(WeightSource(find_checkpoint(Path(each.run))), each)
     for each in (by_number, streamed, by_pixels, jit, ddpm):
         train(each)
     for each in (adaptive, noisy):
-        make_samples(find_checkpoint(Path(each.run)), each)
+        make_samples(WeightSource(find_checkpoint(Path(each.run))), each)
     monkeypatch.undo()
 
     def fields(model):

@@ -25,7 +25,7 @@ def test_marks_say_what_may_change_when_a_run_continues():
         "train.micro_batch",
         "train.log_every",
         "train.sample_every",
-        "train.score_every",
+        "train.attention_every",
         "train.timeout",
         "data.workers",
     )

@@ -5,7 +5,7 @@ from torch import nn
 from data.sets.registry import DataConfig, open_images
 from tests.trainer.forked import train_tiny
 from trainer.build import build_network
-from trainer.checkpoints.weights import find_checkpoint
+from trainer.checkpoints.weights import WeightSource, find_checkpoint
 from trainer.config.tree import load_config
 from trainer.engines.ema import EMA
 from trainer.ranks import Ranks
@@ -52,8 +52,8 @@ def test_samples_come_from_the_ema_weights(ranks, tensors, tmp_path):
     ranks.run(1, train_tiny, f"run={run}", "optim.lr=1e-2", "optim.warmup=0", "optim.ema=0.99")
     config = load_config(run / "config.yaml")
     checkpoint = find_checkpoint(run)
-    pixels, _, record = make_samples(checkpoint, config)
-    raw, _, raw_record = make_samples(checkpoint, config, raw=True)
+    pixels, _, record = make_samples(WeightSource(checkpoint), config)
+    raw, _, raw_record = make_samples(WeightSource(checkpoint, raw=True), config)
     assert record["weights"] == "ema" and raw_record["weights"] == "model"
     assert (pixels != raw).mean() > 0.1
 

@@ -110,7 +110,7 @@ def test_in_a_runs_batches_groups_share_attention_at_the_noisy_end(tiny, tmp_pat
     images, ranks = open_images(config.data), Ranks(0, 1, CPU)
     counts = []
     with Monitor(tmp_path, ranks, 0, 0, 640) as monitor:
-        for micro_batches in make_batches(config, images, ranks, 0, 8, monitor):
+        for micro_batches in make_batches(config, images, ranks, 0, 8, monitor.plan):
             for batch in (batch for batch in micro_batches if batch.in_groups):
                 share = batch.u.double().numpy()
                 published = {"ddpm": np.floor(share * 1000), "jit": expit(norm.ppf(share, -0.8, 0.8))}

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data.errors import DataError
 from tests.trainer.forked import train_tiny
-from trainer.checkpoints.weights import find_checkpoint
+from trainer.checkpoints.weights import WeightSource, find_checkpoint
 from trainer.config.tree import load_config, parse_config
 from trainer.sampling.many import sample_many
 
@@ -20,12 +20,12 @@ NUMBER = 64
 
 @pytest.fixture(scope="module", params=["heun", "sde"])
 def of(request, tmp_path_factory):
-    """(checkpoint, config) of a tiny run, with sampling by `sampler`."""
+    """(weights, config) of a tiny run, with sampling by `sampler`."""
     run = tmp_path_factory.mktemp("many") / "run"
     train_tiny(f"run={run}", "engine=single", "train.images=64")
     tree = load_config(run / "config.yaml").model_dump()
     tree["sample"] |= {"sampler": request.param, "steps": 3, "batch": 10, "guidance": [1.5, 2.5], "seed": 5}
-    return find_checkpoint(run), parse_config(tree)
+    return WeightSource(find_checkpoint(run)), parse_config(tree)
 
 
 def make(of, out, process, processes, form="npz", number=NUMBER):
@@ -91,7 +91,7 @@ def test_the_record_says_how_they_were_made(of, tmp_path):
     assert len(read(tmp_path)[0]) == record["number"] == 7
     assert (record["sampler"], record["steps"], record["seed"]) == (sample.sampler, 3, 5)
     assert record["evaluations"] == {"heun": 6, "sde": 3}[sample.sampler]
-    assert record["checkpoint"] == str(of[0]) and record["weights"] == "ema"
+    assert record["checkpoint"] == str(of[0].checkpoint) and record["weights"] == "ema"
 
 
 def test_a_folder_with_other_samples_is_refused(of, tmp_path):

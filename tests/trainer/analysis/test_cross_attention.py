@@ -11,7 +11,7 @@ from models.backbones.config import ModelConfig
 from models.backbones.registry import make_network
 from models.paths.flows import LinearFlow
 from tests.trainer.forked import train_tiny
-from trainer.analysis.attention_scores import EDGES, as_record, mean_scores, watched
+from trainer.analysis.cross_attention import EDGES, as_record, mean_attention, watched
 
 ENGINES = {  # name -> (ranks, overrides)
     "single": (1, ["engine=single"]),
@@ -24,14 +24,14 @@ RUN = ["groups.size=4", "groups.splits=4", "groups.window=[-2,9]", "train.images
 
 @pytest.fixture(scope="module")
 def runs(module_ranks, tmp_path_factory):
-    """Of each engine a run with scores at every second step, and one without."""
+    """Of each engine a run that measures it at every second step, and one without."""
     folder = tmp_path_factory.mktemp("runs")
     for world in (1, 2):
         module_ranks.run_many(
             world,
             train_tiny,
             *(
-                [*RUN, *overrides, f"run={folder}/{name}-{every}", f"train.score_every={every}"]
+                [*RUN, *overrides, f"run={folder}/{name}-{every}", f"train.attention_every={every}"]
                 for name, (ranks, overrides) in ENGINES.items()
                 for every in (64, 0)
                 if ranks == world
@@ -49,7 +49,7 @@ def board(run):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_scores_leave_training_as_it_is_bit_for_bit(runs, same, engine):
+def test_measuring_leaves_training_as_it_is_bit_for_bit(runs, same, engine):
     same(runs / f"{engine}-64", runs / f"{engine}-0", engine, "checkpoints/000000000128")
 
 
@@ -86,7 +86,7 @@ def call(seed, log_snr, group_size):
     return x, t, torch.randint(-1, 5, (images,), generator=generator), slot
 
 
-def scored(network, inputs, group_size, grouped=None):
+def measured(network, inputs, group_size, grouped=None):
     sums = []
     with torch.no_grad():
         out = watched(network, LinearFlow(), sums)(*inputs, group_size, grouped)
@@ -100,48 +100,50 @@ def test_a_cell_is_the_mean_of_its_groups(network, seed, backbone):
     log_snr = [-9.0, -5.1, -4.9, -4.0, 0.0, 0.5, 1.1, 4.9, 5.1, 8.0]
     buckets = [0, 0, 1, 1, 3, 3, 4, 5, 6, 6]
     inputs = call(seed, log_snr, size)
-    out, sums = scored(net, inputs, size)
+    out, sums = measured(net, inputs, size)
     with torch.no_grad():
         assert torch.equal(out, net(*inputs, size))
-    scores = mean_scores(sums[0])
-    assert scores.groups.tolist() == [2, 2, 0, 2, 1, 1, 2] and len(EDGES) == 6
+    attention = mean_attention(sums[0])
+    assert attention.groups.tolist() == [2, 2, 0, 2, 1, 1, 2] and len(EDGES) == 6
     alone = []
     for i in range(len(log_snr)):
-        _, one = scored(net, [part[i * size : (i + 1) * size] for part in inputs], size)
-        alone.append(mean_scores(one[0]))
+        _, one = measured(net, [part[i * size : (i + 1) * size] for part in inputs], size)
+        alone.append(mean_attention(one[0]))
     for bucket in range(7):
         mine = [one for one, where in zip(alone, buckets, strict=True) if where == bucket]
-        for name in ("score", "cross_share"):
-            found = getattr(scores, name)[:, bucket]
+        for name in ("s_cross", "cross_share"):
+            found = getattr(attention, name)[:, bucket]
             if mine:
                 expected = torch.stack([getattr(one, name)[:, bucket] for one in mine]).mean(dim=0)
                 torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
             else:
                 assert found.isnan().all()
-    assert scores.mean_score == pytest.approx(sum(one.mean_score for one in alone) / len(alone), abs=1e-6)
-    assert scores.mean_cross_share == pytest.approx(sum(one.mean_cross_share for one in alone) / len(alone), abs=1e-6)
+    assert attention.mean_s_cross == pytest.approx(sum(one.mean_s_cross for one in alone) / len(alone), abs=1e-6)
+    assert attention.mean_cross_share == pytest.approx(
+        sum(one.mean_cross_share for one in alone) / len(alone), abs=1e-6
+    )
 
 
 def test_groups_that_should_not_share_do_not_count(network):
     net, inputs = network(), call(0, [-4.0, 0.0, 4.0], 2)
-    first = mean_scores(scored(net, [part[:4] for part in inputs], 2)[1][0])
-    found = mean_scores(scored(net, inputs, 2, grouped=4)[1][0])
+    first = mean_attention(measured(net, [part[:4] for part in inputs], 2)[1][0])
+    found = mean_attention(measured(net, inputs, 2, grouped=4)[1][0])
     assert found.groups.tolist() == first.groups.tolist() == [0, 1, 0, 1, 0, 0, 0]
     torch.testing.assert_close(found.cross_share, first.cross_share, rtol=0, atol=1e-6, equal_nan=True)
-    none = mean_scores(scored(net, inputs, 2, grouped=0)[1][0])
-    assert none.groups.sum() == 0 and math.isnan(none.mean_score)
+    none = mean_attention(measured(net, inputs, 2, grouped=0)[1][0])
+    assert none.groups.sum() == 0 and math.isnan(none.mean_s_cross)
 
 
-def test_images_alone_are_not_scored(network):
+def test_images_alone_are_not_measured(network):
     net, inputs = network(), call(0, [0.0, 1.0], 1)
-    out, sums = scored(net, inputs, 1)
+    out, sums = measured(net, inputs, 1)
     with torch.no_grad():
         assert sums == [] and torch.equal(out, net(*inputs))
 
 
 def test_layers_without_groups_and_empty_levels_are_null(network):
-    _, sums = scored(network(group_layers=(0, 2)), call(0, [0.0, 0.1], 3), 3)
-    record = json.loads(json.dumps(as_record(mean_scores(sums[0]), 3), allow_nan=False))
+    _, sums = measured(network(group_layers=(0, 2)), call(0, [0.0, 0.1], 3), 3)
+    record = json.loads(json.dumps(as_record(mean_attention(sums[0]), 3), allow_nan=False))
     table = record["cross_share_by_layer_and_level"]
     assert [[level for level, value in enumerate(row) if value is not None] for row in table] == [[3], [], [3]]
     assert record["cross_share"] == pytest.approx((table[0][3] + table[2][3]) / 2)

@@ -1,4 +1,4 @@
-"""The cross-sample attention score by layer and noise level, of the groups of a training step or of a sampler."""
+"""How images of a group attend to one another, by layer and noise level, in a training step or a sampler."""
 
 import math
 from collections.abc import Callable
@@ -19,19 +19,20 @@ EDGES = (-5.0, -3.0, -1.0, 1.0, 3.0, 5.0)  # of log-SNR, between buckets of nois
 BUCKETS = len(EDGES) + 1
 
 
-class Scores(NamedTuple):
-    """S_cross and share of attention that leaves an image, each (layers, buckets): means over groups, NaN where none
-    shares attention. `groups` (buckets,) counts them. The other two are means over all groups and layers."""
+class CrossAttention(NamedTuple):
+    """S_cross of the paper and the share of attention that leaves an image, each (layers, buckets): means over groups,
+    NaN where none shares attention. `groups` (buckets,) counts them. The other two are means over all groups and
+    layers."""
 
-    score: Tensor
+    s_cross: Tensor
     cross_share: Tensor
     groups: Tensor
-    mean_score: float
+    mean_s_cross: float
     mean_cross_share: float
 
 
-def step_scores(engine: Engine, path: NoisePath, micro_batches: list[Batch], device: torch.device) -> Scores:
-    """Of the groups of a training step, some of whose micro-batches are of groups, with the noise that they were
+def step_attention(engine: Engine, path: NoisePath, micro_batches: list[Batch], device: torch.device) -> CrossAttention:
+    """Measure the groups of a training step, some of whose micro-batches are of groups, with the noise that they were
     trained with; over all ranks. All ranks call it; it computes no gradients and leaves everything as it is."""
     sums: list[Tensor] = []
     with torch.no_grad():
@@ -39,12 +40,12 @@ def step_scores(engine: Engine, path: NoisePath, micro_batches: list[Batch], dev
             denoising_loss(watched(engine, path, sums), path, micro.to(device))
     total = torch.stack(sums).sum(dim=0)
     dist.all_reduce(total)
-    return mean_scores(total)
+    return mean_attention(total)
 
 
 def watched(network: Network, path: NoisePath, sums: list[Tensor]) -> Network:
-    """The network; each call with groups adds to `sums` what `mean_scores` takes. In such a call all groups share
-    attention, but those beyond the first `grouped` images, which should not, do not count."""
+    """Return the network; each call with groups adds to `sums` what `mean_attention` takes. In such a call all groups
+    share attention, but those beyond the first `grouped` images, which should not, do not count."""
 
     def forward(
         x: Tensor, t: Tensor, label: Tensor, slot: Tensor, group_size: int = 1, grouped: int | None = None
@@ -63,7 +64,7 @@ def watched(network: Network, path: NoisePath, sums: list[Tensor]) -> Network:
 
 
 def keep_masses(masses: list[Tensor], images: int, group_size: int) -> Callable[[int, Tensor, Tensor], None]:
-    """For `observing`: puts P (groups, N, N) of each layer into `masses`; NaN, where images attend to themselves."""
+    """Return what puts P (groups, N, N) of each layer into `masses`, for `observing`; NaN without shared attention."""
 
     def see(layer: int, q: Tensor, k: Tensor) -> None:
         if len(q) == images:
@@ -75,7 +76,7 @@ def keep_masses(masses: list[Tensor], images: int, group_size: int) -> Callable[
 
 
 def _sums(mass: Tensor, log_snr: Tensor, counted: Tensor) -> Tensor:
-    """(3, layers, buckets) float64: scores, cross shares and number of groups; P (layers, groups, N, N), log-SNR and
+    """(3, layers, buckets) float64: S_cross, cross shares and number of groups; P (layers, groups, N, N), log-SNR and
     whether it counts (groups,). A group goes into one bucket."""
     bucket = torch.bucketize(log_snr, torch.tensor(EDGES, dtype=log_snr.dtype, device=log_snr.device))
     chosen = torch.nn.functional.one_hot(bucket, BUCKETS).double() * counted[:, None]
@@ -83,24 +84,24 @@ def _sums(mass: Tensor, log_snr: Tensor, counted: Tensor) -> Tensor:
     return of_groups.double() @ chosen
 
 
-def mean_scores(sums: Tensor) -> Scores:
-    """From the sums over batches and ranks."""
-    score, share, groups = sums
-    shared = groups.where(score.isfinite(), 0).sum()
-    means = (float(part.nansum() / shared) for part in (score, share))
-    return Scores((score / groups).cpu(), (share / groups).cpu(), groups[0].long().cpu(), *means)
+def mean_attention(sums: Tensor) -> CrossAttention:
+    """Return the means, given the sums over batches and ranks."""
+    s_cross, share, groups = sums
+    shared = groups.where(s_cross.isfinite(), 0).sum()
+    means = (float(part.nansum() / shared) for part in (s_cross, share))
+    return CrossAttention((s_cross / groups).cpu(), (share / groups).cpu(), groups[0].long().cpu(), *means)
 
 
-def as_record(scores: Scores, group_size: int) -> dict:
-    """For JSON; null where groups share no attention, or there are none."""
+def as_record(attention: CrossAttention, group_size: int) -> dict:
+    """Return it for JSON; null where groups share no attention, or there are none."""
     return {
-        "s_cross": _or_null(scores.mean_score),
-        "cross_share": _or_null(scores.mean_cross_share),
+        "s_cross": _or_null(attention.mean_s_cross),
+        "cross_share": _or_null(attention.mean_cross_share),
         "uniform_cross_share": 1 - 1 / group_size,
         "log_snr": list(zip((None, *EDGES), (*EDGES, None), strict=True)),
-        "groups_by_level": scores.groups.tolist(),
-        "s_cross_by_layer_and_level": [list(map(_or_null, row)) for row in scores.score.tolist()],
-        "cross_share_by_layer_and_level": [list(map(_or_null, row)) for row in scores.cross_share.tolist()],
+        "groups_by_level": attention.groups.tolist(),
+        "s_cross_by_layer_and_level": [list(map(_or_null, row)) for row in attention.s_cross.tolist()],
+        "cross_share_by_layer_and_level": [list(map(_or_null, row)) for row in attention.cross_share.tolist()],
     }
 
 

@@ -1,0 +1,32 @@
+"""What a network must know of images to be built and to generate them; no data are needed to say it."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from data.sets.registry import Images
+
+
+@dataclass(frozen=True)
+class ImageForm:
+    """Shape (C, H, W) of an image, number of classes, the VAE that decodes them (None: they are pixels), and the
+    identity that tells the images from others ("": not known)."""
+
+    shape: tuple[int, int, int]
+    num_classes: int
+    vae: str | None
+    identity: str = ""
+
+    def as_record(self) -> dict:
+        """Return it for JSON."""
+        return {"shape": list(self.shape), "num_classes": self.num_classes, "vae": self.vae}
+
+
+def form_of(images: "Images") -> ImageForm:
+    """Return the form of an image set."""
+    return ImageForm(images.shape, images.num_classes, images.vae, images.identity)
+
+
+def read_form(record: dict, identity: str = "") -> ImageForm:
+    """Return the form that `as_record` has described."""
+    return ImageForm(tuple(record["shape"]), record["num_classes"], record["vae"], identity)
