@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from trainer.checkpoints.weights import WeightSource, find_checkpoint, place_in_run
 from trainer.config.fields import marked, matches
-from trainer.config.parsing import set_dotted
-from trainer.config.tree import Config, load_config, parse_config
+from trainer.config.tree import Config, change_config, load_config
 from trainer.errors import RunError
 from trainer.run_folder import read_config
 from trainer.sampling.many import RECORD, sample_many
@@ -66,10 +65,7 @@ def find(args: argparse.Namespace) -> tuple[WeightSource, Config]:
             raise RunError(f"{args.run}: a config has no weights; give a file with --weights, or a run folder")
         return WeightSource(None, args.raw, args.weights), fixed(load_config(args.run, args.overrides))
     folder = find_checkpoint(args.run.absolute())
-    tree = read_config(folder).model_dump()
-    for override in args.overrides:
-        set_dotted(tree, override)
-    return WeightSource(folder, args.raw, args.weights), fixed(parse_config(tree))
+    return WeightSource(folder, args.raw, args.weights), fixed(change_config(read_config(folder), args.overrides))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-import yaml
-
 from trainer.config.fields import marked, matches
 from trainer.config.parsing import dotted, to_yaml
-from trainer.config.tree import Config, parse_config
+from trainer.config.tree import Config, stored_config
 from trainer.errors import RunError
 
 CONFIG, LOCK = "config.yaml", "lock"
@@ -39,7 +37,7 @@ def read_config(folder: str | Path) -> Config:
     if not path.is_file():
         raise RunError(f"{folder}: no {CONFIG} in it; give a run folder, as runs/digits")
     try:
-        return parse_config(yaml.safe_load(path.read_text()))
+        return stored_config(path.read_text())
     except RunError as error:  # written by another version
         raise RunError(f"{path}: {error}") from None
 

@@ -4,7 +4,6 @@ images of its groups attend to one another (S_cross)."""
 import itertools
 import json
 import os
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from trainer.build import open_data
 from trainer.checkpoints.weights import WeightSource, find_checkpoint
 from trainer.config.fields import marked, matches
 from trainer.config.parsing import dotted, to_yaml
+from trainer.config.sweeps import parse_sweep
 from trainer.config.tree import Config, load_config
 from trainer.errors import RunError
 from trainer.evaluation.classifier import make_evaluator
@@ -50,10 +50,8 @@ def plan_cells(
     configs: dict[str, Config] = {}
     known: dict[str, str] = {}
     for axis in axes:
-        name, equals, values = axis.partition("=")
-        if not (name and equals and values):
-            raise RunError(f"--axis {axis}: write field=value,value, as groups.size=1,2,4")
-        for value in re.split(r",(?![^\[]*\])", values):  # not at the commas inside of [...]
+        name, values = parse_sweep("--axis", axis)
+        for value in values:
             for seed in range(seeds):
                 label = f"{name}={value},seed={seed}".replace("/", "_")
                 config = load_config(

@@ -8,7 +8,7 @@ A mark is a key of `json_schema_extra`, of a field or of its whole class:
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -20,6 +20,13 @@ class ConfigField(NamedTuple):
     name: str
     info: FieldInfo
     marks: dict[str, Any]
+    owner: type[BaseModel]
+    choices: tuple[str, ...] = ()  # those of the section that have the field; (): all
+
+    @property
+    def text(self) -> str:
+        """What the field is, on one line."""
+        return " ".join((self.info.description or "").split())
 
 
 def walk(model: type[BaseModel], prefix: str = "", above: dict[str, Any] | None = None) -> Iterator[ConfigField]:
@@ -31,7 +38,7 @@ def walk(model: type[BaseModel], prefix: str = "", above: dict[str, Any] | None 
         if isinstance(section, type) and issubclass(section, BaseModel):
             yield from walk(section, f"{prefix}{name}.", own)
         else:
-            yield ConfigField(prefix + name, info, own)
+            yield ConfigField(prefix + name, info, own, model)
 
 
 def _marks(extra: object) -> dict[str, Any]:
@@ -41,6 +48,21 @@ def _marks(extra: object) -> dict[str, Any]:
 def field_names(model: type[BaseModel]) -> list[str]:
     """The dotted name of every field of a config class."""
     return [field.name for field in walk(model)]
+
+
+def text_fields(model: type[BaseModel]) -> set[str]:
+    """Return the names of the fields that hold text, for which YAML's numbers and words are text as well."""
+    return {field.name for field in walk(model) if _is_text(field.info.annotation)}
+
+
+def _is_text(annotation: Any) -> bool:
+    """Whether values are text, null or several texts, as `str | None` or `tuple[str, ...]`."""
+    inner = [part for part in get_args(annotation) if part not in (type(None), Ellipsis)]
+    if get_origin(annotation) is Annotated:
+        return _is_text(inner[0])
+    if get_origin(annotation) is Literal:
+        return all(isinstance(value, str) for value in inner)
+    return annotation is str or (get_origin(annotation) is not dict and bool(inner) and all(map(_is_text, inner)))
 
 
 def marked(model: type[BaseModel], mark: str, *values: object) -> list[str]:

@@ -1,35 +1,45 @@
 """From text to a tree of plain values and back: YAML with `base:`, dotted overrides, errors of one line."""
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Container
 from pathlib import Path
 
 import pydantic
-import yaml
 from pydantic import BaseModel
 
+from trainer.config.legacy import RENAMED
+from trainer.config.strict_yaml import YamlError, dump, parse
 from trainer.errors import RunError
 
 
-def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
-    """The tree of a config file, laid over those of its `base:`, one path relative to it or some (later ones win)."""
+def read_yaml(path: Path, texts: Container[str] = (), above: tuple[Path, ...] = ()) -> dict:
+    """Return the tree of a config file, laid over those of its `base:`, one path relative to it or several (later ones
+    win). `texts` are the names of fields that hold text."""
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "give a YAML file, as configs/digits.yaml"
         raise RunError(f"{path}: no such config file; {hint}")
     if path.resolve() in above:
         raise RunError(f"{path}: base={path.name} leads back to itself; remove one `base:`")
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise RunError(f"{path}: holds a {type(tree).__name__}; it must hold fields, as `seed: 0`")
+    tree = read_fields(path, texts)
     bases = tree.pop("base", [])
     merged: dict = {}
     for base in bases if isinstance(bases, list) else [bases]:
-        merged = _merge(merged, read_yaml(path.parent / str(base), (*above, path.resolve())))
+        merged = _merge(merged, read_yaml(path.parent / str(base), texts, (*above, path.resolve())))
     return _merge(merged, tree)
+
+
+def read_fields(path: Path, texts: Container[str] = (), example: str = "seed: 0") -> dict:
+    """Return the fields of a YAML file, with their values. Raise RunError, which names the file and the line, if they
+    cannot be read."""
+    try:
+        tree = parse(path.read_text("utf-8-sig"), texts)
+    except (YamlError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: {'not YAML: ' * isinstance(error, UnicodeDecodeError)}{error}") from None
+    if not isinstance(tree, dict | None):
+        raise RunError(f"{path}: holds a {type(tree).__name__}; it must hold fields, as `{example}`")
+    return tree or {}
 
 
 def _merge(base: dict, over: dict) -> dict:
@@ -40,15 +50,15 @@ def _merge(base: dict, over: dict) -> dict:
     return merged
 
 
-def set_dotted(tree: dict, override: str) -> None:
-    """Apply `a.b=value` to the tree; the value is read as YAML."""
+def set_dotted(tree: dict, override: str, texts: Container[str] = ()) -> None:
+    """Apply `a.b=value` to the tree; the value is read as YAML, but for the fields `texts`, which hold text."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RunError(f"{override}: not an override; write field=value, as optim.lr=2e-4")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
+        value = parse(text, texts, key)
+    except YamlError as error:
+        raise RunError(f"{override}: {error}") from None
     *parents, leaf = key.split(".")
     for parent in parents:
         if not isinstance(tree.setdefault(parent, {}), dict):
@@ -59,7 +69,7 @@ def set_dotted(tree: dict, override: str) -> None:
 
 def to_yaml(config: BaseModel) -> str:
     """The resolved tree, every field with its value."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return dump(config.model_dump(mode="json"))
 
 
 def dotted(tree: dict, prefix: str = "") -> dict[str, object]:
@@ -71,24 +81,34 @@ def dotted(tree: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def explain(error: pydantic.ValidationError, known: Iterable[str]) -> str:
-    """The first thing wrong, as `field=value: what is wrong; fix`."""
+def explain(error: pydantic.ValidationError, fields: dict[str, str]) -> str:
+    """Return the first thing wrong, as `field=value: what is wrong; fix`, and what the field is. `fields` are all that
+    there are, with what they are."""
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"{place}={first['input']}: no such field; did you mean {_closest(place, list(known))}?"
+        if place in RENAMED:
+            return f"{place}={first['input']}: is now {RENAMED[place]}; set that"
+        return f"{place}={first['input']}: no such field; did you mean {closest(place, list(fields))}?"
     if first["type"] == "missing":
-        return f"{place}: missing; set it"
+        return f"{place}: missing; set it{_hint(place, fields)}"
     if first["type"] == "value_error":  # raised by our own validators: the message has the rest of the place
-        return ".".join(filter(None, (place, str(first["ctx"]["error"]))))
+        message = ".".join(filter(None, (place, str(first["ctx"]["error"]))))
+        return message + _hint(message.partition("=")[0], fields)
     if first["type"] in ("model_type", "model_attributes_type"):
-        inside = next((name for name in known if name.startswith(f"{place}.")), place)
+        inside = next((name for name in fields if name.startswith(f"{place}.")), place)
         return f"{place}={first['input']}: is a section of fields; set one of them, as {inside}=..."
     expected = first["msg"][0].lower() + first["msg"][1:]
-    return f"{place}={first['input']}: {expected}"
+    return f"{place}={first['input']}: {expected}{_hint(place, fields)}"
 
 
-def _closest(name: str, known: list[str]) -> str:
+def _hint(place: str, fields: dict[str, str]) -> str:
+    """What the field at a place is, in its first sentence."""
+    name = next((name for name in fields if place == name or place.startswith(f"{name}.")), None)
+    return f" ({name}: {re.split(r'[.;] ', fields[name])[0].rstrip('.')})" if name and fields[name] else ""
+
+
+def closest(name: str, known: list[str]) -> str:
     """The most similar known name; a right last part in the wrong place counts as most similar."""
     leaf = name.rpartition(".")[2]
     same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]

@@ -1,6 +1,7 @@
 """The config tree: defaults <- YAML (with `base:`) <- dotted overrides. Each part stands beside what it configures."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pydantic
@@ -14,8 +15,12 @@ from models.paths.ddpm import respaced
 from models.sampling.generation import SampleConfig
 from models.sampling.samplers import SAMPLERS
 from trainer.checkpoints.config import CheckpointConfig, ResumeConfig
-from trainer.config.fields import field_names
+from trainer.config.fields import text_fields, walk
+from trainer.config.legacy import upgrade
 from trainer.config.parsing import explain, read_yaml, set_dotted
+from trainer.config.paths import expand_paths
+from trainer.config.strict_yaml import YamlError, parse
+from trainer.config.sweeps import parse_sweep
 from trainer.engines.build import check_engine, check_ranks
 from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.errors import RunError
@@ -125,38 +130,55 @@ class Config(EngineConfig, extra="forbid", frozen=True, use_attribute_docstrings
         return 2 if self.path.name == "ddpm" and self.path.learns_variance else 1
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Read a config file and apply overrides like `optim.lr=2e-4`. RunError (one line) if anything is wrong."""
-    tree = read_yaml(Path(path))
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the config of a file with overrides like `optim.lr=2e-4`. Raise RunError (one line) if anything is
+    wrong."""
+    texts = text_fields(Config)
+    tree = read_yaml(Path(path), texts)
     for override in overrides:
-        set_dotted(tree, override)
+        set_dotted(tree, override, texts)
     tree.setdefault("run", f"runs/{Path(path).stem}")
     return parse_config(tree)
 
 
 def load_sweep(path: str | Path, overrides: list[str], sweeps: list[str]) -> list[Config]:
-    """A config for each combination of the values of `sweeps`, like `seed=0,1,2`: runs in folders below the config's,
-    with absolute paths. Without sweeps, the config itself."""
-    choices = []
-    for sweep in sweeps:
-        name, equals, values = sweep.partition("=")
-        if not (name and equals and values):
-            raise RunError(f"--sweep {sweep}: write field=value,value, as groups.size=1,2,4")
-        choices.append([f"{name}={value}" for value in values.split(",")])
+    """Return a config for each combination of the values of `sweeps`, like `seed=0,1,2`: runs in folders below the
+    config's, with absolute paths. Without sweeps, the config itself."""
+    axes = [parse_sweep("--sweep", sweep) for sweep in sweeps]
     configs = []
-    for chosen in itertools.product(*choices):
+    for values in itertools.product(*(values for _, values in axes)):
+        chosen = [f"{name}={value}" for (name, _), value in zip(axes, values, strict=True)]
         config = load_config(path, [*overrides, *chosen])
         run = Path(config.run).absolute() / ",".join(chosen).replace("/", "_")  # the folder itself if none is chosen
         configs.append(config.model_copy(update={"run": str(run)}))
     return configs
 
 
-def parse_config(tree: dict) -> Config:
-    """A tree of plain values -> Config, or a RunError that names the first field at fault."""
+def change_config(config: Config, overrides: Sequence[str]) -> Config:
+    """Return the config with overrides like `sample.steps=20`. Raise RunError if one is wrong."""
+    tree, texts = config.model_dump(), text_fields(Config)
+    for override in overrides:
+        set_dotted(tree, override, texts)
+    return parse_config(tree)
+
+
+def stored_config(text: str) -> Config:
+    """Return the config that a run folder, a checkpoint or a file of weights holds, of this version or an older one."""
     try:
-        return Config.model_validate(tree)
+        tree = parse(text, text_fields(Config))
+    except YamlError as error:
+        raise RunError(str(error)) from None
+    return parse_config(upgrade(tree) if isinstance(tree, dict) else tree)
+
+
+def parse_config(tree: dict) -> Config:
+    """Return the config of a tree of plain values. Raise RunError, which names the first field at fault, if it is
+    none."""
+    paths = [field.name for field in walk(Config) if field.marks.get("path")]
+    try:
+        return Config.model_validate(expand_paths(tree, paths))
     except pydantic.ValidationError as error:
-        raise RunError(explain(error, field_names(Config))) from None
+        raise RunError(explain(error, {field.name: field.text for field in walk(Config)})) from None
 
 
 def check_world(config: Config, world_size: int) -> None:

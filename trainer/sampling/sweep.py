@@ -1,14 +1,13 @@
 """Samples of one checkpoint by every combination of some settings of sampling, each measured, as a table."""
 
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 from trainer.checkpoints.weights import WeightSource
 from trainer.config.fields import marked, matches
-from trainer.config.parsing import set_dotted
-from trainer.config.tree import Config, parse_config
+from trainer.config.sweeps import combinations, parse_sweep
+from trainer.config.tree import Config, change_config
 from trainer.errors import RunError
 from trainer.run_folder import read_config
 from trainer.sampling.networks import fixed
@@ -22,12 +21,10 @@ def parse_axes(sweeps: list[str]) -> Axes:
     """`sample.guidance=1,1.5,2` and the like. RunError for what is no setting of sampling."""
     axes = {}
     for sweep in sweeps:
-        name, equals, values = sweep.partition("=")
-        if not (equals and all(values.split(","))):
-            raise RunError(f"--sweep {sweep}: write field=value,value, as sample.guidance=1,1.5,2")
+        name, values = parse_sweep("--sweep", sweep, "sample.guidance=1,1.5,2")
         if name != WEIGHTS and not _of_sampling(name):
             raise RunError(f"--sweep {sweep}: only sample.* and {WEIGHTS} (ema, raw, a file) can be swept here")
-        axes[name] = values.split(",")
+        axes[name] = values
     return axes
 
 
@@ -44,7 +41,7 @@ def run_sweep(
     Samples stand in a folder each below `out`; those that are there, of the same settings, are not made again, so the
     same call goes on where one was killed. `measure` takes such a folder.
     """
-    chosen = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    chosen = combinations(axes)
     configs = [_config(checkpoint, overrides, choice) for choice in chosen]  # what is wrong is said before the work
     out.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -63,12 +60,11 @@ def run_sweep(
 
 
 def _config(checkpoint: Path, overrides: list[str], choice: dict[str, str]) -> Config:
-    tree = read_config(checkpoint).model_dump()
-    for setting in (*overrides, *(f"{name}={value}" for name, value in choice.items() if name != WEIGHTS)):
+    settings = [*overrides, *(f"{name}={value}" for name, value in choice.items() if name != WEIGHTS)]
+    for setting in settings:
         if not _of_sampling(setting.partition("=")[0]):
             raise RunError(f"{setting}: only sample.* can be set here; the rest is what the run was trained with")
-        set_dotted(tree, setting)
-    return fixed(parse_config(tree))
+    return fixed(change_config(read_config(checkpoint), settings))
 
 
 def _of_sampling(name: str) -> bool:

@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from pydantic import BaseModel
 
 from tests.stores import encoded, noise, pixels, write
@@ -13,6 +12,7 @@ from trainer.build import open_data
 from trainer.checkpoints.weights import WeightSource, find_checkpoint
 from trainer.config.fields import field_names
 from trainer.config.parsing import dotted, to_yaml
+from trainer.config.strict_yaml import parse
 from trainer.config.tree import Config, check_world, load_config, parse_config
 from trainer.errors import RunError
 from trainer.loop import train
@@ -34,7 +34,7 @@ def error_of(*overrides, config="configs/digits.yaml"):
 @pytest.mark.parametrize("path", CONFIGS, ids=str)
 def test_every_config_is_valid_and_its_resolved_tree_reads_back_the_same(path):
     config = load_config(path)
-    assert parse_config(yaml.safe_load(to_yaml(config))) == config
+    assert parse_config(parse(to_yaml(config))) == config
 
 
 def test_overrides_win_over_the_file_and_the_file_over_its_base_and_that_over_defaults(tmp_path):
@@ -169,7 +169,7 @@ def test_dry_run_prints_the_resolved_tree_and_makes_nothing(tmp_path):
         [*command, "configs/digits.yaml", f"run={run}", "optim.lr=2e-4"], capture_output=True, text=True, check=True
     )
     expected = load_config("configs/digits.yaml", [f"run={run}", "optim.lr=2e-4"])
-    assert parse_config(yaml.safe_load(shown.stdout)) == expected
+    assert parse_config(parse(shown.stdout)) == expected
     assert not run.exists()
 
 

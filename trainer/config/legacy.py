@@ -1,0 +1,55 @@
+"""Fields that configs of older versions hold under another name, or that are gone.
+
+To rename or drop a field: a line in the table. Stored configs (of run folders, checkpoints and exported files) are then
+read as before; in a config that a user writes, the old name is an error that says the new one.
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import NamedTuple
+
+RENAMED: dict[str, str] = {}
+"""Old dotted name -> new one."""
+
+
+class Dropped(NamedTuple):
+    """A field that is ignored in stored configs, where `unused` says of the whole tree that it had no effect."""
+
+    name: str
+    unused: Callable[[dict], bool]
+
+
+def _not_jit(tree: dict) -> bool:
+    return (tree.get("model") or {}).get("backbone", "dit") != "jit"
+
+
+DROPPED = (
+    Dropped("model.bottleneck", _not_jit),  # 0.1 wrote the fields of all backbones
+    Dropped("model.context_tokens", _not_jit),
+    Dropped("model.context_start", _not_jit),
+)
+
+
+def upgrade(tree: dict) -> dict:
+    """Return the tree of a stored config with the fields of today."""
+    upgraded = deepcopy(tree)
+    for name, unused in DROPPED:
+        if unused(tree):
+            _take(upgraded, name)
+    for old, new in RENAMED.items():
+        if (found := _take(upgraded, old)) is not None:
+            *parents, leaf = new.split(".")
+            section = upgraded
+            for parent in parents:
+                section = section.setdefault(parent, {})
+            section[leaf] = found[0]
+    return upgraded
+
+
+def _take(tree: dict, name: str) -> tuple[object] | None:
+    """Remove a field from the tree and return its value in a tuple; None if it is not there."""
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        if not isinstance(tree := tree.get(parent), dict):
+            return None
+    return (tree.pop(leaf),) if leaf in tree else None
