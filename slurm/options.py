@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
-import yaml
 from pydantic import BaseModel, Field
 
 from slurm.errors import LaunchError
@@ -48,15 +47,18 @@ class ClusterOptions(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     """How many times in a row the tasks start again after a failure that is not the program's own."""
 
 
-def load_options(site: str | None, settings: list[str]) -> ClusterOptions:
-    """Return the options of a site file (a path, or the name of one in configs/cluster/) and, over them, those of
-    settings like `partition=gpu`. Raise LaunchError if one of them is wrong."""
-    tree: dict[str, Any] = {}
-    if site:
-        path = Path(site) if site.endswith((".yaml", ".yml")) else SITES / f"{site}.yaml"
-        if not path.is_file():
-            raise LaunchError(f"--site {site}: {path} is no file; sites are files as in {SITES}/")
-        tree = _read_site(path)
+def site_file(site: str) -> Path:
+    """Return the site file of a path, or of a name in configs/cluster/. Raise LaunchError if there is none."""
+    path = Path(site) if site.endswith((".yaml", ".yml")) else SITES / f"{site}.yaml"
+    if not path.is_file():
+        raise LaunchError(f"--site {site}: {path} is no file; sites are files as in {SITES}/")
+    return path
+
+
+def load_options(site: dict[str, Any], settings: list[str]) -> ClusterOptions:
+    """Return the options of a site file's fields and, over them, those of settings like `partition=gpu`. Raise
+    LaunchError if one of them is wrong."""
+    tree = dict(site)
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not (name and equals and value):
@@ -81,16 +83,6 @@ def load_options(site: str | None, settings: list[str]) -> ClusterOptions:
             " end as it begins; set less"
         )
     return options
-
-
-def _read_site(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise LaunchError(f"--site {path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise LaunchError(f"--site {path}: holds a {type(tree).__name__}; it must hold fields, as `partition: gpu`")
-    return tree
 
 
 def sbatch_option(text: str) -> tuple[str, str | bool]:

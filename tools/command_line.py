@@ -8,7 +8,10 @@ import torch
 
 from data.errors import UserError
 from slurm.errors import LaunchError
-from slurm.options import ClusterOptions
+from slurm.options import ClusterOptions, load_options, site_file
+from trainer.config.fields import text_fields
+from trainer.config.parsing import read_fields
+from trainer.errors import RunError
 
 
 def positive(text: str) -> int:
@@ -30,6 +33,18 @@ def not_negative(text: str) -> int:
 def numbers(text: str) -> tuple[float, ...]:
     """As 1,1.5,2; what is no number, argparse refuses."""
     return tuple(float(number) for number in text.split(","))
+
+
+def cluster_options(site: str | None, settings: list[str]) -> ClusterOptions:
+    """Return the options of a site file (a path, or the name of one in configs/cluster/) and, over them, those of
+    settings like `partition=gpu`. Raise LaunchError if one of them is wrong."""
+    if not site:
+        return load_options({}, settings)
+    try:
+        fields = read_fields(site_file(site), text_fields(ClusterOptions), "partition: gpu")
+    except RunError as error:
+        raise LaunchError(f"--site {error}") from None
+    return load_options(fields, settings)
 
 
 def places(procs: int | None, cpu: bool, on_slurm: bool, options: ClusterOptions) -> tuple[int, int]:

@@ -9,13 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from command_line import not_negative, places, positive
+from command_line import cluster_options, not_negative, places, positive
 
 from data.extraction.sources import Source, list_source
 from data.extraction.verify import verify_store
 from data.stores.shards import MANIFEST
 from slurm.launch import call_share, follow, submit_array, submit_here
-from slurm.options import load_options
 
 
 def add_process_options(parser: argparse.ArgumentParser, gpus: bool = True) -> None:
@@ -49,7 +48,7 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
 def run_in_processes(args: argparse.Namespace, function: Callable[..., Any], **arguments: Any) -> None:
     """Call `function(**arguments, process=..., processes=...)` in every process asked for, and wait for them; jobs of
     Slurm are only submitted."""
-    options = load_options(args.site, args.slurm)
+    options = cluster_options(args.site, args.slurm)
     if options.cpus_per_task is None:
         options = options.model_copy(update={"cpus_per_task": 1 + arguments.get("workers", 0)})
     nodes, (procs, gpus) = args.nodes or 1, places(args.procs, args.cpu, bool(args.nodes), options)

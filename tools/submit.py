@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import submitit
-from command_line import places, positive, run_tool
+from command_line import cluster_options, places, positive, run_tool
 
 from slurm.control import cancel, follow, lost_or_ended, runs_in, status
 from slurm.errors import LaunchError
-from slurm.options import load_options
 from slurm.state import read_state
 from slurm.submission import Run, batch_script, submit_runs
 from trainer.build import check_start, open_data
@@ -71,7 +70,7 @@ def main(arguments: list[str]) -> None:
 def start(args: argparse.Namespace) -> None:
     """Check and submit."""
     cluster = args.cluster or ("slurm" if args.nodes else "local")
-    nodes, options = args.nodes or 1, load_options(args.site, args.slurm)
+    nodes, options = args.nodes or 1, cluster_options(args.site, args.slurm)
     if cluster != "slurm" and nodes > 1:
         raise LaunchError(f"--nodes {nodes}: --cluster {cluster} is this one machine; use --procs for more processes")
     tasks, gpus = places(args.procs, args.cpu, cluster == "slurm", options)

@@ -14,9 +14,8 @@ import torch
 
 from slurm import health, supervise, tasks
 from slurm.control import lost_or_ended, note_job
-from slurm.errors import LaunchError
 from slurm.health import NodeError, check_node
-from slurm.options import ClusterOptions, load_options
+from slurm.options import ClusterOptions
 from slurm.records import read_records
 from slurm.snapshot import ROOT, python_path, take_snapshot
 from slurm.state import RunState, read_state, write_state
@@ -180,33 +179,6 @@ def test_options_of_the_command_line_go_over_those_of_the_site():
     made = sbatch_parameters(ClusterOptions(reservation="r", sbatch=["--exclusive"]), "x", 2, 4, 0)
     assert made["additional_parameters"] == {"requeue": True, "reservation": "r", "exclusive": True}
     assert made["gpus_per_node"] is None and made["ntasks_per_node"] == 4
-
-
-def test_the_example_of_a_site_is_a_good_one():
-    options = load_options("example", ["setup=module load cuda", "time=60"])
-    assert options.partition == "gpu" and options.time == 60
-    assert options.setup == ["export NCCL_DEBUG=WARN", "module load cuda"]
-
-
-@pytest.mark.parametrize(
-    ("content", "settings", "message"),
-    [
-        ("time: [", [], "not YAML"),
-        ("- gpu", [], "holds a list; it must hold fields"),
-        ("setup: x", ["setup=y"], "--slurm setup=x: Input should be a valid list"),
-        ("setup:", ["setup=y"], ""),
-        ("time: 2", ["signal_delay=120"], "signal_delay=120: seconds, but time=2 is minutes"),
-        ("time: 2", ["signal_delay=119"], ""),
-    ],
-)
-def test_a_bad_site_is_one_line(tmp_path, content, settings, message):
-    (tmp_path / "site.yaml").write_text(content)
-    if not message:
-        load_options(str(tmp_path / "site.yaml"), settings)
-        return
-    with pytest.raises(LaunchError) as error:
-        load_options(str(tmp_path / "site.yaml"), settings)
-    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_who_follows_a_run_whose_process_was_killed_is_not_kept_waiting(tmp_path):

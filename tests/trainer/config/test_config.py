@@ -64,7 +64,7 @@ def test_a_size_can_be_named_and_group_sizes_of_sampling_follow_the_variant():
     [
         ("groups.sise=4", ["groups.sise=4", "did you mean groups.size?"]),
         ("group.size=4", ["group={'size': 4}", "did you mean groups.size?"]),
-        ("lr=1e-3", ["lr=1e-3", "did you mean optim.lr?"]),
+        ("lr=1e-3", ["lr=0.001", "did you mean optim.lr?"]),
         ("optim.lr=fast", ["optim.lr=fast", "number"]),
         ("optim.lr=-1", ["optim.lr=-1", "greater than 0"]),
         ("optim.lr.x=1", ["optim.lr.x=1", "single value"]),
