@@ -8,7 +8,8 @@ A mark is a key of `json_schema_extra`, of a field or of its whole class:
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -51,18 +52,24 @@ def field_names(model: type[BaseModel]) -> list[str]:
 
 
 def text_fields(model: type[BaseModel]) -> set[str]:
-    """Return the names of the fields that hold text, for which YAML's numbers and words are text as well."""
-    return {field.name for field in walk(model) if _is_text(field.info.annotation)}
+    """Return the names of the fields that hold text, for which YAML's numbers and words are text as well; `name[]` for
+    one that holds a list of texts."""
+    return {field.name + kind for field in walk(model) for kind in _text_kinds(field.info.annotation)}
 
 
-def _is_text(annotation: Any) -> bool:
-    """Whether values are text, null or several texts, as `str | None` or `tuple[str, ...]`."""
-    inner = [part for part in get_args(annotation) if part not in (type(None), Ellipsis)]
-    if get_origin(annotation) is Annotated:
-        return _is_text(inner[0])
-    if get_origin(annotation) is Literal:
-        return all(isinstance(value, str) for value in inner)
-    return annotation is str or (get_origin(annotation) is not dict and bool(inner) and all(map(_is_text, inner)))
+def _text_kinds(annotation: Any, kind: str = "") -> set[str]:
+    """{""} for `str` or `str | None`, {"[]"} for `tuple[str, ...]`, {} for what may be a number."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if annotation is str or (origin is Literal and all(isinstance(value, str) for value in inner)):
+        return {kind}
+    if origin is Annotated:
+        return _text_kinds(inner[0], kind)
+    if origin in (list, tuple):
+        return _text_kinds(inner[0], f"{kind}[]")
+    if origin in (Union, UnionType):
+        kinds = [_text_kinds(part, kind) for part in inner if part is not type(None)]
+        return set().union(*kinds) if all(kinds) else set()
+    return set()
 
 
 def marked(model: type[BaseModel], mark: str, *values: object) -> list[str]:

@@ -51,8 +51,9 @@ _Loader.add_constructor(f"{TAG}int", _integer)
 
 
 def parse(text: str, texts: Container[str] = (), name: str = "") -> Any:
-    """Return the plain values of a YAML text. `texts` are the dotted names of fields that hold text; `name` is the
-    field that the whole text is the value of. Raise YamlError if it cannot be read in one way only."""
+    """Return the plain values of a YAML text. `name` is the field that the whole text is the value of; `texts` are the
+    dotted names of fields that hold text, with `[]` after those that hold a list of it. Raise YamlError if the text
+    cannot be read in one way only."""
     loader = None
     try:
         loader = _Loader(text)
@@ -97,12 +98,13 @@ def _check(node: Node, texts: Container[str], name: str) -> None:
             _check(value, texts, place)
     elif isinstance(node, SequenceNode):
         for value in node.value:
-            _check(value, texts, name)
+            _check(value, texts, f"{name}[]")
     elif name in texts and node.tag != f"{TAG}null":
         node.tag = f"{TAG}str"
     elif node.tag == UNCLEAR:
         meant = str(node.value.lower() in ("on", "yes")).lower()
-        raise YamlError(f"{name}={node.value}: line {_line(node)} may be misread; write {meant}, or '{node.value}'")
+        field = name.replace("[]", "")
+        raise YamlError(f"{field}={node.value}: line {_line(node)} may be misread; write {meant}, or '{node.value}'")
 
 
 def _line(node: Node) -> int:

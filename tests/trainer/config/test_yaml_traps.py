@@ -148,5 +148,5 @@ def test_what_is_written_reads_back_the_same():
 
 def test_text_fields_are_those_that_hold_text():
     texts = text_fields(Config)
-    assert {"run", "data.vae", "evaluate.metrics", "groups.variant", "model.size"} <= texts
+    assert {"run", "data.vae", "evaluate.metrics[]", "groups.variant", "model.size"} <= texts
     assert not {"seed", "optim.betas", "compile", "deepspeed", "groups.window", "zero"} & texts
