@@ -77,7 +77,7 @@ def _cancel(run: Path) -> None:
     if job is None:
         pid, host = _process(run)
         if not _is_here(pid):
-            raise LaunchError(f"its process {pid} is not on this machine; it runs on {host}, or no more")
+            raise LaunchError(f"its process {pid} is not on this machine; it runs on {host}, or has ended")
         os.kill(int(pid), signal.SIGTERM)
     elif queue_state(job) == "RUNNING":
         _scancel("--signal=USR2", job)
@@ -89,8 +89,8 @@ def _cancel(run: Path) -> None:
 
 def _process(run: Path) -> tuple[str, str]:
     """Return (number, host) of the process that supervises a run without Slurm."""
-    said = (run / _JOB).read_text().split() if (run / _JOB).is_file() else []
-    return said[1] if said else "?", said[2] if len(said) > 2 else "another one"
+    words = (run / _JOB).read_text().split() if (run / _JOB).is_file() else []
+    return words[1] if words else "?", words[2] if len(words) > 2 else "another one"
 
 
 def _is_here(pid: str) -> bool:

@@ -39,8 +39,8 @@ def run_by_srun(
         command.append(f"--cpus-per-task={cpus_per_task}")  # which srun does not take over from sbatch
     env = os.environ | _meeting_point(socket.gethostname(), code) | {GPUS: str(gpus)}
     env.pop("RANK", None)  # of a task that submitted this job
-    with (logs / "srun.log").open("w") as said:
-        srun = subprocess.Popen([*command, *_task_command(logs)], env=env, stderr=said)
+    with (logs / "srun.log").open("w") as errors:
+        srun = subprocess.Popen([*command, *_task_command(logs)], env=env, stderr=errors)
     end, late = deadline(), False
     while srun.poll() is None:
         watch()
@@ -51,14 +51,14 @@ def run_by_srun(
                 srun.kill()
         time.sleep(POLL)
     text = (logs / "srun.log").read_text()
-    ends: dict[int, str] = {}
+    bad_ends: dict[int, str] = {}
     for host, ranks, how in re.findall(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)", text):
-        ends |= {rank: f"{how} on {host}" for rank in _expand(ranks) if rank not in ends}
+        bad_ends |= {rank: f"{how} on {host}" for rank in _expand(ranks) if rank not in bad_ends}
     if late:
         return {0: "the time limit came before the tasks had saved"}
-    if srun.returncode and not ends:
-        ends[0] = (text.strip().splitlines() or [f"srun: exit code {srun.returncode}"])[-1]
-    return ends
+    if srun.returncode and not bad_ends:
+        bad_ends[0] = (text.strip().splitlines() or [f"srun: exit code {srun.returncode}"])[-1]
+    return bad_ends
 
 
 def run_here(
@@ -75,15 +75,15 @@ def run_here(
         with (logs / f"{rank}.log").open("a") as log:
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             processes.append(subprocess.Popen(_task_command(logs), env=env | place, stdout=log, stderr=log))
-    ends: dict[int, str] = {}
+    bad_ends: dict[int, str] = {}
     passed_on, deadline = False, float("inf")
     while True:
         running = [process for process in processes if process.poll() is None]
-        bad = {rank: process.returncode for rank, process in enumerate(processes) if process.returncode}
-        ends |= {rank: _how(code) for rank, code in bad.items() if rank not in ends}
+        failed = {rank: process.returncode for rank, process in enumerate(processes) if process.returncode}
+        bad_ends |= {rank: _how(code) for rank, code in failed.items() if rank not in bad_ends}
         if not running:
-            return ends
-        if ends and deadline == float("inf"):
+            return bad_ends
+        if bad_ends and deadline == float("inf"):
             deadline = time.monotonic() + PATIENCE
         if stop_requested() and not passed_on:
             passed_on = True

@@ -94,7 +94,7 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
     finally:
         deepspeed = sys.modules.get("deepspeed")
         if device.type == "cuda" and world_size > 1 and not ended:
-            pass  # NCCL would wait for ranks that are still at work, and what is wrong here would not be said
+            pass  # NCCL would wait for ranks that are still running, and this rank's error would never be seen
         elif deepspeed and deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()  # and forget the groups that it remembers
         elif dist.is_initialized():

@@ -4,8 +4,8 @@
 #   cluster.sh install    install Slurm and munge (Debian, Ubuntu; as root)
 #   cluster.sh up N       start a cluster of N nodes, partitions main, scratch and urgent, whose jobs preempt the others'
 #                         (those of main are requeued, those of scratch are cancelled)
-#   cluster.sh lose NODE  as when it loses power: nothing of it answers, and no peer sees a connection close
-#   cluster.sh mend NODE  switch a lost node on again
+#   cluster.sh lose NODE  as if it lost power: nothing of it answers, and no peer sees a connection close
+#   cluster.sh revive NODE switch a lost node on again
 #   cluster.sh restart    stop slurmctld, and start it again some seconds later
 #   cluster.sh env        print the variables that point Slurm's commands at it: export $(cluster.sh env)
 #   cluster.sh down       stop it and all that runs on it, and remove its folder
@@ -16,7 +16,7 @@
 set -euo pipefail
 
 FOLDER=$(realpath -m "${SLURM_TEST_DIR:-/tmp/slurm-test}")
-PORT=${SLURM_TEST_PORT:-30000}   # above those that jobs take (slurm/launch.py) and below those of clients
+PORT=${SLURM_TEST_PORT:-30000}   # above those that jobs take (slurm/tasks.py) and below those of clients
 CPUS_PER_NODE=8                  # what a node claims to have
 SOCKET=$FOLDER/munge/socket
 HOSTS_MARK="# $FOLDER"           # ends our lines in /etc/hosts
@@ -139,7 +139,7 @@ lose() {
   kill -KILL "$daemon"
 }
 
-mend() {
+revive() {
   signal_node KILL "$(cat "$FOLDER/lost-$1")" # a new slurmd would wait for an answer of the steps
   rm "$FOLDER/lost-$1"
   start_node "$1"
@@ -185,7 +185,7 @@ case ${1:-} in
   install) install ;;
   up) up "${2:?the number of nodes}" ;;
   lose) lose "${2:?the node}" ;;
-  mend) mend "${2:?the node}" ;;
+  revive) revive "${2:?the node}" ;;
   restart) restart ;;
   env) echo "SLURM_CONF=$SLURM_CONF" ;;
   down) down ;;

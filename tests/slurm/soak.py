@@ -94,9 +94,9 @@ class Soak:
         else:
             subprocess.run([CLUSTER, "restart"], env=self.env, check=True)
 
-    def mend(self) -> None:
+    def revive(self) -> None:
         if self.lost:
-            subprocess.run([CLUSTER, "mend", self.lost], env=self.env, check=True)
+            subprocess.run([CLUSTER, "revive", self.lost], env=self.env, check=True)
             self.lost = None
 
 
@@ -122,14 +122,16 @@ def strike_and_watch(soak: Soak, number: int) -> tuple[str, int, float] | None:
     else:
         if not wait(lambda: soak.attempts() > attempts):
             return None
-        steps, reached = soak.steps(), newest_checkpoint(soak.run)  # from which the new start goes on
+        steps, reached = soak.steps(), newest_checkpoint(soak.run)  # from which the new start resumes
         if not wait(lambda: soak.steps() != steps):
             return None
     seconds, lost = time.time() - struck, steps - reached
     ended = (read_state(soak.run).attempts[attempts - 1].ended or struck) - struck
-    said = f"ended after {ended:.1f} s, " * (ended > 0)
-    print(f"{number:3} {fault:11} after step {steps:5}: {said}{lost} lost, again after {seconds:.1f} s", flush=True)
-    soak.mend()
+    ended_after = f"ended after {ended:.1f} s, " * (ended > 0)
+    print(
+        f"{number:3} {fault:11} after step {steps:5}: {ended_after}{lost} lost, again after {seconds:.1f} s", flush=True
+    )
+    soak.revive()
     return fault, lost, seconds
 
 

@@ -1,6 +1,6 @@
 """A run that nothing stops: each fault, on a real Slurm, leaves the losses and weights of a run without it.
 
-The faults befall runs of 2 nodes x 2 tasks side by side; they are all the same run, but for the longer one that meets
+The faults happen to runs of 2 nodes x 2 tasks side by side; all are the same run, except for a longer one that reaches
 its time limit.
 """
 
@@ -173,7 +173,7 @@ def faults(cluster, submit, tmp_path_factory, wait_for_end):
         time.sleep(0.05)
     for name in RUNS:
         wait_for_end(faults.run(name))
-    faults.slurm(CLUSTER, "mend", read_state(faults.run("lost node")).attempts[0].hosts[1])  # for other tests
+    faults.slurm(CLUSTER, "revive", read_state(faults.run("lost node")).attempts[0].hosts[1])  # for other tests
     return faults
 
 

@@ -61,7 +61,7 @@ def test_all_tasks_that_end_alike_decide(outcome):
             "did not answer the others: Killed (rank 2 on b",
             "b",
         ),
-        (  # rank 2 was frozen; rank 0 said so first and ended, whom the others and, set free, rank 2 miss then
+        (  # rank 2 was frozen; rank 0 reported it first and ended; the others, and rank 2 when released, missed rank 0
             {
                 0: broken(absent_ranks=[2], written_at=4),
                 1: broken(absent_ranks=[0]),
