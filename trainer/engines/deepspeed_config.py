@@ -1,12 +1,12 @@
-"""DeepSpeed's configuration, derived from ours: one source of truth."""
+"""DeepSpeed's configuration, derived from our fields: nothing is said twice."""
 
 from typing import Any
 
 from trainer.engines.config import EngineConfig, OptimConfig
 
-BUCKET = 3_000_000  # numbers sent or held at once: half of what DDP does; DeepSpeed's own 5e8 take 2 GB
-GROUP = 20_000_000  # weights that AdamW updates, and the ranks gather, at once: as many as a block of DiT-XL has
-# Keys of DeepSpeed's that say what fields of ours say, and these fields.
+BUCKET = 3_000_000  # numbers sent or held at once: half of what DDP sends; DeepSpeed's default of 5e8 takes 2 GB
+GROUP = 20_000_000  # weights that AdamW updates, and ranks gather, at once: a block of DiT-XL has as many
+# DeepSpeed's keys that say what a field of ours says, and that field
 _OURS = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",

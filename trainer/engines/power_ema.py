@@ -8,6 +8,7 @@ are linear in their profiles, so those that add up to a profile add up to its av
 
 from collections.abc import Callable, Iterable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,65 +17,67 @@ from torch import Tensor
 from trainer.errors import RunError
 
 WIDEST = 12**-0.5  # the std of the plain mean of all networks, gamma = 0; a wider profile prefers the older ones
-MISFIT = 0.5  # of a profile's length: what is farther from it than this, is no approximation of it
-CHUNK = 1 << 16  # steps held at once, times the number of different stds
+MISFIT = 0.5  # of a profile's length: the largest distance of what may still be called an approximation
+CHUNK = 1 << 16  # steps in memory at once, for each std
 
 
 def exponent(std: float) -> float:
-    """Gamma of the relative standard deviation std = (gamma+1)^(1/2) (gamma+2)^-1 (gamma+3)^-1/2 (eq. 123).
+    """Return gamma for a relative standard deviation: std = (gamma+1)^(1/2) (gamma+2)^-1 (gamma+3)^-1/2 (eq. 123).
 
-    RunError unless 0 < std < 1/sqrt(12), the stds of gamma > 0; 0.05 and 0.10 have gamma 16.97 and 6.94.
+    Raise RunError unless 0 < std < 1/sqrt(12), which means gamma > 0. For 0.05 and 0.10, gamma is 16.97 and 6.94.
     """
     if not 0 < std < WIDEST:
         raise RunError(f"std={std}: must be over 0 and under 1/sqrt(12) = 0.28867")
-    # squared, it is a cubic; of w = std (gamma + 2), its roots stay near 1, -1 and std however small std is
+    # squared, it is a cubic; written for w = std (gamma + 2), its roots stay near 1, -1 and std however small std is
     return float(np.roots([1, std, -1, std]).real.max() / std - 2)
 
 
 def power_decay(std: float) -> Callable[[int], float]:
-    """The decay at each step of an average with the profile (std, last step): beta = (1 - 1/step)^(gamma+1) (eq. 127).
+    """Return the decay at each step for an average with the profile (std, last step): (1 - 1/step)^(gamma+1) (eq. 127).
 
-    Steps are counted from 1, which forgets the initial weights.
+    Steps are counted from 1; the first one forgets the initial weights.
     """
     power = exponent(std) + 1
     return lambda step: (1 - 1 / step) ** power
 
 
 def coordinates(profiles: list[tuple[float, int]]) -> np.ndarray:
-    """Profiles (std, step >= 1) as columns (float64, (rows, len(profiles))) that have the profiles' inner products.
+    """Return a column for each profile (std, step >= 1), such that columns have the inner products of the profiles:
+    (rows, len(profiles)), float64.
 
-    The betas telescope: the networks up to tau have (tau/step)^(gamma+1) of the whole weight, so tau itself has
-    (tau/step)^(gamma+1) - ((tau-1)/step)^(gamma+1). Hence, between neighbours among the steps of all profiles, profiles
-    of one std are multiples of each other, and a QR decomposition with a column for each std keeps all that matters of
-    these tau. Time grows with steps * stds^2; no matrix of profiles * steps is made, and unlike from the matrix of
-    inner products (eq. 151), least squares from these columns loses no digits to squaring.
+    The decays telescope: the networks up to tau have (tau/step)^(gamma+1) of the whole weight, so tau itself has
+    (tau/step)^(gamma+1) - ((tau-1)/step)^(gamma+1). Hence, between two neighbouring steps of `profiles`, profiles of
+    one std are multiples of each other, and a QR decomposition with a column for each std keeps all that matters of
+    these tau. Time grows with steps * stds^2; no matrix of profiles * steps is made; and least squares on these columns
+    loses no digits to squaring, as it would on the matrix of inner products (eq. 151).
     """
     stds, column = np.unique([std for std, _ in profiles], return_inverse=True)
     powers = np.array([exponent(std) + 1 for std in stds])
     steps = np.array([step for _, step in profiles])
     rows = []
     for first, last in pairwise([0, *np.unique(steps)]):
-        basis = np.empty((0, len(powers)))
+        basis: Any = np.empty((0, len(powers)))  # the types of numpy.linalg.qr do not know mode="r"
         for start in range(first, last, CHUNK):
             tau = np.arange(start, min(start + CHUNK, last) + 1)
-            piece = np.diff((tau[:, None] / last) ** powers, axis=0)  # of the profiles that end at `last`
+            piece = np.diff((tau[:, None] / last) ** powers, axis=0)  # of profiles that end at `last`
             basis = np.linalg.qr(np.vstack([basis, piece]), mode="r")
-        shrunk = np.minimum(last / steps, 1) ** powers[column]  # what later steps leave of them
+        shrunk = np.minimum(last / steps, 1) ** powers[column]  # what later steps leave of it
         rows.append(basis[:, column] * np.where(last <= steps, shrunk, 0))
     return np.concatenate(rows)
 
 
 def coefficients(snapshots: list[tuple[float, int]], std: float, step: int) -> np.ndarray:
-    """Factors of the snapshots (std, step of each) whose sum is nearest, in least squares, to the profile (std, step).
+    """Return factors of snapshots (std, step of each) whose weighted sum is nearest to the profile (std, step) in least
+    squares: (len(snapshots),), float64.
 
-    Float64, (len(snapshots),). This is Algorithm 3 with the profiles that averages really have, sums over steps; the
-    paper's integrals are their limit for many steps. So a tracked profile is returned as it is, to rounding.
-    Most exact at the step of a snapshot. Elsewhere the next snapshot is used too: nothing before it knows the networks
-    since the last one (without them, the factors would not even add up to 1). Those after it have factor 0.
-    RunError if std is out of range, if step is before the first or after the last snapshot, or if the nearest sum is
-    farther from the profile than MISFIT.
+    This is Algorithm 3 with the profiles that averages really have, sums over steps; the paper's integrals are their
+    limit for many steps. So a tracked profile is returned as it is, to rounding.
+    The result is most exact at the step of a snapshot. Elsewhere the next snapshot is used too: no earlier one knows
+    the networks since the last (without them, the factors would not even add up to 1). Later ones have the factor 0.
+    Raise RunError if std is out of range, if step is before the first or after the last snapshot, or if the nearest sum
+    is farther from the profile than MISFIT.
     """
-    ends = np.array([end for _, end in snapshots if end > 0])  # one of step 0 has averaged nothing
+    ends = np.array([end for _, end in snapshots if end > 0])  # at step 0 nothing was averaged yet
     if not (ends.size and ends.min() <= step <= ends.max()):
         held = f"choose one from {ends.min()} to {ends.max()}" if ends.size else "there are none"
         raise RunError(f"step={step}: not among the steps of the snapshots; {held}")
@@ -98,10 +101,10 @@ def coefficients(snapshots: list[tuple[float, int]], std: float, step: int) -> n
 
 @torch.no_grad()
 def combine(parts: Iterable[dict[str, Tensor]], coefficients: Iterable[float]) -> dict[str, Tensor]:
-    """The sum of the parts (name -> tensor, equal names), each times its coefficient: float32, summed in float64.
+    """Return the sum of parts (name -> tensor, equal names), each times its coefficient: float32, summed in float64.
 
-    An iterator of parts has one of them in memory at a time. A part with coefficient 0 is not looked at, were it NaN.
-    ValueError unless there are as many parts as coefficients.
+    If `parts` is an iterator, one of them is in memory at a time. A part with coefficient 0 is ignored, even if it has
+    NaNs. Raise ValueError unless there are as many parts as coefficients.
     """
     left, total = [float(factor) for factor in coefficients], {}
     for part in parts:
