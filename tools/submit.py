@@ -24,7 +24,7 @@ from trainer.estimate import estimate_table
 from trainer.loop import train
 from trainer.run_folder import LOCK, check_folder
 
-DEFAULT_CONFIG = "configs/imagenet256/sit-xl-2-light-4.yaml"
+DEFAULT_CONFIG = "configs/imagenet256/sit/sit-xl-2-light-4.yaml"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

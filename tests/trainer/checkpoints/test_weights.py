@@ -303,14 +303,14 @@ def test_the_continued_recipe_takes_the_weights_of_the_plain_one():
     class Latents:
         shape, num_classes = (4, 32, 32), 1000
 
-    plain, continued = (load_config(f"configs/imagenet256/sit-xl-2{x}.yaml") for x in ("", "-light-4-continued"))
+    plain, continued = (load_config(f"configs/imagenet256/sit/sit-xl-2{x}.yaml") for x in ("", "-light-4-continued"))
     assert continued.init_from == plain.run
     assert (
         continued.model == plain.model.model_copy(update={"max_group_size": 16})
         and continued.path == plain.path
         and continued.data.side == plain.data.side
     )
-    assert continued.groups == load_config("configs/imagenet256/sit-xl-2-light-4.yaml").groups
+    assert continued.groups == load_config("configs/imagenet256/sit/sit-xl-2-light-4.yaml").groups
     with torch.device("meta"):
         a, b = (build_network(config, Latents()) for config in (plain, continued))
     start_from(b, a.state_dict(), plain.run)

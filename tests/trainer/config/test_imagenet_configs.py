@@ -17,14 +17,15 @@ OWN = {  # of Group Diffusion on a backbone, whatever the groups
     "dit-xl-2": {"train.images": 800 * 1_281_167, "sample.guidance": (1.65,), "sample.guided_channels": None},
     "sit-xl-2": {"train.images": 800 * 1_281_167, "sample.guidance": (2.585,), "sample.interval": (-2.1973, 2.1973)},
 }
+RUNS = sorted(path for path in ROOT.glob("imagenet*/**/*.yaml") if path.parent.name != "groups")
 BACKBONES = ["dit-xl-2", "sit-xl-2", "jit-b-16", "jit-l-16"]
 # (millions of parameters, 10^9 multiply-adds of a forward pass) of DiT (arXiv 2212.09748, table 4) and JiT (2511.13720,
 # table 5)
 PUBLISHED = {
-    "imagenet256/dit-xl-2": (675, 118.64),
-    "imagenet256/sit-xl-2": (675, 118.64),
-    "imagenet256/jit-b-16": (131, 25),
-    "imagenet256/jit-l-16": (459, 88),
+    "imagenet256/dit/dit-xl-2": (675, 118.64),
+    "imagenet256/sit/sit-xl-2": (675, 118.64),
+    "imagenet256/jit/jit-b-16": (131, 25),
+    "imagenet256/jit/jit-l-16": (459, 88),
     "imagenet512/dit-xl-2": (675, 524.6),
     "imagenet512/jit-b-32": (133, 26),
     "imagenet512/jit-l-32": (462, 89),
@@ -49,7 +50,7 @@ def test_networks_have_the_published_parameters_and_multiply_adds(name):
 
 @pytest.mark.parametrize("size", ["S", "B", "L"])
 def test_smaller_dit_have_the_published_multiply_adds(size):
-    config = load_config(ROOT / "imagenet256/dit-xl-2.yaml", [f"model.size={size}"])
+    config = load_config(ROOT / "imagenet256/dit/dit-xl-2.yaml", [f"model.size={size}"])
     counted = forward_multiply_adds(network_of(config), 1, 4, 32, 1)
     assert counted == pytest.approx({"S": 6.06e9, "B": 23.01e9, "L": 80.71e9}[size], rel=0.005)
 
@@ -57,9 +58,9 @@ def test_smaller_dit_have_the_published_multiply_adds(size):
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_is_its_base_with_groups(backbone, variant):
-    path = ROOT / f"imagenet256/{backbone}-{variant}.yaml"
+    path = ROOT / f"imagenet256/{backbone[:3]}/{backbone}-{variant}.yaml"
     assert len(path.read_text().splitlines()) <= 3
-    plain, config = load_config(ROOT / f"imagenet256/{backbone}.yaml"), load_config(path)
+    plain, config = load_config(ROOT / f"imagenet256/{backbone[:3]}/{backbone}.yaml"), load_config(path)
     before, after = dotted(plain.model_dump()), dotted(config.model_dump())
     changed = {name for name in after if after[name] != before[name]} - {"run"}
     own = OWN.get(backbone, {})
@@ -75,7 +76,7 @@ def test_a_variant_is_its_base_with_groups(backbone, variant):
 
 def test_every_config_builds_on_the_meta_device():
     built = 0
-    for path in sorted(ROOT.glob("imagenet*/*.yaml")):
+    for path in RUNS:
         config = load_config(path)
         assert all(p.is_meta for p in network_of(config).parameters())
         built += 1
@@ -85,8 +86,8 @@ def test_every_config_builds_on_the_meta_device():
 @pytest.mark.parametrize(
     ("name", "ends"),
     {
-        **{f"imagenet256/sit-xl-2-{variant}": (0.25, 0.75) for variant in VARIANTS},
-        **{f"imagenet256/jit-{size}-16": (0.1, None) for size in "bl"},
+        **{f"imagenet256/sit/sit-xl-2-{variant}": (0.25, 0.75) for variant in VARIANTS},
+        **{f"imagenet256/jit/jit-{size}-16": (0.1, None) for size in "bl"},
         **{f"imagenet512/jit-{size}-32": (0.1, None) for size in "bl"},
     }.items(),
 )
@@ -103,9 +104,9 @@ def test_guidance_acts_between_the_published_times(name, ends):
     {"dit-xl-2": 1400, "sit-xl-2": 1400, "jit-b-16": 600, "dit-xl-2-light-4": 800, "sit-xl-2-full-4": 800}.items(),
 )
 def test_runs_are_as_long_as_the_published_ones(name, epochs):
-    assert load_config(ROOT / f"imagenet256/{name}.yaml").train.images == epochs * 1_281_167
+    assert load_config(ROOT / f"imagenet256/{name[:3]}/{name}.yaml").train.images == epochs * 1_281_167
 
 
 def test_no_two_configs_share_a_run_folder():
-    runs = [load_config(path).run for path in sorted(ROOT.glob("imagenet*/*.yaml"))]
+    runs = [load_config(path).run for path in RUNS]
     assert len(set(runs)) == len(runs)
