@@ -11,7 +11,7 @@ from typing import Any
 
 from command_line import cluster_options, not_negative, places, positive
 
-from data.extraction.sources import Source, list_source
+from data.extraction.sources import Parts, list_source
 from data.extraction.verify import verify_store
 from data.stores.shards import MANIFEST
 from slurm.launch import call_share, follow, submit_array, submit_here
@@ -79,7 +79,7 @@ def verify(folder: Path, images: Path) -> None:
     verify_against(folder, list_source(images, part_size=2048))
 
 
-def verify_against(folder: Path, source: Source) -> None:
+def verify_against(folder: Path, source: Parts) -> None:
     """Print what is wrong with a store, and exit: with code 1 if anything is."""
     problems = list(verify_store(folder, source))
     print("\n".join(problems) or f"{folder}: verified: every image once, every byte as written")

@@ -1,19 +1,16 @@
-"""The batches of this rank's steps: by the plan of an epoch, or from a stream of shards."""
+"""The batches of this rank's steps, and the check that all ranks have planned the same ones."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 
-from data.batches.loader import BatchDataset, GroupSampler, load_batches
-from data.batches.plan import Plan, steps_per_epoch
-from data.batches.stream import StreamDataset, stream_batches
-from data.batches.windows import Stream
-from data.sets.registry import Images
-from data.sets.streamed_latents import StreamedLatents
-from trainer.build import make_planner, shares_attention
+from data.batches.batch import Batch
+from data.batches.plan import Plan
+from data.batches.steps import OnPlan, Steps
+from data.sets.images import Images
+from trainer.build import shares_attention
 from trainer.config.tree import Config
 from trainer.errors import RunError
 from trainer.ranks import Ranks
@@ -25,36 +22,41 @@ def make_batches(
     ranks: Ranks,
     first: int,
     last: int,
-    note: Callable[[int, int, Plan], None],
+    on_plan: OnPlan,
     extra: tuple[str, ...] = (),
-) -> DataLoader:
-    """Return the micro-batches of each step from `first` to before `last`. All ranks call it. `note` is told of the
-    plan of each epoch: its number, the position at which it begins, and the plan. `extra` names what loss terms ask of
-    the images."""
-    batch, micro_batch = config.train.global_batch, config.train.micro_batch
-    slots = config.model.max_group_size
-    in_window = shares_attention(config)
-    if isinstance(images, StreamedLatents):
-        window = config.data.window
-        stream = Stream(images.counts, config.groups, batch, config.seed, ranks.rank, ranks.world_size, window)
-        dataset = StreamDataset(images, stream, slots, micro_batch, first, last, in_window, extra)
-        return stream_batches(dataset, config.data.workers)
+) -> Iterable[list[Batch]]:
+    """Return the micro-batches of each step from `first` to before `last`. All ranks call it and iterate together.
 
-    plan_of_epoch = make_planner(config, images)
-    epoch_steps = steps_per_epoch(len(images), batch)
-    _check_same_plan(plan_of_epoch(first // epoch_steps))
+    `on_plan` is called with the plan of each epoch when it begins. `extra` names what loss terms ask of the images.
+    """
+    checked = False
 
-    def planned(epoch: int) -> Plan:
-        note(epoch, epoch * epoch_steps * batch, plan_of_epoch(epoch))
-        return plan_of_epoch(epoch)
+    def check_first(epoch: int, position: int, plan: Plan) -> None:
+        nonlocal checked
+        if not checked:
+            _check_same_plan(plan)
+            checked = True
+        on_plan(epoch, position, plan)
 
-    sampler = GroupSampler(planned, epoch_steps, first, last, ranks.rank, ranks.world_size, micro_batch)
-    dataset = BatchDataset(images, config.groups, slots, config.seed, in_window, extra)
-    return load_batches(dataset, sampler, config.data.workers)
+    steps = Steps(
+        config.groups,
+        config.train.global_batch,
+        config.model.max_group_size,
+        config.seed,
+        first,
+        last,
+        ranks.rank,
+        ranks.world_size,
+        config.train.micro_batch,
+        config.data.workers,
+        shares_attention(config),
+        extra,
+    )
+    return images.batches(steps, check_first)
 
 
 def _check_same_plan(plan: Plan) -> None:
-    """RunError unless all ranks have made the same plan (another library version on one node would do it)."""
+    """Raise RunError unless all ranks have made the same plan. Another library version on one node may change it."""
     mine = zlib.crc32(plan.images.tobytes() + plan.grouped.tobytes())
     lowest = torch.tensor([mine, -mine])
     dist.all_reduce(lowest, dist.ReduceOp.MIN)

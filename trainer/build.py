@@ -1,18 +1,17 @@
 """From a config to the plan and the network, and whether the config fits its data."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from data.batches.batch import InWindow
-from data.batches.plan import Plan, plan_epoch
+from data.batches.plan import needs_neighbors
 from data.sets.form import ImageForm, form_of
-from data.sets.registry import Images, open_images
+from data.sets.images import Images
+from data.sets.registry import Split, open_images
 from models.backbones.registry import make_network
 from models.paths.base import NoisePath
 from models.paths.registry import make_path
@@ -24,10 +23,10 @@ from trainer.errors import RunError
 from trainer.ranks import from_rank_0
 
 
-def open_data(config: Config, split: Literal["train", "heldout"] = "train") -> Images:
+def open_data(config: Config, split: Split = "train") -> Images:
     """Return the images of a config. DataError if they are not there, RunError if they do not fit it."""
     images = open_images(config.data, split)
-    known = images.max_neighbors() if _needs_graph(config) else None
+    known = images.max_neighbors() if needs_neighbors(config.groups) else None
     n, side = len(images), images.shape[-1]
     if split == "train" and config.train.global_batch > n:
         raise RunError(f"train.global_batch={config.train.global_batch}: more than there are images; set {n} or less")
@@ -52,14 +51,6 @@ def form_from_config(config: Config, num_classes: int) -> ImageForm:
         if getattr(data, field) is None:
             raise RunError(f"data.{field}=null: the data are not there to tell it; set data.{field}")
     return ImageForm((data.channels, data.side, data.side), num_classes, data.vae)
-
-
-def make_planner(config: Config, images: Images) -> Callable[[int], Plan]:
-    """The plan of an epoch as a function of its number; the last one is remembered."""
-    graph = images.neighbors(config.groups.neighbors) if _needs_graph(config) else None
-    return lru_cache(maxsize=1)(
-        lambda epoch: plan_epoch(config.groups, images.label, graph, config.train.global_batch, config.seed, epoch)
-    )
 
 
 def shares_attention(config: Config) -> InWindow | None:
@@ -98,7 +89,3 @@ def check_start(config: Config, images: ImageForm) -> None:
         with torch.device("meta"):
             network = build_network(config, images)
         start_from(network, read_weights(config.init_from, values=False), config.init_from)
-
-
-def _needs_graph(config: Config) -> bool:
-    return config.groups.variant != "none" and config.groups.query == "similarity"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.batches.batch import Batch
 from data.sets.form import form_of
-from data.sets.registry import Images
+from data.sets.images import Images
 from models.paths.base import NoisePath
 from trainer.analysis.cross_attention import CrossAttention, step_attention
 from trainer.build import open_data

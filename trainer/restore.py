@@ -1,11 +1,11 @@
 """Continuing a run from its newest checkpoint."""
 
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
-from data.sets.registry import Images
-from data.sets.streamed_latents import StreamedLatents
+from data.sets.images import Images
 from trainer.checkpoints import folder as checkpoint
 from trainer.checkpoints.files import Damaged
 from trainer.checkpoints.folder import DAMAGED
@@ -25,13 +25,13 @@ def restore(folder: Path, engine: Engine, images: Images, batch: int, fallback: 
     while newest := from_rank_0(lambda: next(reversed(checkpoint.find(folder)[0]), None)):
         try:
             _all_find_whole(newest)
-            differences = from_rank_0(lambda: _differences(newest, images))
+            differences = from_rank_0(partial(_differences, newest, images))
             state = state or engine.state()
             position = checkpoint.load(newest, state)
         except Damaged as damage:
             if not fallback or from_rank_0(lambda: len(checkpoint.find(folder)[0])) == 1:  # never from the very start
                 raise
-            aside = from_rank_0(lambda: _set_aside(newest))
+            aside = from_rank_0(partial(_set_aside, newest))
             notes.append(f"{str(damage).partition(';')[0]}; it is {aside.name} now")
         else:
             engine.load_state(state, position // batch)
@@ -77,9 +77,5 @@ def _differences(newest: Path, images: Images) -> list[str]:
             f"{newest}: was trained on other images ({before}) than data has now ({images.identity}); give the run"
             " those, or set run= to a new folder"
         )
-    if isinstance(images, StreamedLatents) and manifest["world_size"] != ranks:
-        return [
-            f"{ranks} ranks instead of {manifest['world_size']}: data.streaming deals the shards anew, so images of"
-            " this epoch may come twice or not at all"
-        ]
-    return []
+    note = images.resume_note(manifest["world_size"], ranks)
+    return [note] if note else []

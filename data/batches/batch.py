@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from data.batches.plan import GroupsConfig
+from data.batches.pool import Pool
 from data.randomness import Purpose, draw
-from data.sets.registry import Images
 
 InWindow = Callable[[Tensor, int], Tensor]  # (quantiles of time (n,), position) -> does a group share there, (n,) bool
 
@@ -61,7 +61,7 @@ class Batch:
 
 
 def make_batch(
-    images: Images,
+    images: Pool,
     config: GroupsConfig,
     max_group_size: int,
     seed: int,

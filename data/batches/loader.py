@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 from torch.utils.data import Dataset, Sampler
 
 from data.batches.batch import Batch, InWindow, MicroBatch, make_batch
-from data.batches.plan import GroupsConfig, Plan
-from data.sets.registry import Images
+from data.batches.plan import GroupsConfig, Plan, make_planner, steps_per_epoch
+from data.batches.pool import Pool
+from data.batches.steps import OnPlan, Steps
 from data.workers import Loader
 
 
@@ -38,7 +39,7 @@ class GroupSampler(Sampler[list[MicroBatch]]):
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         epoch, plan = -1, None
         for step in range(self.first_step, self.last_step):
-            if step // self.steps_per_epoch != epoch:
+            if plan is None or step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
                 plan = self.plan_of_epoch(epoch)
             row = step % self.steps_per_epoch
@@ -59,7 +60,7 @@ class GroupSampler(Sampler[list[MicroBatch]]):
 
 
 def rank_pieces(begin: int, end: int, rank: int, world_size: int, micro_batch: int | None) -> Iterator[tuple[int, int]]:
-    """A rank's contiguous slice of the places `begin` to `end` of a step, cut into micro-batches (start, stop)."""
+    """Yield (start, stop) of the micro-batches of a rank: its contiguous slice of the places `begin` to `end` of a step."""
     length = (end - begin) // world_size
     start = begin + rank * length
     stop = start + length
@@ -68,11 +69,11 @@ def rank_pieces(begin: int, end: int, rank: int, world_size: int, micro_batch: i
 
 
 class BatchDataset(Dataset[list[Batch]]):
-    """Micro-batches -> batches; runs in the loader's workers."""
+    """Batches of lists of micro-batches; they are made in the loader's workers."""
 
     def __init__(
         self,
-        images: Images,
+        images: Pool,
         config: GroupsConfig,
         max_group_size: int,
         seed: int,
@@ -87,5 +88,20 @@ class BatchDataset(Dataset[list[Batch]]):
 
 
 def load_batches(dataset: BatchDataset, sampler: GroupSampler, workers: int) -> Loader:
-    """The batches of each of the sampler's steps, in order; pinned where there is a GPU."""
+    """Return the batches of each of the sampler's steps, in order; pinned if there is a GPU."""
     return Loader(dataset, workers, sampler=sampler)
+
+
+def planned_batches(images: Pool, steps: Steps, on_plan: OnPlan) -> Loader:
+    """Return the batches of a rank's steps by the plans of their epochs; `on_plan` is called when an epoch begins."""
+    plan_of_epoch = make_planner(steps.groups, images, steps.global_batch, steps.seed)
+    epoch_steps = steps_per_epoch(len(images.label), steps.global_batch)
+
+    def planned(epoch: int) -> Plan:
+        on_plan(epoch, epoch * epoch_steps * steps.global_batch, plan_of_epoch(epoch))
+        return plan_of_epoch(epoch)
+
+    span = steps.first, steps.last, steps.rank, steps.world_size
+    sampler = GroupSampler(planned, epoch_steps, *span, steps.micro_batch)
+    dataset = BatchDataset(images, steps.groups, steps.max_group_size, steps.seed, steps.in_window, steps.extra)
+    return load_batches(dataset, sampler, steps.workers)

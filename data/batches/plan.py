@@ -3,13 +3,16 @@
 It is made for the global batch, knows no world size, and is a pure function of (seed, epoch): all ranks make the same.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field, model_validator
 
 from data.batches.groups import class_groups, similar_groups
+from data.batches.pool import Pool
 from data.neighbors.exact import NeighborGraph
 
 Level = Annotated[float, Field(ge=-np.inf)]  # not NaN
@@ -62,9 +65,15 @@ class GroupsConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
             raise ValueError(f"share={self.share}: variant={self.variant} needs groups; set share above 0")
         if self.query == "similarity" and self.size > self.neighbors + 1:
             raise ValueError(f"neighbors={self.neighbors}: must be at least size - 1 = {self.size - 1}")
-        if self.window and None not in self.window and self.window[0] > self.window[1]:
-            raise ValueError(f"window={list(self.window)}: lowest log-SNR first")
+        low, high = self.window or (None, None)
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"window={[low, high]}: lowest log-SNR first")
         return self
+
+
+def needs_neighbors(config: GroupsConfig) -> bool:
+    """Return whether groups are formed by a neighbor graph."""
+    return config.variant != "none" and config.query == "similarity"
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,12 @@ class Plan:
     fallback: np.ndarray
 
 
+def make_planner(config: GroupsConfig, images: Pool, global_batch: int, seed: int) -> Callable[[int], Plan]:
+    """Return a function from the number of an epoch to its plan. It remembers the last one."""
+    graph = images.neighbors(config.neighbors) if needs_neighbors(config) else None
+    return lru_cache(maxsize=1)(lambda epoch: plan_epoch(config, images.label, graph, global_batch, seed, epoch))
+
+
 def plan_epoch(
     config: GroupsConfig,
     label: np.ndarray,
@@ -87,7 +102,7 @@ def plan_epoch(
     seed: int,
     epoch: int,
 ) -> Plan:
-    """The plan of one epoch over images with `label` (n,). `graph` is needed for the similarity query alone.
+    """Return the plan of one epoch over images with `label` (n,). Only the similarity query needs `graph`.
 
     No image comes twice; n modulo the global batch images are left out, others in each epoch.
     """
@@ -106,29 +121,29 @@ def plan_epoch(
 
 
 def steps_per_epoch(images: int, global_batch: int) -> int:
-    """The same in every epoch, so that a stream position tells its epoch and step."""
+    """Return the same number for every epoch, so that a position of the run tells its epoch and step."""
     if images < global_batch:
         raise ValueError(f"train.global_batch={global_batch}: must not exceed the number of images, {images}")
     return images // global_batch
 
 
 def group_quantum(config: GroupsConfig, global_batch: int) -> int:
-    """The group part of a step is a multiple of this many images."""
+    """Return of how many images the group part of a step is a multiple."""
     return global_batch if config.mixing == "by_step" else config.size * config.splits
 
 
 def grouped_before(config: GroupsConfig, global_batch: int, step: int | np.ndarray) -> np.ndarray:
-    """Images in groups in all steps before `step`: the share of all images so far, met to less than one quantum (a line
-    drawn on a grid: multiples of the share, rounded down)."""
+    """Return the images in groups in all steps before `step`: the share of all images so far, met to less than one
+    quantum (a line drawn on a grid: multiples of the share, rounded down)."""
     quantum = group_quantum(config, global_batch)
-    slope = config.share * global_batch / quantum
+    slope = (config.share or 0.0) * global_batch / quantum
     return np.floor(step * slope + 1e-9).astype(np.int64) * quantum  # a whole number may come out below
 
 
 def form_groups(
     config: GroupsConfig, label: np.ndarray, graph: NeighborGraph | None, count: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`count` disjoint groups (count, size) in random order, and which of them are fallbacks (count,) bool."""
+    """Return `count` disjoint groups (count, size) in random order, and which are fallbacks, (count,) bool."""
     if count == 0:
         return np.empty((0, config.size), np.int32), np.empty(0, dtype=bool)
     everyone = np.arange(len(label), dtype=np.int32)
@@ -138,6 +153,7 @@ def form_groups(
     if config.query == "class":
         groups, answered = class_groups(label, everyone, config.size, rng)
     else:
+        assert graph is not None, "the similarity query needs a graph"
         groups = similar_groups(graph, config.threshold, config.size, count, rng)
         answered = len(groups)
         if answered < count:

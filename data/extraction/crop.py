@@ -18,8 +18,8 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     """ADM's centre crop to uint8 (size, size, 3): halve with a box filter while the short side is at least 2 `size`,
     then bicubic until it is `size`, then cut out the centre."""
     while min(image.size) >= 2 * size:
-        image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize(tuple(round(side * scale) for side in image.size), resample=Image.Resampling.BICUBIC)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
     left, top = ((side - size) // 2 for side in image.size)
     return np.asarray(image.crop((left, top, left + size, top + size)))

@@ -27,24 +27,41 @@ class Item:
     size: int | None = None
 
     def read(self) -> bytes:
-        """The image file's content."""
+        """Return the image file's content."""
         with self.file.open("rb") as file:
             file.seek(self.offset)
             return file.read() if self.size is None else file.read(self.size)
 
 
-class Source(Protocol):
-    """Images in a fixed order, cut into parts; a part becomes a shard."""
+class Parts(Protocol):
+    """Images in a fixed order, cut into parts."""
 
-    parts: int
-    images: int | None  # None: known only when all parts have been read
-    num_classes: int | None
+    @property
+    def parts(self) -> int:
+        """How many parts there are."""
+        ...
 
     def items(self, part: int) -> list[Item]:
-        """The images of a part."""
+        """Return the images of a part."""
+        ...
+
+
+class Source(Parts, Protocol):
+    """Image files to make a store of; a part becomes a shard."""
+
+    @property
+    def images(self) -> int | None:
+        """How many images there are. None: known only when all parts have been read."""
+        ...
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes there are. None: as many as the labels need."""
+        ...
 
     def listing(self) -> dict:
-        """What `open_source` needs to have the same source again, as JSON."""
+        """Return what `open_source` needs to have the same source again, as JSON."""
+        ...
 
 
 class ClassFolders:
@@ -57,12 +74,12 @@ class ClassFolders:
         self._label = {name: i for i, name in enumerate(classes)}
 
     def items(self, part: int) -> list[Item]:
-        """The images of a part: `part_size` files of the sorted listing."""
+        """Return the images of a part: `part_size` files of the sorted listing."""
         files = self.files[part * self.part_size : (part + 1) * self.part_size]
         return [Item(key_of(file), self._label[file.split("/", 1)[0]], self.root / file) for file in files]
 
     def listing(self) -> dict:
-        """The names found when the work began."""
+        """Return the names found when the work began."""
         return {"classes": self.classes, "files": self.files}
 
 
@@ -75,7 +92,7 @@ class TarShards:
         self.parts, self.images, self.num_classes = len(tars), None, None
 
     def items(self, part: int) -> list[Item]:
-        """The images of a tar."""
+        """Return the images of a tar."""
         path = self.root / self.tars[part]
         items = []
         try:
@@ -96,18 +113,18 @@ class TarShards:
         return items
 
     def listing(self) -> dict:
-        """The names found when the work began."""
+        """Return the names found when the work began."""
         return {"tars": self.tars}
 
 
 def key_of(file: str) -> str:
-    """A path without its extension; other dots in its last part are escaped: webdataset ends a key at one."""
+    """Return a path without its extension; other dots in its last part are escaped: webdataset ends a key at one."""
     folder, slash, name = file.rpartition("/")
     return folder + slash + name.rpartition(".")[0].replace("%", "%25").replace(".", "%2E")
 
 
 def list_source(root: Path, part_size: int) -> Source:
-    """Look through `root`. DataError if it holds no images, or two of one key."""
+    """Look through `root`. Raise DataError if it holds no images, or two of one key."""
     if not root.is_dir():
         raise DataError(f"--images {root}: no such folder; give a tree of class folders, or a folder of tar shards")
     with os.scandir(root) as entries:
@@ -128,16 +145,16 @@ def list_source(root: Path, part_size: int) -> Source:
 
 
 def open_source(root: Path, listing: dict, part_size: int) -> Source:
-    """The source that had this `listing`, without looking through its folders again."""
+    """Return the source that had this `listing`, without looking through its folders again."""
     if "tars" in listing:
         return TarShards(root, listing["tars"])
     return ClassFolders(root, listing["classes"], listing["files"], part_size)
 
 
 def shared_source(root: Path, part_size: int, folder: Path) -> Source:
-    """The source as it was when the work in `folder` began: the first process lists it, the others wait and read.
+    """Return the source as it was when the work in `folder` began: the first process lists it, others wait and read.
 
-    DataError if that was another one, or if `folder` would be one of its classes.
+    Raise DataError if that was another one, or if `folder` would be one of its classes.
     """
     path, images = folder / "inputs.json", str(root.absolute())
     if folder.absolute().is_relative_to(images):

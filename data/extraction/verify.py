@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data.extraction.sources import Source
+from data.extraction.sources import Parts
 from data.stores.files import sha256
 from data.stores.shards import INDEX, MANIFEST, REJECTED, array_offsets, keys_digest
 from data.stores.tar import tar_samples
 
 
-def verify_store(folder: Path, source: Source) -> Iterator[str]:
-    """One line for each thing that is wrong; none: all is well. Reads every byte of the shards."""
+def verify_store(folder: Path, source: Parts) -> Iterator[str]:
+    """Yield a line for each thing that is wrong, none if all is well. Reads every byte of the shards."""
     if not (folder / MANIFEST).is_file():
         yield f"{folder / MANIFEST}: not there: the store is not complete"
         return

@@ -57,10 +57,8 @@ def _cluster_latents(
     with tqdm(desc="shards", unit="shard", total=len(names), mininterval=0.5) as bar:
         for shard in claims:
             rows = moments.index[order[shard]]
-            arrays = {
-                "moments": moments.read("moments", order[shard]),
-                "feature": vectors.read("feature", order[shard]),
-            }
+            arrays = {name: moments.read(name, order[shard]) for name in moments.manifest["fields"]}
+            arrays["feature"] = vectors.read("feature", order[shard])
             keys = [key.decode() for key in rows["key"]]
             write_shard(out / names[shard], keys, rows["label"].tolist(), arrays, [])
             claims.release(shard)
@@ -121,10 +119,10 @@ class StoredKeys:
     """The images of a store as a source (data/extraction/sources.py) for data/extraction/verify.py to compare with."""
 
     store: Store
-    parts: int = 1
+    parts = 1
 
     def items(self, part: int) -> list[Item]:
-        """All of them."""
+        """Return all of them."""
         rows = self.store.index
         return [
             Item(key.decode(), int(label), self.store.folder)

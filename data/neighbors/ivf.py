@@ -22,7 +22,7 @@ class IVFSearch:
         self._index = faiss.index_factory(features.shape[1], f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
         self._index.train(self._rows)
         self._index.add(self._rows)
-        self._index.nprobe = min(probes, lists)
+        faiss.ParameterSpace().set_index_parameter(self._index, "nprobe", min(probes, lists))
         self._exact = exact
 
     def nearest(self, images: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def load(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """(x (n, 1, 8, 8) in [-1, 1], label (n,), features (n, 64): the pixels 0..16, number of classes).
+    """Return (x (n, 1, 8, 8) in [-1, 1], label (n,), features (n, 64): the pixels 0..16, number of classes).
 
     Every third image is held out, so that both splits hold every writer and every class.
     """

@@ -47,10 +47,10 @@ SIZE = 48  # pixels an em before glyphs are made smaller
 
 
 def load(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """(x (n, 1, 16, 16) in [-1, 1], label (n,), features (n, 64), number of classes).
+    """Return (x (n, 1, 16, 16) in [-1, 1], label (n,), features (n, 64), number of classes).
 
     A fifth of the font families, chosen by their names, is held out: no family is in both splits, and no image is there
-    twice. DataError if packages are missing.
+    twice. Raise DataError if packages are missing.
     """
     ink, label, families = _all_glyphs(FONTS)
     chosen = np.array([held_out(family) for family in families]) == (split == "heldout")
@@ -59,13 +59,15 @@ def load(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
 
 
 def held_out(family: str) -> bool:
-    """Whether the fonts of a family are kept from training."""
+    """Return whether the fonts of a family are kept from training."""
     return zlib.crc32(family.encode()) % 5 == 0
 
 
 def blocks(ink: np.ndarray) -> np.ndarray:
-    """The ink of each 2x2 pixels of images (n, h, w), as (n, h w / 4): strokes a pixel apart are alike, and these whole
-    numbers give the same neighbours on every machine."""
+    """Return the ink of each 2x2 pixels of images (n, h, w), as (n, h w / 4).
+
+    Strokes a pixel apart are alike, and these whole numbers give the same neighbors on every machine.
+    """
     n, height, width = ink.shape
     return ink.astype(np.float32).reshape(n, height // 2, 2, width // 2, 2).sum(axis=(2, 4)).reshape(n, -1)
 
@@ -98,16 +100,17 @@ def _font_files(fonts: Path) -> list[Path]:
 
 
 def draw_glyphs(path: Path) -> tuple[np.ndarray, str] | None:
-    """(ink (36, 16, 16) uint8, family: the first word of the font's name) of a font; None if it lacks a character."""
+    """Return (ink (36, 16, 16) uint8, family: the first word of the font's name); None if it lacks a character."""
     font = ImageFont.truetype(path, SIZE, layout_engine=ImageFont.Layout.BASIC)
     lacking, *images = (_draw(font, character) for character in UNMAPPED + CHARACTERS)
-    if any(image is None or image == lacking for image in images):
+    found = [image for image in images if image is not None and image != lacking]
+    if len(found) < len(CHARACTERS):
         return None
-    return np.stack([_fitted(image) for image in images]), font.getname()[0].split()[0].lower()
+    return np.stack([_fitted(image) for image in found]), str(font.getname()[0]).split()[0].lower()
 
 
 def _draw(font: ImageFont.FreeTypeFont, character: str) -> Image.Image | None:
-    """Cut to its ink; None if there is none."""
+    """Return a character, cut to its ink; None if there is none."""
     image = Image.new("L", (4 * SIZE, 4 * SIZE))
     ImageDraw.Draw(image).text((2 * SIZE, 2 * SIZE), character, 255, font, anchor="mm")
     box = image.getbbox()
@@ -115,17 +118,21 @@ def _draw(font: ImageFont.FreeTypeFont, character: str) -> Image.Image | None:
 
 
 def _fitted(image: Image.Image) -> np.ndarray:
-    """The image as large as the margin allows, in the middle of (SIDE, SIDE)."""
+    """Return the image as large as the margin allows, in the middle of (SIDE, SIDE)."""
     scale = (SIDE - 2 * MARGIN) / max(image.size)
-    small = image.resize(tuple(max(1, round(side * scale)) for side in image.size), Image.Resampling.BOX)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    small = image.resize(size, Image.Resampling.BOX)
     canvas = Image.new("L", (SIDE, SIDE))
-    canvas.paste(small, tuple((SIDE - side) // 2 for side in small.size))
+    canvas.paste(small, ((SIDE - small.width) // 2, (SIDE - small.height) // 2))
     return np.asarray(canvas)
 
 
 def are_letters(ink: np.ndarray) -> np.ndarray:
-    """Which fonts of (m, 36, 16, 16) show what they should, (m,): a third of their characters or more are nearest, by
-    correlation, to the mean of all fonts for that character. Others are pictures, other scripts, or unreadable."""
+    """Return which fonts of (m, 36, 16, 16) show what they should, (m,) bool.
+
+    A third of their characters or more are nearest, by correlation, to the mean of all fonts for that character. Others
+    are pictures, other scripts, or unreadable.
+    """
     glyphs = ink.reshape(*ink.shape[:2], -1).astype(np.float64)
     mean = glyphs.mean(axis=0)
     glyphs, mean = (each - each.mean(axis=-1, keepdims=True) for each in (glyphs, mean))

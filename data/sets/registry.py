@@ -1,33 +1,22 @@
-"""The images that a run trains on, and where they come from."""
+"""The image sets by name, and the config that chooses and opens one.
 
-import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+To add a set, write a file that makes an Images (data/sets/images.py) and add a line to SETS.
+"""
 
-import numpy as np
-import torch
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
 from pydantic import BaseModel, Field, model_validator
 
 from data.errors import DataError
-from data.neighbors.exact import NeighborGraph, nearest_neighbors
-from data.randomness import Draws
 from data.sets import digits, glyphs
+from data.sets.arrays import ArrayImages
+from data.sets.images import Images
 from data.sets.latents import Latents
 from data.sets.pixels import Pixels
 from data.sets.streamed_latents import StreamedLatents
 
-ARRAYS = {"digits": digits.load, "glyphs": glyphs.load}  # images that fit in memory
-OF_STORES = {
-    "latents": ("latents",),
-    "pixels": ("pixels",),
-    "neighbors": ("latents", "pixels"),
-    "channels": ("latents", "pixels"),
-    "side": ("latents", "pixels"),
-    "scaling": ("latents",),
-    "vae": ("latents",),
-    "streaming": ("latents",),
-}  # fields of DataConfig that not every kind of images has, and the names of those that do
+Split = Literal["train", "heldout"]
 
 
 class DataConfig(
@@ -36,7 +25,7 @@ class DataConfig(
     """Which images, and how they are read. What stands in it of channels, side and scaling must be true of the latents
     or pixels; null accepts whatever they have."""
 
-    name: Literal["digits", "glyphs", "latents", "pixels"] = "digits"
+    name: str = "digits"
     """The kind of images: digits and glyphs are built in; latents and pixels are read from a folder."""
     latents: str | None = Field(None, json_schema_extra={"path": True})
     """Folder made by tools/precompute_latents.py or tools/cluster_latents.py. Required by name=latents."""
@@ -64,93 +53,60 @@ class DataConfig(
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
-        if self.name in ("latents", "pixels") and not getattr(self, self.name):
-            tool = f"tools/precompute_{self.name}.py"
+        if self.name not in SETS:
+            *others, last = map(repr, SETS)
+            raise ValueError(f"name={self.name}: input should be {', '.join(others)} or {last}")
+        tool = SETS[self.name].made_by
+        if tool and not getattr(self, self.name):
             raise ValueError(f"{self.name}=null: name={self.name} needs a folder made by {tool}")
-        for field, names in OF_STORES.items():
-            value = getattr(self, field)
+        for field in dict.fromkeys(field for known in SETS.values() for field in known.fields):
+            value, names = getattr(self, field), [name for name, known in SETS.items() if field in known.fields]
             if value and self.name not in names:
                 raise ValueError(f"{field}={value}: is for name={' or '.join(names)}; set that, or leave {field} out")
         return self
 
 
-class Images(Protocol):
-    """n images by number. `posterior` tells whether an image is a distribution to draw from, `mirrored` whether reading
-    it may give its mirror image: `draws` then hold the numbers for that."""
+class ImageSet(NamedTuple):
+    """How to open an image set, and what its config says."""
 
-    label: np.ndarray  # (n,) class numbers
-    num_classes: int
-    shape: tuple[int, int, int]  # C, H, W of one
-    posterior: bool
-    mirrored: bool
-    vae: str | None  # what decodes them; None: they are pixels
-    identity: str  # tells these images from others, wherever they lie
-    extra: Mapping[str, tuple[int, ...]]  # shapes of further tensors of an image, by their names: for loss terms
-
-    def __len__(self) -> int: ...
-
-    def read(self, numbers: np.ndarray, draws: Draws) -> torch.Tensor:
-        """The images `numbers` (b,), (b, C, H, W) float32; what is random about them is in `draws`."""
-
-    def read_extra(self, numbers: np.ndarray, draws: Draws, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        """The tensors `names`, all in `extra`, of the images `numbers` (b,): (b, *shape) each. They are those of the
-        mirror image where `read` gives that."""
-
-    def max_neighbors(self) -> int:
-        """How many `neighbors` of each are known. DataError if none."""
-
-    def neighbors(self, k: int) -> NeighborGraph:
-        """The k most similar others of each."""
+    open: Callable[[DataConfig, Split], Images]
+    heldout: bool = False  # whether it has images that training never sees; they are read as arrays, by the evaluation
+    fields: tuple[str, ...] = ()  # of DataConfig, that only some sets have
+    made_by: str | None = None  # the tool that makes its folder, which the config gives by the name of the set
 
 
-@dataclass(frozen=True)
-class ArrayImages:
-    """Images in memory: x (n, C, H, W) float32 in [-1, 1], label (n,) int64; `features` (n, d) are what is compared."""
-
-    x: np.ndarray
-    label: np.ndarray
-    features: np.ndarray
-    num_classes: int
-    posterior = mirrored = False
-    vae = None
-    extra: ClassVar[dict[str, tuple[int, ...]]] = {}
-
-    def __len__(self) -> int:
-        return len(self.label)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """C, H, W."""
-        return self.x.shape[1:]
-
-    @property
-    def identity(self) -> str:
-        """Their checksum."""
-        return f"{zlib.crc32(self.x.tobytes()):08x}"
-
-    def read(self, numbers: np.ndarray, draws: Draws) -> torch.Tensor:
-        """As they are."""
-        return torch.from_numpy(self.x[numbers])
-
-    def max_neighbors(self) -> int:
-        """All others."""
-        return len(self) - 1
-
-    def neighbors(self, k: int) -> NeighborGraph:
-        """By their features."""
-        return nearest_neighbors(self.features, k)
-
-
-def open_images(config: DataConfig, split: Literal["train", "heldout"] = "train") -> Images:
-    """The images of a config; "heldout" are those that training never sees. DataError if there are none."""
-    if config.name in ARRAYS:
-        return ArrayImages(*ARRAYS[config.name](split))
-    if split != "train":
-        raise DataError(f"data.name={config.name}: has no held-out images")
-    expected = {"channels": config.channels, "side": config.side}
-    if config.name == "pixels":
-        return Pixels(config.pixels, config.neighbors, config.flip, expected)
-    expected |= {"scaling": config.scaling}
+def _open_latents(config: DataConfig, split: Split) -> Images:
+    expected = {"channels": config.channels, "side": config.side, "scaling": config.scaling}
+    folder = str(config.latents)
     if config.streaming:
-        return StreamedLatents(config.latents, config.vae, config.flip, expected)
-    return Latents(config.latents, config.neighbors, config.vae, config.flip, expected)
+        return StreamedLatents(folder, config.vae, config.flip, expected, config.window)
+    return Latents(folder, config.neighbors, config.vae, config.flip, expected)
+
+
+def _open_pixels(config: DataConfig, split: Split) -> Images:
+    expected: dict[str, float | None] = {"channels": config.channels, "side": config.side}
+    return Pixels(str(config.pixels), config.neighbors, config.flip, expected)
+
+
+SETS: dict[str, ImageSet] = {
+    "digits": ImageSet(lambda config, split: ArrayImages(*digits.load(split)), heldout=True),
+    "glyphs": ImageSet(lambda config, split: ArrayImages(*glyphs.load(split)), heldout=True),
+    "latents": ImageSet(
+        _open_latents,
+        fields=("latents", "neighbors", "channels", "side", "scaling", "vae", "streaming"),
+        made_by="tools/precompute_latents.py",
+    ),
+    "pixels": ImageSet(
+        _open_pixels,
+        fields=("pixels", "neighbors", "channels", "side"),
+        made_by="tools/precompute_pixels.py",
+    ),
+}
+
+
+def open_images(config: DataConfig, split: Split = "train") -> Images:
+    """Open the images of a config; "heldout" are those that training never sees. Raise DataError if there are none."""
+    chosen = SETS[config.name]
+    if split == "heldout" and not chosen.heldout:
+        raise DataError(f"data.name={config.name}: has no held-out images")
+    return chosen.open(config, split)

@@ -1,39 +1,56 @@
-"""What images in a store have in common, be they latents or pixels: numbers, labels and a neighbour graph."""
+"""What images in a store have in common, be they latents or pixels: numbers, labels, further fields and a graph."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
+import torch
 
 from data.errors import DataError
 from data.neighbors.exact import NeighborGraph
 from data.neighbors.graph import open_graph
+from data.randomness import Draws
+from data.sets.extra import extra_fields, read_field
+from data.sets.images import ByNumber
 from data.stores.store import Store
 
 
-class StoredImages:
-    """The images of a store by number; see data.sets.registry.Images. What it holds and the field of the config that
-    names it have one name, latents or pixels."""
+class StoredImages(ByNumber):
+    """The images of a store by number, of which `main` is the field that holds them. The kind of the store and the
+    config field that names its folder have one name, latents or pixels."""
 
     mirrored = True
-    extra: ClassVar[dict[str, tuple[int, ...]]] = {}
 
-    def __init__(self, folder: str, manifest: dict, neighbors: str | None) -> None:
+    def __init__(self, folder: str, manifest: dict, main: str, neighbors: str | None, flip: bool) -> None:
         self._store = Store(Path(folder), manifest)
-        self._folder, self._neighbors = folder, neighbors
+        self._folder, self._neighbors, self._flip = folder, neighbors, flip
+        self._fields = extra_fields(folder, manifest, main)
         self.num_classes: int = manifest["num_classes"]
         self.label = self._store.index["label"].astype(np.int64)
 
-    def __len__(self) -> int:
-        return len(self.label)
+    @property
+    def extra(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the further fields of the store."""
+        return {name: field.shape for name, field in self._fields.items()}
+
+    def read_extra(self, numbers: np.ndarray, draws: Draws, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """Return fields of the store as they are stored."""
+        flip = self.flipped(numbers, draws)
+        return {
+            name: read_field(self._fields[name], lambda entry, name=name: self._store.read(name, numbers, entry), flip)
+            for name in names
+        }
+
+    def flipped(self, numbers: np.ndarray, draws: Draws) -> np.ndarray:
+        """Return which images are read as their mirror image, (b,) bool."""
+        return draws.flip if self._flip and draws.flip is not None else np.zeros(len(numbers), bool)
 
     def max_neighbors(self) -> int:
-        """Those of the graph. DataError if it is missing, or of other images."""
+        """Return the number that the graph has. Raise DataError if it is missing, or of other images."""
         return self._graph().ids.shape[1]
 
     def neighbors(self, k: int) -> NeighborGraph:
-        """The first k of the graph, memory-mapped."""
+        """Return the first k of the graph, memory-mapped."""
         graph = self._graph()
         return NeighborGraph(graph.ids[:, :k], graph.similarities[:, :k])
 
@@ -54,7 +71,7 @@ class StoredImages:
 
 
 def check_expected(kind: str, folder: str, expected: Mapping[str, float | None], found: Mapping[str, float]) -> None:
-    """DataError where the config says something of a store, as `channels`, that is not `found` in it; None: nothing."""
+    """Raise DataError where the config expects, say, other `channels` than are `found` in a store; None: any."""
     for name, value in expected.items():
         if value is not None and value != found[name]:
             raise DataError(

@@ -1,39 +1,48 @@
 """Latents that are read shard by shard instead of image by image (see data/batches/stream.py)."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import cast
 
 import numpy as np
-import webdataset
+import torch
 from torch import Tensor
+from webdataset.compat import WebDataset
 
+from data.batches.batch import Batch
+from data.batches.steps import OnPlan, Steps
+from data.batches.stream import stream_batches
 from data.errors import DataError
+from data.neighbors.exact import NeighborGraph, nearest_neighbors
 from data.randomness import Draws
-from data.sets.latents import LatentFormat
+from data.sets.extra import extra_fields, read_field
+from data.sets.latents import MAIN, LatentFormat
 from data.stores.store import damaged, gone
 
 
 class StreamedLatents:
-    """A store of latents of which only the manifest is read; see data.sets.registry.Images. Its shards are read in
-    windows."""
+    """An image set that reads only the manifest of a store of latents, and its shards in windows of `window`."""
 
-    posterior = mirrored = True
-    extra: ClassVar[dict[str, tuple[int, ...]]] = {}
-
-    def __init__(self, folder: str, vae: str | None, flip: bool, expected: dict) -> None:
+    def __init__(self, folder: str, vae: str | None, flip: bool, expected: dict, window: int = 8) -> None:
         self.format = LatentFormat(folder, expected)
-        self.folder, self.flip = Path(folder), flip
+        self.folder, self.flip, self.window = Path(folder), flip, window
         self.shape, self.num_classes = self.format.shape, self.format.num_classes
         self.vae, self.identity = vae or self.format.vae, self.format.identity
-        self.counts = [shard["images"] for shard in self.format.manifest["shards"]]
+        self.counts: list[int] = [shard["images"] for shard in self.format.manifest["shards"]]
         self.has_features = "feature" in self.format.manifest["fields"]
+        self.fields = extra_fields(folder, self.format.manifest, MAIN)
 
     def __len__(self) -> int:
         return sum(self.counts)
 
+    @property
+    def extra(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the further fields of the store."""
+        return {name: field.shape for name, field in self.fields.items()}
+
     def max_neighbors(self) -> int:
-        """All others; those in the window are found. DataError without features."""
+        """Return the number of all others; those in the window are found. Raise DataError without features."""
         if not self.has_features:
             raise DataError(
                 f"data.streaming=true: {self.folder} holds no features, which groups.query=similarity needs; make it"
@@ -41,21 +50,36 @@ class StreamedLatents:
             )
         return len(self) - 1
 
-    def first(self, window: int) -> "Pool":
-        """All images of the first `window` shards."""
-        return self.read_shards(tuple(range(min(window, len(self.counts)))))
+    def pool(self) -> "LatentPool":
+        """Return all images of the first window of shards."""
+        return self.read_shards(tuple(range(min(self.window, len(self.counts)))))
 
-    def read_shards(self, shards: tuple[int, ...]) -> "Pool":
-        """All images of some shards, read from start to end by the webdataset library."""
-        samples = [sample for shard in shards for sample in self._samples(shard)]
-        features = np.stack([sample["feature.npy"] for sample in samples]) if self.has_features else None
+    def batches(self, steps: Steps, on_plan: OnPlan) -> Iterable[list[Batch]]:
+        """Return the batches of a stream of shards, which has no plans."""
+        return stream_batches(self, self.window, steps)
+
+    def resume_note(self, before: int, now: int) -> str | None:
+        """Return what becomes of the stream at another world size."""
+        if before == now:
+            return None
+        return (
+            f"{now} ranks instead of {before}: data.streaming deals the shards anew, so images of this epoch may come"
+            " twice or not at all"
+        )
+
+    def read_shards(self, shards: tuple[int, ...], extra: tuple[str, ...] = ()) -> "LatentPool":
+        """Return all images of some shards, with the fields `extra`, read from start to end by webdataset."""
+        needed = [MAIN, *(["feature"] if self.has_features else []), *extra]
+        samples = [sample for shard in shards for sample in self._samples(shard, needed)]
+        arrays = {name: np.stack([sample[f"{name}.npy"] for sample in samples]) for name in needed}
         label = np.array([sample["cls"] for sample in samples], np.int64)
-        return Pool(self, np.stack([sample["moments.npy"] for sample in samples]), label, features)
+        return LatentPool(self, arrays[MAIN], label, arrays.get("feature"), {name: arrays[name] for name in extra})
 
-    def _samples(self, shard: int) -> list[dict]:
+    def _samples(self, shard: int, fields: list[str]) -> list[dict]:
         path = self.folder / self.format.manifest["shards"][shard]["name"]
-        needed = {"moments.npy", "cls"} | ({"feature.npy"} if self.has_features else set())
-        whole = webdataset.WebDataset([str(path)], shardshuffle=False, nodesplitter=None, workersplitter=None).decode()
+        needed = {f"{name}.npy" for name in fields} | {"cls"}
+        shards = WebDataset([str(path)], shardshuffle=False, nodesplitter=None, workersplitter=None)
+        whole = cast(Iterable[dict], shards.decode())
         try:
             samples = [sample for sample in whole if needed <= sample.keys()]
         except FileNotFoundError as error:
@@ -70,27 +94,57 @@ class StreamedLatents:
 
 
 @dataclass(frozen=True)
-class Pool:
-    """Images in memory: moments (n, 2, 2C, h, w) of each and of its mirror image, label (n,), features (n, d)."""
+class LatentPool:
+    """Images in memory: moments (n, 2, 2C, h, w) of each and of its mirror image, label (n,), features (n, d), and
+    `further` fields (n, ...) of the store."""
 
     source: StreamedLatents
     moments: np.ndarray
     label: np.ndarray
     features: np.ndarray | None
+    further: dict[str, np.ndarray]
     posterior = mirrored = True
-    extra: ClassVar[dict[str, tuple[int, ...]]] = {}
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """C, H, W of a latent."""
         return self.source.shape
 
-    def read(self, numbers: np.ndarray, draws: Draws) -> Tensor:
-        """One sample of each image's posterior, or of its mirror image's."""
-        entry = draws.flip.astype(np.intp) if self.source.flip else 0
-        return self.source.format.drawn(self.moments[numbers, entry], draws.posterior)
+    @property
+    def extra(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the further fields."""
+        return {name: self.source.fields[name].shape for name in self.further}
 
-    def keep(self, numbers: np.ndarray, new: "Pool") -> "Pool":
-        """These images, and behind them those of `new`."""
-        moments = np.concatenate([self.moments[numbers], new.moments])
-        return Pool(self.source, moments, np.concatenate([self.label[numbers], new.label]), None)
+    def read(self, numbers: np.ndarray, draws: Draws) -> Tensor:
+        """Return one sample of each image's posterior, or of its mirror image's."""
+        return self.source.format.drawn(self.moments[numbers, self._entry(draws)], draws)
+
+    def read_extra(self, numbers: np.ndarray, draws: Draws, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """Return further fields as they are stored."""
+
+        def read(name: str, entry: np.ndarray | None) -> np.ndarray:
+            array = self.further[name]
+            return array[numbers] if entry is None else array[numbers, entry]
+
+        flip = np.broadcast_to(self._entry(draws), len(numbers))
+        fields = self.source.fields
+        return {name: read_field(fields[name], lambda entry, name=name: read(name, entry), flip) for name in names}
+
+    def neighbors(self, k: int) -> NeighborGraph:
+        """Find the k nearest of each among these images, or all others if they are fewer."""
+        if self.features is None:
+            raise DataError(f"{self.source.folder}: holds no features; make it with tools/cluster_latents.py")
+        return nearest_neighbors(self.features, min(k, len(self.label) - 1))
+
+    def keep(self, numbers: np.ndarray, new: "LatentPool") -> "LatentPool":
+        """Return these images, and behind them those of `new`, without features."""
+
+        def joined(mine: np.ndarray, others: np.ndarray) -> np.ndarray:
+            return np.concatenate([mine[numbers], others])
+
+        further = {name: joined(array, new.further[name]) for name, array in self.further.items()}
+        return LatentPool(self.source, joined(self.moments, new.moments), joined(self.label, new.label), None, further)
+
+    def _entry(self, draws: Draws) -> np.ndarray | int:
+        """The entry of moments' second axis to read of each image."""
+        return draws.flip.astype(np.intp) if self.source.flip and draws.flip is not None else 0

@@ -15,7 +15,7 @@ from hashlib import sha256 as new_hash
 from pathlib import Path
 
 import numpy as np
-import webdataset
+from webdataset.writer import TarWriter
 
 from data.errors import DataError
 from data.stores.claims import wait_for_lock
@@ -53,7 +53,7 @@ def write_shard(
     if len(set(keys)) < len(keys):
         raise DataError(f"{path}: key {max(keys, key=keys.count)} comes more than once in the input")
     with appearing(path) as file:
-        with webdataset.TarWriter(file, mtime=0, format="PAX_FORMAT") as tar:
+        with TarWriter(file, mtime=0, format="PAX_FORMAT") as tar:
             for i, (key, label) in enumerate(zip(keys, labels, strict=True)):
                 fields = {f"{name}.npy": array[i] for name, array in arrays.items()}
                 tar.write({"__key__": key, **fields, "cls": label})

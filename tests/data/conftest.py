@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data.neighbors.exact import nearest_neighbors
-from data.sets.registry import ArrayImages
+from data.sets.arrays import ArrayImages
 
 
 @pytest.fixture(scope="session")

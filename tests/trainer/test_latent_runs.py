@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from data.batches.plan import make_planner
 from data.errors import DataError, UserError
 from data.neighbors.clusters import cluster_latents
 from data.sets.registry import open_images
 from data.sets.streamed_latents import StreamedLatents
 from tests.trainer.forked import train_tiny
-from trainer.build import make_planner
 from trainer.config.tree import load_config
 from trainer.errors import RunError
 from trainer.loop import train
@@ -53,7 +53,7 @@ def test_a_run_by_number_counts_the_fallbacks_of_its_plan_on_any_ranks(ranks, fo
         config = load_config(tiny, [f"run={tmp_path}/{name}-1", "engine=single", "data.workers=2", *overrides])
         assert train(config) == "finished"
         images = open_images(config.data)
-        plan_of_epoch, steps = make_planner(config, images), len(images) // 32
+        plan_of_epoch, steps = make_planner(config.groups, images, 32, config.seed), len(images) // 32
         expected = []
         for step in range(20):
             plan, row = plan_of_epoch(step // steps), step % steps

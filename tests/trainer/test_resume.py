@@ -11,10 +11,10 @@ import torch
 
 from data.batches.batch import make_batch
 from data.batches.loader import GroupSampler
+from data.batches.plan import make_planner
 from data.sets.registry import DataConfig, open_images
 from tests.patience import PATIENCE
 from tests.trainer.forked import train_tiny
-from trainer.build import make_planner
 from trainer.config.tree import load_config
 from trainer.loop import train
 
@@ -105,7 +105,8 @@ def test_continued_on_other_ranks_and_engines_the_losses_go_on(ranks, metrics, t
 def test_any_world_size_sees_the_same_images_noise_and_timesteps(tiny):
     config = load_config(tiny)
     images = open_images(DataConfig())
-    planner, batch = make_planner(config, images), config.train.global_batch
+    batch = config.train.global_batch
+    planner = make_planner(config.groups, images, batch, config.seed)
 
     def stream(world: int, micro_batch: int | None) -> dict[int, tuple]:
         seen = {}

@@ -8,13 +8,12 @@ import torch
 
 from benchmarks import Figures, Targets
 from data.batches.batch import Batch
-from data.batches.loader import BatchDataset, GroupSampler
-from data.batches.plan import steps_per_epoch
+from data.batches.steps import Steps
 from data.sets.form import form_of
 from data.sets.registry import open_images
 from models.objectives.denoising import denoising_loss
 from models.paths.registry import make_path
-from trainer.build import build_network, make_planner
+from trainer.build import build_network
 from trainer.config.tree import Config, load_config
 from trainer.loop import train
 
@@ -74,11 +73,9 @@ def _bare_seconds(config: Config) -> float:
 
 
 def _batches(config: Config, device: torch.device) -> list[list[Batch]]:
-    images = open_images(config.data)
-    epoch = steps_per_epoch(len(images), config.train.global_batch)
-    sampler = GroupSampler(make_planner(config, images), epoch, 0, STEPS, 0, 1, None)
-    dataset = BatchDataset(images, config.groups, config.model.max_group_size, config.seed)
-    return [[batch.to(device) for batch in dataset[micro_batches]] for micro_batches in sampler]
+    steps = Steps(config.groups, config.train.global_batch, config.model.max_group_size, config.seed, 0, STEPS)
+    batches_of_steps = open_images(config.data).batches(steps, lambda *plan: None)
+    return [[batch.to(device) for batch in micro_batches] for micro_batches in batches_of_steps]
 
 
 def _synchronize() -> None:

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from data.batches.batch import Batch, MicroBatch, make_batch
 from data.batches.plan import form_groups
-from data.neighbors.exact import nearest_neighbors
-from data.sets.registry import Images
-from data.sets.streamed_latents import Pool, StreamedLatents
+from data.batches.pool import Pool
 from models.backbones.attention_mass import observing, token_attention
 from models.objectives.denoising import denoising_loss
 from models.paths.base import share_at
@@ -33,7 +31,7 @@ LEVELS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # log-SNR at which the attentio
 class Groups(NamedTuple):
     """Numbers (groups, N) of images of `source`, and how many of the groups the query could not fill."""
 
-    source: Images | Pool
+    source: Pool
     numbers: np.ndarray
     fallbacks: int
 
@@ -61,20 +59,13 @@ def load_grouped(source: WeightSource, config: Config) -> Loaded:
 
 
 def draw_groups(config: Config, number: int) -> Groups:
-    """Return at most so many groups of the config's images, as its query forms them; of streamed latents, in the first
-    window of shards."""
-    images: Images | Pool = open_data(config)
-    graph = None
-    if isinstance(images, StreamedLatents):
-        images = images.first(config.data.window)
-    number = min(number, len(images.label) // config.groups.size)
-    if config.groups.query == "similarity" and isinstance(images, Pool):
-        graph = nearest_neighbors(images.features, min(config.groups.neighbors, len(images.label) - 1))
-    elif config.groups.query == "similarity":
-        graph = images.neighbors(config.groups.neighbors)
+    """Return at most so many groups of a pool of the config's images, as its query forms them."""
+    pool = open_data(config).pool()
+    number = min(number, len(pool.label) // config.groups.size)
+    graph = pool.neighbors(config.groups.neighbors) if config.groups.query == "similarity" else None
     rng = np.random.default_rng([config.seed, 0])
-    numbers, fallback = form_groups(config.groups, images.label, graph, number, rng)
-    return Groups(images, numbers, int(fallback.sum()))
+    numbers, fallback = form_groups(config.groups, pool.label, graph, number, rng)
+    return Groups(pool, numbers, int(fallback.sum()))
 
 
 def data_attention(

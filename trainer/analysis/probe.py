@@ -15,8 +15,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from data.batches.batch import MicroBatch, make_batch
-from data.sets.registry import ARRAYS, Images
-from data.sets.streamed_latents import Pool, StreamedLatents
+from data.batches.pool import Pool
+from data.sets.registry import SETS
 from models.objectives.denoising import denoising_loss
 from models.paths.base import share_at
 from models.paths.registry import make_path
@@ -52,15 +52,14 @@ def linear_probe(
     """
     images, rng = open_data(config), np.random.default_rng([config.seed, 1])
     loaded = load(source, config)
-    if isinstance(images, StreamedLatents):
-        images = images.first(config.data.window)
-    chosen = rng.permutation(len(images.label))[:number]
-    if config.data.name in ARRAYS:
-        heldout = open_data(config, "heldout")
-        train, test = (images, chosen), (heldout, rng.permutation(len(heldout))[:number])
+    pool = images.pool()
+    chosen = rng.permutation(len(pool.label))[:number]
+    if SETS[config.data.name].heldout:
+        heldout = open_data(config, "heldout").pool()
+        train, test = (pool, chosen), (heldout, rng.permutation(len(heldout.label))[:number])
     else:
         cut = int(len(chosen) * TEST_SHARE)
-        train, test = (images, chosen[cut:]), (images, chosen[:cut])
+        train, test = (pool, chosen[cut:]), (pool, chosen[:cut])
     labels = [source.label[numbers] for source, numbers in (train, test)]
     if len(np.unique(labels[0])) < 2 or not len(labels[1]):
         raise RunError(f"--images {number}: {len(labels[0])} to learn from, of one class, or none to test; give more")
@@ -75,7 +74,7 @@ def linear_probe(
 
 def features(
     loaded: Loaded,
-    images: Images | Pool,
+    images: Pool,
     numbers: np.ndarray,
     share: float,
     progress: Callable[[int], object] = lambda images: None,

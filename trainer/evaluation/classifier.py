@@ -8,7 +8,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
-from data.sets.registry import ArrayImages
+from data.sets.arrays import ArrayImages
 from trainer.errors import RunError
 from trainer.evaluation.accumulators import FEATURES, MOMENTS
 from trainer.evaluation.frechet import frechet_distance

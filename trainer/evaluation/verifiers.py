@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from data.sets.registry import ArrayImages
+from data.sets.arrays import ArrayImages
 from trainer.errors import RunError
 from trainer.evaluation.classifier import class_log_probabilities, fit_classifier
 from trainer.evaluation.detector import Detector

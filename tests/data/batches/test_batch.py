@@ -10,7 +10,7 @@ from scipy.stats import binomtest, chisquare, kstest
 
 from data.batches.batch import Batch, MicroBatch, make_batch, spread_quantiles
 from data.batches.plan import GroupsConfig
-from data.sets.registry import ArrayImages
+from data.sets.arrays import ArrayImages
 
 SLOTS = 16
 VARIANTS = ("none", "light", "full")

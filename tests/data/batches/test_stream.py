@@ -12,7 +12,8 @@ import torch
 
 from data.batches.batch import Batch
 from data.batches.plan import GroupsConfig
-from data.batches.stream import StreamDataset, StreamReader, stream_batches
+from data.batches.steps import Steps
+from data.batches.stream import StreamReader, stream_batches
 from data.batches.windows import Stream
 from data.errors import DataError
 from data.randomness import Purpose, draw
@@ -85,8 +86,9 @@ def uneven(tmp_path_factory):
 def batches(shards, stream, last, first=0, micro=None, workers=0, flip=False):
     """[step] lists of batches of one rank."""
     source = shards.open(flip) if workers else shards.open_cached(flip)
-    dataset = StreamDataset(source, stream, 8, micro, first, last)
-    return list(stream_batches(dataset, workers))
+    place = stream.rank, stream.world_size
+    steps = Steps(stream.config, stream.global_batch, 8, stream.seed, first, last, *place, micro, workers)
+    return list(stream_batches(source, stream.window, steps))
 
 
 def numbers(batch):

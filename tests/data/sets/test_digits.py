@@ -3,7 +3,8 @@ import pytest
 import sklearn.datasets
 
 from data.sets import digits
-from data.sets.registry import ArrayImages, DataConfig, open_images
+from data.sets.arrays import ArrayImages
+from data.sets.registry import DataConfig, open_images
 
 SPLITS = ("train", "heldout")
 

@@ -9,7 +9,8 @@ from PIL import ImageFont
 
 from data.errors import DataError
 from data.sets import glyphs
-from data.sets.registry import ArrayImages, DataConfig, open_images
+from data.sets.arrays import ArrayImages
+from data.sets.registry import DataConfig, open_images
 from trainer.config.tree import load_config
 
 SPLITS = ("train", "heldout")

@@ -126,7 +126,7 @@ def test_a_batch_is_made_of_the_draws_of_its_positions(folder, group_size):
     np.testing.assert_array_equal(batch.slot, drawn.slot)
     np.testing.assert_array_equal(batch.label, images.label[numbers])
     still = make_batch(opened(folder, flip=False), config, 4, 7, MicroBatch(1000, numbers, group_size == 4))
-    for name in ("noise", "t", "slot", "conditional"):
+    for name in ("noise", "u", "slot", "conditional"):
         assert torch.equal(getattr(batch, name), getattr(still, name)), "flip changes the images alone"
     assert not torch.equal(batch.x, still.x)
 

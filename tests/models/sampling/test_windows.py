@@ -11,7 +11,7 @@ import torch
 
 from data.batches.batch import MicroBatch, make_batch
 from data.batches.plan import GroupsConfig
-from data.sets.registry import ArrayImages
+from data.sets.arrays import ArrayImages
 from models.backbones.embeddings import NULL_LABEL
 from models.objectives.denoising import denoising_loss
 from models.paths.base import PathConfig

@@ -6,8 +6,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from data.sets.arrays import ArrayImages
 from data.sets.form import ImageForm
-from data.sets.registry import ArrayImages, open_images
+from data.sets.registry import open_images
 from models.backbones.registry import make_network
 from trainer.analysis.probe import features, linear_probe
 from trainer.build import build_network

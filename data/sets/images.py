@@ -1,0 +1,78 @@
+"""The contract of an image set: what a run asks of the images that it trains on.
+
+To add a set, return an ArrayImages (images in memory), or derive from ByNumber (any image can be read at any time), and
+add a line to SETS in data/sets/registry.py.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol, Self
+
+import numpy as np
+
+from data.batches.batch import Batch
+from data.batches.loader import planned_batches
+from data.batches.pool import Pool
+from data.batches.steps import OnPlan, Steps
+
+
+class Images(Protocol):
+    """An image set."""
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """C, H, W of an image."""
+        ...
+
+    @property
+    def vae(self) -> str | None:
+        """Folder or name of the VAE that decodes them. None: they are pixels."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """What tells these images from others, wherever their files are: a run continues on the same ones only."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def max_neighbors(self) -> int:
+        """Return how many neighbors of each image are known. Raise DataError if none are."""
+        ...
+
+    def pool(self) -> Pool:
+        """Return images by number to form groups of: all, or as many as fit in memory."""
+        ...
+
+    def batches(self, steps: Steps, on_plan: OnPlan) -> Iterable[list[Batch]]:
+        """Return an iterable of the micro-batches of each step. `on_plan` is called with the plan of each epoch when it
+        begins, if there are plans."""
+        ...
+
+    def resume_note(self, before: int, now: int) -> str | None:
+        """Return what there is to tell when a run of world size `before` continues on `now` ranks. None: nothing."""
+        ...
+
+
+class ByNumber:
+    """What sets have in common that can read any image at any time: they are pools, and their batches are planned."""
+
+    label: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def pool(self) -> Self:
+        """Return all images."""
+        return self
+
+    def batches(self: Pool, steps: Steps, on_plan: OnPlan) -> Iterable[list[Batch]]:
+        """Return the batches of the plans of the epochs."""
+        return planned_batches(self, steps, on_plan)
+
+    def resume_note(self, before: int, now: int) -> None:
+        """Return None: the order of the images does not depend on the world size."""
