@@ -60,7 +60,7 @@ class GroupSampler(Sampler[list[MicroBatch]]):
 
 
 def rank_pieces(begin: int, end: int, rank: int, world_size: int, micro_batch: int | None) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of the micro-batches of a rank: its contiguous slice of the places `begin` to `end` of a step."""
+    """Return (start, stop) of a rank's micro-batches: it has a contiguous slice of the places `begin` to `end`."""
     length = (end - begin) // world_size
     start = begin + rank * length
     stop = start + length
