@@ -1,10 +1,8 @@
 """What a network must know of images to be built and to generate them; no data are needed to say it."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from data.sets.registry import Images
+from data.sets.images import Images
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class ImageForm:
         return {"shape": list(self.shape), "num_classes": self.num_classes, "vae": self.vae}
 
 
-def form_of(images: "Images") -> ImageForm:
+def form_of(images: Images) -> ImageForm:
     """Return the form of an image set."""
     return ImageForm(images.shape, images.num_classes, images.vae, images.identity)
 

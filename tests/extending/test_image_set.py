@@ -8,7 +8,7 @@ from data.sets.arrays import ArrayImages
 from data.sets.registry import SETS, ImageSet
 from tests.trainer.forked import TINY
 from trainer.analysis.probe import linear_probe
-from trainer.checkpoints.weights import find_checkpoint, read_weights
+from trainer.checkpoints.weights import WeightSource, find_checkpoint, read_weights
 from trainer.config.tree import load_config
 from trainer.errors import RunError
 from trainer.loop import train
@@ -42,13 +42,13 @@ def test_a_run_on_squares_trains_resumes_and_samples(tmp_path):
     assert train(config(whole, "evaluate.every=320")) == "finished"  # by a classifier, on the held-out squares
     train(config(halved, "train.images=320"))
     train(config(halved))
-    checkpoint = find_checkpoint(halved)
+    source = WeightSource(find_checkpoint(halved))
     expected, found = (read_weights(find_checkpoint(run)) for run in (whole, halved))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
-    pixels, label, _ = make_samples(checkpoint, config(halved))
+    pixels, label, _ = make_samples(source, config(halved))
     assert pixels.shape == (3, 2, 8, 8, 3) and label.tolist() == [[0, 0], [1, 1], [2, 2]]
-    assert linear_probe(checkpoint, config(halved), [0.0], 100).test_images == 48
+    assert linear_probe(source, config(halved), [0.0], 100).test_images == 48
 
 
 def test_a_set_that_is_not_there_is_named_with_those_that_are(tmp_path, monkeypatch):
