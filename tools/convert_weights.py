@@ -13,11 +13,12 @@ import yaml
 from command_line import run_tool
 from torch import Tensor
 
+from data.sets.form import ImageForm
 from models.backbones.config import ModelConfig
 from models.paths.base import PathConfig
 from models.pretrained.published import CLASSES, EQUAL, FORMATS, convert, recognise, to_diffusers
 from trainer.build import open_data
-from trainer.checkpoints.weights import check_out, read_metadata, read_weights, save_weights
+from trainer.checkpoints.weights import check_out, form_as_metadata, form_in, read_metadata, read_weights, save_weights
 from trainer.config.tree import parse_config
 from trainer.errors import NOT_LOADED, RunError, first_line
 
@@ -45,10 +46,11 @@ def main(arguments: list[str]) -> None:
         else:
             weights, config = convert(weights, kind)
         if args.to == "diffusers":
-            write_diffusers(weights, config, args.out, args.file)
+            write_diffusers(weights, config, args.out, args.file, form_in(metadata))
         else:
             text = yaml.safe_dump(config, sort_keys=False)
-            save_weights(weights, args.out, {"converted_from": f"{kind}, {args.file}", "config": text}, args.file)
+            about = {"converted_from": f"{kind}, {args.file}", "config": text}
+            save_weights(weights, args.out, about | form_as_metadata(published_form(weights, config)), args.file)
             print(f"{args.out}: from {kind}, {len(weights[CLASSES]) - 1} classes; a config for it has\n{text}", end="")
             if "heads" not in ModelConfig(**config["model"]).model_fields_set:
                 print("# and model.heads, which the file does not tell")
@@ -66,17 +68,23 @@ def read_config(metadata: dict[str, str], to: str) -> dict:
     return tree
 
 
-def write_diffusers(weights: dict[str, Tensor], config: dict, out: Path, like: Path) -> None:
+def published_form(weights: dict[str, Tensor], config: dict) -> ImageForm | None:
+    """Return the form of the images of published weights, which do not name their VAE; None if the side is unknown."""
+    channels, side = config["data"].get("channels"), config["data"].get("side")
+    return ImageForm((channels, side, side), len(weights[CLASSES]) - 1, None) if channels and side else None
+
+
+def write_diffusers(weights: dict[str, Tensor], config: dict, out: Path, like: Path, form: ImageForm | None) -> None:
     """Write the folder, which all may read who may read the file `like`, and print how to load it."""
     model, path = ModelConfig(**config["model"]), PathConfig.model_validate(config["path"])
     if "heads" not in model.model_fields_set:
         sizes = f"depth={model.depth}, width={model.width}"
         raise ValueError(f"{sizes}: no published size, so the heads are not known; give weights of a run of ours")
-    side = config["data"].get("side")
+    side = form.shape[-1] if form else config["data"].get("side")
     if not side:
         if "run" not in config:
             raise ValueError("had no pos_embed, so the side of its images is not known; convert a file that has it")
-        side = open_data(parse_config(config)).shape[-1]
+        side = open_data(parse_config(config)).shape[-1]  # a file of an older version
     settings, converted = to_diffusers(weights, model, path, side)
 
     from diffusers import DiTTransformer2DModel  # slow to import

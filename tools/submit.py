@@ -13,11 +13,12 @@ from pathlib import Path
 import submitit
 from command_line import cluster_options, places, positive, run_tool
 
+from data.sets.form import form_of
 from slurm.control import cancel, follow, lost_or_ended, runs_in, status
 from slurm.errors import LaunchError
 from slurm.state import read_state
 from slurm.submission import Run, batch_script, submit_runs
-from trainer.build import check_start, open_data
+from trainer.build import check_start, data_are_here, form_from_config, open_data
 from trainer.config.parsing import to_yaml
 from trainer.config.tree import check_world, load_sweep
 from trainer.estimate import estimate_table
@@ -42,6 +43,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--sweep", action="append", default=[], metavar="field=a,b,c", help="a run for each value")
     parser.add_argument("--parallel", type=positive, default=256, help="runs of a sweep at once")
     parser.add_argument("--dry-run", action="store_true", help="print config, script and estimate, and stop")
+    parser.add_argument(
+        "--classes", type=positive, default=1000, help="for --dry-run where the images are not here; default: 1000"
+    )
     parser.add_argument("--utilisation", type=float, default=0.4, help="of the peak, for the estimate")
     for action in ("status", "follow", "cancel"):
         parser.add_argument(f"--{action}", type=Path, metavar="RUN", help=f"{action} a run that was submitted")
@@ -75,15 +79,21 @@ def start(args: argparse.Namespace) -> None:
         raise LaunchError(f"--nodes {nodes}: --cluster {cluster} is this one machine; use --procs for more processes")
     tasks, gpus = places(args.procs, args.cpu, cluster == "slurm", options)
     configs = load_sweep(args.config, args.overrides, args.sweep)
+    forms = []
     for config in configs:
         check_world(config, nodes * tasks)
-        images = open_data(config)
+        here = data_are_here(config) or not args.dry_run
+        forms.append(form_of(open_data(config)) if here else form_from_config(config, args.classes))
         check_folder(config)
-        check_start(config, images)
+        if here:
+            check_start(config, forms[-1])
     root = Path(configs[0].run).parent if args.sweep else Path(configs[0].run)
     if args.dry_run:
-        for config in configs:
-            table = estimate_table(config, images, nodes * tasks, args.utilisation)
+        for config, form in zip(configs, forms, strict=True):
+            table = estimate_table(config, form, nodes * tasks, args.utilisation)
+            if not data_are_here(config):
+                shape = "x".join(map(str, form.shape))
+                table = f"the images are not here: {shape} as data says, {form.num_classes} classes\n{table}"
             print(to_yaml(config) + textwrap.indent(table, "# "))
         if cluster == "slurm":
             print(batch_script(root, nodes, tasks, gpus, options, len(configs), args.parallel))

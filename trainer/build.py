@@ -38,18 +38,27 @@ def open_data(config: Config, split: Split = "train") -> Images:
 
 
 def find_form(config: Config, source: WeightSource) -> ImageForm:
-    """Return the form of the images that these weights generate: as their checkpoint or file says, else of the data.
-    `data.vae` goes before. Raise RunError if neither says it."""
-    form = source.form() or form_of(open_data(config))
-    return replace(form, vae=config.data.vae or form.vae)
+    """Return the form of the images that these weights generate: as their checkpoint or file says, and where it does
+    not, as the data are. `data.vae` replaces the VAE. Raise DataError if data are needed and missing."""
+    form = source.form()
+    vae = config.data.vae or (form.vae if form else None)
+    if form is None or (config.data.name == "latents" and vae is None):
+        form = form_of(open_data(config))
+    return replace(form, vae=vae or form.vae)
+
+
+def data_are_here(config: Config) -> bool:
+    """Return whether the folder that a config's images come from exists, if they come from one."""
+    folder = getattr(config.data, config.data.name, None)
+    return folder is None or Path(folder).is_dir()
 
 
 def form_from_config(config: Config, num_classes: int) -> ImageForm:
-    """Return the form that a config states of data that are not there. Raise RunError if it does not."""
+    """Return the form that a config states of images that are not here. Raise RunError if it does not."""
     data = config.data
-    for field in ("channels", "side"):
-        if getattr(data, field) is None:
-            raise RunError(f"data.{field}=null: the data are not there to tell it; set data.{field}")
+    if data.channels is None or data.side is None:
+        field = "channels" if data.channels is None else "side"
+        raise RunError(f"data.{field}=null: {getattr(data, data.name)} is not here to tell it; set data.{field}")
     return ImageForm((data.channels, data.side, data.side), num_classes, data.vae)
 
 

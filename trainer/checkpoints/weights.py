@@ -135,9 +135,7 @@ def write_weights(weights: dict[str, Tensor], out: Path, folder: Path, kind: str
     """Write a .safetensors file, whole or not at all, that says of which checkpoint folder and which weights it is."""
     config, manifest = folder / "config.yaml", checkpoint.read_manifest(folder)
     about = {"position": str(manifest["position"]), "config": config.read_text(), "weights": kind}
-    if "images" in manifest:
-        about["images"] = json.dumps(manifest["images"])
-    save_weights(weights, out, about, config)
+    save_weights(weights, out, about | form_as_metadata(WeightSource(folder).form()), config)
 
 
 def save_weights(weights: dict[str, Tensor], out: Path, metadata: dict[str, str], like: Path) -> None:
@@ -158,6 +156,11 @@ def read_metadata(path: Path) -> dict[str, str]:
         return {}
     with safe_open(path, "pt") as file:
         return file.metadata() or {}
+
+
+def form_as_metadata(form: ImageForm | None) -> dict[str, str]:
+    """Return what a .safetensors file says of its images; nothing if it is not known."""
+    return {"images": json.dumps(form.as_record())} if form else {}
 
 
 def form_in(metadata: dict[str, str]) -> ImageForm | None:
