@@ -8,7 +8,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import NamedTuple
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"train.score_every": "train.attention_every"}
 """Old dotted name -> new one."""
 
 
