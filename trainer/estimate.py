@@ -22,6 +22,7 @@ from data.sets.form import ImageForm
 from models.backbones.flops import forward_multiply_adds
 from trainer.build import build_network
 from trainer.config.tree import Config
+from trainer.engines.build import ENGINES
 
 PEAK_FLOPS = {"bf16": 989e12, "fp32": 67e12}  # of an H100 SXM
 
@@ -60,16 +61,11 @@ def estimate(config: Config, images: ImageForm, world_size: int, utilisation: fl
 
 def _layout(config: Config, ranks: int) -> tuple[int, float, float]:
     """(ranks that share one copy of the weights, bytes of states a parameter on a rank, numbers sent a parameter)."""
-    averages = 4 * (1 + len(config.optim.power_ema))
-    if config.engine in ("single", "ddp") or (config.engine == "deepspeed" and config.zero == 0):
-        return 1, 16 + averages, 2 * (ranks - 1) / ranks
-    if config.engine == "deepspeed" and config.zero < 3:
-        sharded = 8 if config.zero == 1 else 12
-        return 1, 16 + averages - sharded + sharded / ranks, 2 * (ranks - 1) / ranks
-    shards = (config.shard_size or ranks) if config.engine == "hsdp" else ranks
-    copies = ranks // shards
-    between = 2 * (copies - 1) / copies / shards
-    return shards, (16 + averages) / shards, 3 * (shards - 1) / shards + between
+    weights, gradients, moments = ENGINES[config.engine].shards(config, ranks)
+    averages = 1 + len(config.optim.power_ema)
+    states = 4 * (1 + averages) / weights + 4 / gradients + 8 / moments
+    copies = ranks // weights
+    return weights, states, 3 * (weights - 1) / weights + 2 * (copies - 1) / copies / weights
 
 
 def _kept_of_blocks(config: Config) -> float:

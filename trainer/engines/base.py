@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,6 +12,14 @@ from trainer.engines.ema import EMA
 from trainer.ranks import Ranks
 
 HEADS = "heads"  # the part of a checkpoint that holds them, and the first word of their parameters' names
+
+
+class Shards(NamedTuple):
+    """The number of ranks that share one copy of each of these."""
+
+    weights: int  # and averages
+    gradients: int
+    moments: int
 
 
 class Engine(ABC):
@@ -49,6 +57,11 @@ class Engine(ABC):
     @abstractmethod
     def check_ranks(cls, config: EngineConfig, world_size: int) -> None:
         """Raise RunError (`field=value: ...`) if this engine cannot use so many ranks."""
+
+    @classmethod
+    @abstractmethod
+    def shards(cls, config: EngineConfig, world_size: int) -> Shards:
+        """Return how states are shared by the ranks: what the estimate of memory and communication goes by."""
 
     @abstractmethod
     def __init__(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.engines.base import HEADS, Engine, head_weights
+from trainer.engines.base import HEADS, Engine, Shards, head_weights
 from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.engines.deepspeed_config import deepspeed_config
 from trainer.engines.ema import make_averages
@@ -69,6 +69,11 @@ class DeepSpeed(Engine):
     @classmethod
     def check_ranks(cls, config: EngineConfig, world_size: int) -> None:
         """Accept any number."""
+
+    @classmethod
+    def shards(cls, config: EngineConfig, world_size: int) -> Shards:
+        """Share what the stage cuts: moments from 1 on, gradients from 2 on, weights at 3."""
+        return Shards(*(world_size if config.zero >= stage else 1 for stage in (3, 2, 1)))
 
     def __call__(self, *inputs: Tensor | int | None) -> Tensor:
         """Return the network's prediction, computed in the configured precision."""

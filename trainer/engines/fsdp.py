@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from trainer.engines.base import Shards
 from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.engines.single import Single
 from trainer.errors import RunError
@@ -49,6 +50,11 @@ class FSDP(Single):
         """Accept any number."""
 
     @classmethod
+    def shards(cls, config: EngineConfig, world_size: int) -> Shards:
+        """Share everything."""
+        return Shards(world_size, world_size, world_size)
+
+    @classmethod
     def mesh(cls, config: EngineConfig, ranks: Ranks) -> DeviceMesh:
         """Return the ranks that share one copy: all."""
         return init_device_mesh(ranks.device.type, (ranks.world_size,))
@@ -78,6 +84,12 @@ class HSDP(FSDP):
         size = config.shard_size or 1
         if world_size % size:
             raise RunError(f"shard_size={size}: must divide the world size {world_size}; set one that does")
+
+    @classmethod
+    def shards(cls, config: EngineConfig, world_size: int) -> Shards:
+        """Share everything within a copy; without `shard_size`, on one machine, that is the whole world."""
+        size = config.shard_size or world_size
+        return Shards(size, size, size)
 
     @classmethod
     def mesh(cls, config: EngineConfig, ranks: Ranks) -> DeviceMesh:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from trainer.engines.base import HEADS, Engine, head_weights
+from trainer.engines.base import HEADS, Engine, Shards, head_weights
 from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.engines.ema import make_averages
 from trainer.engines.optimizer import make_optimizer
@@ -40,6 +40,11 @@ class Single(Engine):
         """Raise RunError if there is more than one."""
         if world_size > 1:
             raise RunError(f"engine={config.engine}: cannot use {world_size} ranks; set engine=fsdp or engine=ddp")
+
+    @classmethod
+    def shards(cls, config: EngineConfig, world_size: int) -> Shards:
+        """Share nothing."""
+        return Shards(1, 1, 1)
 
     def __call__(self, *inputs: Tensor | int | None) -> Tensor:
         """Return the network's prediction, computed in the configured precision."""

@@ -1,6 +1,8 @@
 """All engines compute the same thing."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +15,11 @@ from trainer.engines.build import build_engine
 from trainer.ranks import process_group
 
 WIDE = ["model.width=256", "model.heads=4", "train.images=160"]  # blocks of over a million weights: several FSDP units
+
+
+def test_deepspeed_is_imported_only_when_it_is_used():
+    code = "import sys, trainer.loop; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def columns(rows):
