@@ -13,6 +13,7 @@ from data.sets.form import ImageForm, form_of
 from data.sets.images import Images
 from data.sets.registry import Split, open_images
 from models.backbones.registry import make_network
+from models.objectives.objective import Objective, make_objective
 from models.paths.base import NoisePath
 from models.paths.registry import make_path
 from models.sampling.guidance import Interval, inside
@@ -89,6 +90,15 @@ def initial_network(config: Config, images: ImageForm) -> nn.Module:
         source = from_rank_0(lambda: find_weights(config.init_from))
         start_from(network, read_weights(source), str(source))
     return network
+
+
+def build_objective(config: Config, network: nn.Module, images: Images) -> Objective:
+    """Return the loss terms of a run, made for its network as it is before it is laid over the ranks. RunError if one
+    does not fit the network, or the images lack what it needs."""
+    try:
+        return make_objective(config.loss, network, images.extra, config.seed)
+    except ValueError as error:
+        raise RunError(f"loss.{error}") from None
 
 
 def check_start(config: Config, images: ImageForm) -> None:

@@ -1,5 +1,6 @@
 """The training loop: what a run does, from top to bottom."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,10 +9,9 @@ from typing import Literal
 import torch
 
 from data.sets.form import form_of
-from models.objectives.denoising import denoising_loss
 from models.paths.registry import make_path
 from trainer.batches import make_batches
-from trainer.build import build_network, initial_network, open_data
+from trainer.build import build_network, build_objective, initial_network, open_data
 from trainer.checkpoints.folder import CHECKPOINTS, SNAPSHOTS, find
 from trainer.checkpoints.saver import Saver
 from trainer.config.parsing import to_yaml
@@ -20,7 +20,7 @@ from trainer.engines.build import build_engine
 from trainer.engines.ema import power_averages
 from trainer.engines.stop_vote import StopVote
 from trainer.monitor import Monitor
-from trainer.periodic import Looks, has_passed
+from trainer.periodic import Periodic, has_passed
 from trainer.ranks import from_rank_0, process_group
 from trainer.restore import restore
 from trainer.run_folder import check_folder, sole_user, write_config
@@ -39,24 +39,25 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
         # what to train on
         images = open_data(config)
         form = form_of(images)
-        looks = Looks(config, images, ranks)
+        periodic = Periodic(config, images, ranks)
 
         # what to train, from where
         from_rank_0(lambda: closing.enter_context(sole_user(folder)))
         started = from_rank_0(lambda: bool(find(folder / CHECKPOINTS)[0]))
         network = build_network(config, form) if started else initial_network(config, form)
-        engine = build_engine(config, config.optim, network, ranks)
+        objective = build_objective(config, network, images)
+        engine = build_engine(config, config.optim, network, ranks, objective.heads)
         path = make_path(config.path)
         position, notes = restore(folder / CHECKPOINTS, engine, images, batch, config.resume.fallback)
         first, last = position // batch, config.train.images // batch
         if ranks.rank == 0:
             write_config(config)
-        monitor = closing.enter_context(Monitor(folder, ranks, first, position, last * batch))
+        monitor = closing.enter_context(Monitor(folder, config.train.sinks, ranks, first, position, last * batch))
         for note in notes:
             monitor.say(note)
-        batches = make_batches(config, images, ranks, first, last, monitor.plan)
+        batches = make_batches(config, images, ranks, first, last, monitor.plan, objective.extra)
         images_per_rank = batch // ranks.world_size
-        looks.catch_up(engine, batch, position, monitor)
+        periodic.catch_up(engine, batch, position, monitor)
 
         saver = closing.enter_context(Saver(folder, config.checkpoint, config.train.timeout))
         vote = StopVote(lambda: stop_requested() or saver.failed(), config.train.timeout)
@@ -64,12 +65,14 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
             vote.begin()
 
             # forward and backward, micro-batch by micro-batch: the gradient of the mean over the global batch
-            step_loss = torch.zeros((), device=ranks.device)
+            step_losses = defaultdict(lambda: torch.zeros((), device=ranks.device))
             for i, micro in enumerate(micro_batches):
                 with engine.accumulating(last=i == len(micro_batches) - 1):
-                    loss = denoising_loss(engine, path, micro.to(ranks.device)).sum() / images_per_rank
-                    engine.backward(loss)
-                step_loss += loss.detach()
+                    losses = objective(engine, path, micro.to(ranks.device), engine.autocast)
+                    losses = {name: loss.sum() / images_per_rank for name, loss in losses.items()}
+                    engine.backward(losses["loss"])
+                for name, loss in losses.items():
+                    step_losses[name] += loss.detach()
 
             # update
             saver.wait_for_copy()
@@ -78,9 +81,9 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
             grad_norm = engine.step(lr)
             grouped = sum(len(m.u) for m in micro_batches if m.in_groups) / images_per_rank
             fallbacks = sum(m.fallbacks for m in micro_batches)
-            monitor.note(step, position, step_loss, grad_norm, lr, grouped, fallbacks)
+            monitor.note(step, position, step_losses, grad_norm, lr, grouped, fallbacks)
 
-            # now and then: log, save, look
+            # now and then: log, save, sample and evaluate
             stopping = vote.decided()
             ending, keep = step + 1 == last, config.checkpoint
             saving = stopping or ending or has_passed(keep.every, before, position)
@@ -96,9 +99,9 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
                 del state, states  # copies, with some engines
             if stopping:
                 break
-            if looks.due(before, position):
+            if periodic.due(before, position):
                 saver.wait_for_copy()  # the averages take the weights' place
-                looks.look(engine, path, before, position, micro_batches, monitor)
+                periodic.run(engine, path, before, position, micro_batches, monitor)
 
         saver.wait()
         return "finished" if position >= last * batch else "stopped"

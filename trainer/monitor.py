@@ -1,73 +1,77 @@
-"""What a run tells: metrics.jsonl (every step), measures.jsonl, TensorBoard, a progress bar, and that a loss is not
-finite."""
+"""What a run reports: losses of each step, summed over the ranks, and that one is not finite. Sinks take it."""
 
-import json
 import math
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data.batches.plan import Plan
 from trainer.errors import RunError, add_facts
 from trainer.ranks import Ranks
-from trainer.run_folder import sync
+from trainer.sinks import SINKS, has_evaluation
 
 
 class Monitor:
-    """Notes steps without waiting for the device; `flush` sums and writes them. All ranks have one; rank 0 writes."""
+    """Notes steps without waiting for the device; `flush` sums over the ranks and reports. All ranks have one, and call
+    `note` and `flush` alike; only that of rank 0 has sinks."""
 
-    def __init__(self, folder: Path, ranks: Ranks, first_step: int, position: int, images: int) -> None:
-        self._world_size, self.writes = ranks.world_size, ranks.rank == 0
+    def __init__(
+        self, folder: Path, sinks: Iterable[str], ranks: Ranks, first_step: int, position: int, images: int
+    ) -> None:
+        self._folder, self._world_size, self.writes = folder, ranks.world_size, ranks.rank == 0
         self._steps: list[dict[str, float]] = []
-        self._losses: list[Tensor] = []
+        self._losses: list[dict[str, Tensor]] = []
         self._norms: list[Tensor] = []
         self._fallbacks: list[int] = []
         self._flushed = (time.perf_counter(), position)
         self._next_step = first_step
         self._unsaved: list[float] = []
-        if self.writes:
-            self._metrics = _continue_rows(folder / "metrics.jsonl", position)
-            self._measures = _continue_rows(folder / "measures.jsonl", position)
-            self._board = SummaryWriter(str(folder), purge_step=position + 1)
-            self._bar = tqdm(total=images, initial=position, unit="img", unit_scale=True, desc="train", mininterval=0.5)
+        self._sinks = [SINKS[name](folder, position, images) for name in sinks] if self.writes else []
 
     def note(
-        self, step: int, position: int, loss: Tensor, grad_norm: Tensor, lr: float, grouped: float, fallbacks: int
+        self,
+        step: int,
+        position: int,
+        losses: dict[str, Tensor],
+        grad_norm: Tensor,
+        lr: float,
+        grouped: float,
+        fallbacks: int,
     ) -> None:
-        """One step: its number, the images seen after it, this rank's mean loss, the share of grouped images, and how
-        many of this rank's groups the query could not fill."""
+        """Note one step: its number, the images seen after it, this rank's mean losses (`loss` and its parts), the
+        share of images in groups, and how many of this rank's groups the query could not fill."""
         self._next_step = step + 1
-        self._losses.append(loss)
+        self._losses.append(losses)
         self._norms.append(grad_norm)
         self._fallbacks.append(fallbacks)
         self._steps.append({"step": step, "position": position, "lr": lr, "grouped": grouped})
 
     def flush(self) -> None:
-        """Write all noted steps. RunError, on all ranks, at the first loss or gradient that is not finite."""
+        """Report all noted steps. Raise RunError, on all ranks, at the first loss or gradient that is not finite."""
         if not self._steps:
             return
-        losses = torch.stack(self._losses)
-        sums = torch.stack([losses, torch.tensor(self._fallbacks, dtype=losses.dtype, device=losses.device)])
+        names = list(self._losses[0])  # `loss` first
+        losses = torch.stack([torch.stack([losses[name] for losses in self._losses]) for name in names])
+        fallbacks = torch.tensor(self._fallbacks, dtype=losses.dtype, device=losses.device)
+        sums = torch.cat([losses, fallbacks[None]])
         dist.all_reduce(sums)
-        losses, fallbacks = (sums[0] / self._world_size).tolist(), sums[1].int().tolist()
+        means, fallbacks = (sums[:-1] / self._world_size).tolist(), sums[-1].int().tolist()
         norms = torch.stack(self._norms).tolist()
-        self._unsaved += losses
+        self._unsaved += means[0]
         rows = [
-            {**step, "loss": loss, "grad_norm": norm, "fallbacks": fallback}
-            for step, loss, norm, fallback in zip(self._steps, losses, norms, fallbacks, strict=True)
+            {**step, "loss": loss, "grad_norm": norm, "fallbacks": fallback, **dict(zip(names[1:], parts, strict=True))}
+            for step, norm, fallback, loss, *parts in zip(self._steps, norms, fallbacks, *means, strict=True)
         ]
         self._steps, self._losses, self._norms, self._fallbacks = [], [], [], []
         bad = next((r for r in rows if not (math.isfinite(r["loss"]) and math.isfinite(r["grad_norm"]))), None)
-        if self.writes:
-            self._write(rows[: rows.index(bad)] if bad else rows)
+        self._report(rows[: rows.index(bad)] if bad else rows)
         if bad:
             raise RunError(
                 f"step {bad['step']}: loss={bad['loss']}, grad_norm={bad['grad_norm']}: not finite; training stops, the"
@@ -75,62 +79,58 @@ class Monitor:
             )
 
     def loss_since_last_save(self) -> float:
-        """The mean over the steps flushed since this was asked before."""
+        """Return the mean over the steps flushed since this was last asked."""
         mean = sum(self._unsaved) / len(self._unsaved)
         self._unsaved = []
         return mean
 
-    def _write(self, rows: list[dict[str, float]]) -> None:
+    def _report(self, rows: list[dict[str, float]]) -> None:
         if not rows:
             return
-        self._metrics.writelines(json.dumps(row) + "\n" for row in rows)
-        sync(self._metrics)
-        position, now = rows[-1]["position"], time.perf_counter()
+        position, now = int(rows[-1]["position"]), time.perf_counter()
         rate = (position - self._flushed[1]) / (now - self._flushed[0])
         self._flushed = (now, position)
-        names = ("loss", "grad_norm", "lr", "grouped", "fallbacks")
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in names}
-        for name, value in {**means, "images_per_second": rate}.items():
-            self._board.add_scalar(f"train/{name}", value, position)
-        self._bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
-        self._bar.update(position - self._bar.n)
+        names = [name for name in rows[0] if name not in ("step", "position")]
+        means = {f"train/{name}": sum(row[name] for row in rows) / len(rows) for name in names}
+        for sink in self._sinks:
+            sink.rows(rows)
+            sink.scalars({**means, "train/images_per_second": rate}, position)
 
     def plan(self, epoch: int, position: int, plan: Plan) -> None:
-        """Say how many groups of an epoch the query could not fill."""
+        """Report how many groups of an epoch the query could not fill."""
         if self.writes and len(plan.fallback):
             share = float(plan.fallback.mean())
-            self._board.add_scalar("plan/fallback_share", share, position)
+            self.scalar("plan/fallback_share", share, position)
             if share:
                 self.say(f"epoch {epoch}: {plan.fallback.sum()} of {len(plan.fallback)} groups are fallbacks")
 
     def picture(self, name: str, picture: np.ndarray, position: int) -> None:
-        """An image (height, width, channels) uint8 for TensorBoard."""
-        if self.writes:
-            self._board.add_image(name, picture, position, dataformats="HWC")
+        """Report an image (height, width, channels) uint8."""
+        for sink in self._sinks:
+            sink.picture(name, picture, position)
 
     def scalar(self, name: str, value: float, position: int) -> None:
-        """A number for TensorBoard."""
-        if self.writes:
-            self._board.add_scalar(name, value, position)
+        """Report a number."""
+        for sink in self._sinks:
+            sink.scalars({name: value}, position)
 
-    def measures(self, record: dict, position: int) -> None:
-        """How good samples are: a line of measures.jsonl, and its numbers for TensorBoard."""
-        if self.writes:
-            self._measures.write(json.dumps({"position": position, **record}) + "\n")
-            sync(self._measures)
-            for name, value in record.items():
-                if isinstance(value, float):
-                    self._board.add_scalar(f"evaluate/{name}", value, position)
+    def evaluation(self, record: dict, position: int) -> None:
+        """Report the metrics of samples, with whatever else the record says of them."""
+        numbers = {f"evaluate/{name}": value for name, value in record.items() if isinstance(value, float)}
+        for sink in self._sinks:
+            sink.evaluation({"position": position, **record})
+            sink.scalars(numbers, position)
 
-    def has_measures(self, position: int) -> bool:
-        """Whether a line of measures.jsonl is of this position."""
-        lines = Path(self._measures.name).read_text().splitlines()
-        return any(json.loads(line)["position"] == position for line in lines)
+    def has_evaluation(self, position: int) -> bool:
+        """Whether the run has an evaluation of this position."""
+        return has_evaluation(self._folder, position)
 
     def say(self, message: str) -> None:
-        """A line above the progress bar."""
+        """Write a line to stderr, above the progress bar where there is one."""
         if self.writes:
-            self._bar.write(message, sys.stderr)
+            tqdm.write(message, sys.stderr)
+        for sink in self._sinks:
+            sink.text(message)
 
     def __enter__(self) -> "Monitor":
         return self
@@ -139,28 +139,5 @@ class Monitor:
         if error is not None:
             add_facts(error, step=self._next_step)
             error.add_note(f"in step {self._next_step}")
-        if self.writes:
-            self._bar.close()
-            self._board.close()
-            self._metrics.close()
-            self._measures.close()
-
-
-def _continue_rows(path: Path, position: int) -> TextIO:
-    """The file, open for more rows, without those after `position`: steps of a killed run that will be done again."""
-    kept = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:  # cut off
-                break
-            if row["position"] > position:
-                break
-            kept.append(line + "\n")
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        file.writelines(kept)
-        sync(file)
-    partial.replace(path)
-    return path.open("a")
+        for sink in self._sinks:
+            sink.close()

@@ -1,4 +1,4 @@
-"""What is looked at now and then while training, with the averaged weights: samples, their measures, and attention."""
+"""What is done now and then while training, with the averaged weights: samples, their metrics, attention in groups."""
 
 import threading
 from collections.abc import Callable
@@ -28,9 +28,10 @@ from trainer.sampling.pictures import classes_shown, grid, to_uint8
 from trainer.sampling.samples import describe
 
 
-class Looks:
-    """All ranks make each look, and training does not notice: it draws from no random stream of training, and computes
-    no gradients. What would fail in a look fails when this is made, before hours have passed."""
+class Periodic:
+    """Samples, evaluations and attention scores at their intervals. All ranks take part, and training does not notice:
+    nothing is drawn from a random stream of training, no gradient computed. What would fail later fails when this is
+    made, before hours have passed."""
 
     def __init__(self, config: Config, images: Images, ranks: Ranks) -> None:
         self._config, self._images, self._ranks = config, form_of(images), ranks
@@ -39,25 +40,25 @@ class Looks:
             from_rank_0(lambda: bool(self._decoder()))
         if config.train.sample_every:
             self._height = from_rank_0(lambda: Generated(torch.zeros(1, *images.shape), self._decoder()).shape[0])
-        self._measure = make_measure(config, images, ranks) if config.evaluate.every else None
+        self._compute_metrics = make_evaluation(config, images, ranks) if config.evaluate.every else None
 
     def catch_up(self, engine: Engine, batch: int, position: int, monitor: Monitor) -> None:
-        """Before the first step: the evaluation at `position`, if it was due and a run was ended before it was made."""
+        """Before the first step, evaluate at `position` if that was due and the run ended before it was done."""
         every = self._config.evaluate.every
         due = every and position and has_passed(every, position - batch, position)
-        if due and from_rank_0(lambda: not monitor.has_measures(position)):
+        if due and from_rank_0(lambda: not monitor.has_evaluation(position)):
             self._evaluate(engine, position, monitor)
 
     def due(self, before: int, position: int) -> bool:
-        """Whether there may be something to look at."""
+        """Whether something may be due as the images seen go from `before` to `position`."""
         train, evaluate = self._config.train, self._config.evaluate
         intervals = (train.sample_every, evaluate.every, train.attention_every)
         return self._attention_due or any(every and has_passed(every, before, position) for every in intervals)
 
-    def look(
+    def run(
         self, engine: Engine, path: NoisePath, before: int, position: int, step: list[Batch], monitor: Monitor
     ) -> None:
-        """After a step, given its micro-batches: what is due as the images seen go from `before` to `position`."""
+        """Do what is due after a step, given its micro-batches, as the images seen went from `before` to `position`."""
         config, train = self._config, self._config.train
 
         def passed(every: int) -> bool:
@@ -80,20 +81,20 @@ class Looks:
             self._attention_due = False
 
     def _evaluate(self, engine: Engine, position: int, monitor: Monitor) -> None:
-        measured = evaluated(self._config)
+        config = evaluation_config(self._config)
         with engine.ema_weights():
-            samples, _ = generate(Networks(engine), measured, self._images, self._ranks)
-        record = self._measure(samples)
+            samples, _ = generate(Networks(engine), config, self._images, self._ranks)
+        record = self._compute_metrics(samples)
         if self._ranks.rank == 0:
-            about = describe(WeightSource(None), measured) | {"position": position}
-            monitor.measures(record | {"samples": about}, position)
+            about = describe(WeightSource(None), config) | {"position": position}
+            monitor.evaluation(record | {"samples": about}, position)
 
     def _decoder(self) -> Callable[[Tensor], Tensor]:
         return make_decoder(self._images.vae, self._images.shape[0], self._ranks.device)
 
 
 def _show_attention(attention: CrossAttention, group_size: int, position: int, monitor: Monitor) -> None:
-    """How images of a group attend to one another: means over layers and noise levels, and a map of them."""
+    """Report how images of a group attend to one another: means over layers and noise levels, and a map of them."""
     monitor.scalar("attention/s_cross", attention.mean_s_cross, position)
     monitor.scalar("attention/cross_share", attention.mean_cross_share, position)
     if monitor.writes:
@@ -107,15 +108,15 @@ def has_passed(every: int, before: int, position: int) -> bool:
     return position // every > before // every
 
 
-def evaluated(config: Config) -> Config:
-    """Which samples are measured: as the sample grids, but `evaluate.per_class` of each class."""
+def evaluation_config(config: Config) -> Config:
+    """Return the config of the samples to evaluate: as the sample grids, but `evaluate.per_class` of each class."""
     sample = config.sample.model_copy(update={"per_class": config.evaluate.per_class})
     return config.model_copy(update={"sample": sample})
 
 
-def make_measure(config: Config, images: Images, ranks: Ranks) -> Callable[[Tensor], dict | None]:
-    """A function of samples (classes, per_class, C, H, W), the same on all ranks, that gives the record of evaluate.*
-    on rank 0: by evaluate.detector, or by a small classifier of the images. All ranks call both."""
+def make_evaluation(config: Config, images: Images, ranks: Ranks) -> Callable[[Tensor], dict | None]:
+    """Return a function of samples (classes, per_class, C, H, W), the same on all ranks, that returns their metrics on
+    rank 0: by evaluate.detector, or by a small classifier of the images. All ranks call both."""
     settings, number = config.evaluate, images.num_classes * config.evaluate.per_class
     if number <= NEIGHBOURS:
         raise RunError(f"evaluate.per_class={settings.per_class}: {number} images; set more than {NEIGHBOURS}")
@@ -135,16 +136,16 @@ def make_measure(config: Config, images: Images, ranks: Ranks) -> Callable[[Tens
         return lambda samples: None
     classify = make_evaluator(*(open_data(config, split) for split in ("train", "heldout")))
 
-    def measure(samples: Tensor) -> dict:
+    def compute(samples: Tensor) -> dict:
         label = np.arange(images.num_classes).repeat(settings.per_class)
         pixels = to_uint8(decode(samples))
         return classify(pixels.reshape(-1, *pixels.shape[2:]), label)
 
-    return measure
+    return compute
 
 
 class Generated:
-    """An ImageSet of samples (n, C, H, W), latents or in [-1, 1], each decoded when it is read."""
+    """An ImageSet of samples (n, C, H, W), latents or in [-1, 1], decoded as they are read."""
 
     def __init__(self, samples: Tensor, decode: Callable[[Tensor], Tensor]) -> None:
         self._samples, self._decode, self._lock = samples, decode, threading.Lock()

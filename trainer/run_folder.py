@@ -1,13 +1,12 @@
 """A run is a folder: config.yaml, metrics.jsonl, measures.jsonl, TensorBoard events, checkpoints/, logs/, samples."""
 
 import fcntl
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
+from data.stores.files import sync
 from trainer.config.fields import marked, matches
 from trainer.config.parsing import dotted, to_yaml
 from trainer.config.tree import Config, stored_config
@@ -23,7 +22,8 @@ def check_folder(config: Config) -> None:
         return
     free = marked(Config, "may_change", True)
     before, now = dotted(read_config(config.run).model_dump()), dotted(config.model_dump())
-    for name, value in now.items():
+    for name in {**now, **before}:  # a loss term that is gone is only in what was before
+        value = now.get(name)
         if value != before.get(name) and not matches(name, free):
             raise RunError(
                 f"{name}={value}: the run in {config.run} has {name}={before.get(name)};"
@@ -65,9 +65,3 @@ def write_config(config: Config) -> None:
         file.write(to_yaml(config))
         sync(file)
     partial.replace(path)
-
-
-def sync(file: TextIO) -> None:
-    """What was written to it is on the disk then, as checkpoints are: what goes on from one finds what was before."""
-    file.flush()
-    os.fsync(file.fileno())

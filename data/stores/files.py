@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from data.errors import DataError
 
@@ -22,8 +22,7 @@ def appearing(path: Path) -> Iterator[BinaryIO]:
     try:
         with partial.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -52,6 +51,12 @@ def disk_errors(out: Path) -> Iterator[None]:
         raise DataError(
             f"{error.filename or f'--out {out}'}: {error.strerror}; what is complete stays: mend that and start again"
         ) from None
+
+
+def sync(file: IO) -> None:
+    """Put on the disk what was written to an open file."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def sha256(path: Path) -> str:

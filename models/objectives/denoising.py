@@ -1,32 +1,22 @@
-"""The denoising loss: the same for images alone and in groups (method: summed over the group, averaged over images)."""
+"""The main loss term, denoising: the same for images alone and in groups (method: summed over the group, averaged over
+images)."""
 
 from collections.abc import Callable
-from typing import Protocol
 
 from torch import Tensor
 
-from models.backbones.embeddings import NULL_LABEL
+from models.objectives.term import Forward, NoisyImages, Term, forward_pass
 from models.paths.base import NoisePath
 
 
-class NoisyImages(Protocol):
-    """What the loss needs of a batch of B images in groups of `group_size`, each group contiguous."""
+class Denoising(Term):
+    """The path's own loss of a prediction."""
 
-    x: Tensor  # (B, C, H, W), clean
-    noise: Tensor  # (B, C, H, W)
-    u: Tensor  # (B,) in [0, 1]: quantiles of the path's distribution of timesteps
-    label: Tensor  # (B,)
-    slot: Tensor  # (B,)
-    conditional: Tensor  # (B,) bool; an image that is not gets the null label
-    group_size: int
-    grouped: int | None  # the first so many share attention in their groups; None: all
-    position: int  # images seen before the step
+    def __call__(self, forward: Forward, batch: NoisyImages, path: NoisePath) -> Tensor:
+        return path.loss(forward.prediction, batch.x, batch.noise, forward.x_t, forward.t)
 
 
 def denoising_loss(network: Callable[..., Tensor], path: NoisePath, batch: NoisyImages) -> Tensor:
-    """The path's loss of each image, (B,), in fp32."""
-    t = path.timestep(batch.u, batch.position)
-    x_t = path.noisy(batch.x, batch.noise, t)
-    label = batch.label.masked_fill(~batch.conditional, NULL_LABEL)
-    prediction = network(x_t, t, label, batch.slot, batch.group_size, batch.grouped)
-    return path.loss(prediction.float(), batch.x, batch.noise, x_t, t)
+    """Return the path's loss of each image, (B,), in fp32: what a run without further terms minimises."""
+    made = forward_pass(network, path, batch)
+    return path.loss(made.prediction, batch.x, batch.noise, made.x_t, made.t)

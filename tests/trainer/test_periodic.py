@@ -16,10 +16,10 @@ from trainer.evaluation.by_detector import evaluate_images, open_detector
 from trainer.evaluation.classifier import evaluate
 from trainer.evaluation.image_sets import open_image_set
 from trainer.loop import train
-from trainer.monitor import _continue_rows
-from trainer.periodic import evaluated
+from trainer.periodic import evaluation_config
 from trainer.ranks import process_group
 from trainer.sampling.samples import make_samples, write_samples
+from trainer.sinks import _continue_rows
 
 ENGINES = {  # name -> (ranks, overrides)
     "single": (1, ["engine=single"]),
@@ -70,7 +70,7 @@ def test_it_measures_what_the_tools_measure_of_the_checkpoint(runs, tmp_path, en
     run = runs / f"{engine}-evaluated"
     found = {row["position"]: row for row in rows(run)}
     assert list(found) == [64, 128, 192]
-    config = evaluated(load_config(run / "config.yaml"))
+    config = evaluation_config(load_config(run / "config.yaml"))
     for position in (64, 192):
         pixels, label, record = make_samples(WeightSource(run / "checkpoints" / f"{position:012d}"), config)
         write_samples(tmp_path, pixels, label, record, config.sample.group_size)
@@ -98,7 +98,7 @@ def test_tensorboard_shows_the_figures(runs):
 
 def test_without_a_detector_the_classifier_measures(runs):
     (row,) = rows(runs / "classified")
-    config = evaluated(load_config(runs / "classified" / "config.yaml"))
+    config = evaluation_config(load_config(runs / "classified" / "config.yaml"))
     pixels, label, _ = make_samples(WeightSource(runs / "classified" / "checkpoints" / "000000000128"), config)
     splits = [open_data(config, split) for split in ("train", "heldout")]
     expected = evaluate(pixels.reshape(-1, *pixels.shape[2:]), label.ravel(), *splits)

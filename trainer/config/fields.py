@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from models.objectives.registry import Sections
+
 
 class ConfigField(NamedTuple):
     """A field that holds a value: its dotted name, what its class says of it, and its marks."""
@@ -36,8 +38,12 @@ def walk(model: type[BaseModel], prefix: str = "", above: dict[str, Any] | None 
     for name, info in model.model_fields.items():
         own = {**marks, **_marks(info.json_schema_extra)}
         section = info.annotation
+        keyed = [mark for mark in info.metadata if isinstance(mark, Sections)]
         if isinstance(section, type) and issubclass(section, BaseModel):
             yield from walk(section, f"{prefix}{name}.", own)
+        elif keyed:
+            for key, inner in keyed[0].classes().items():
+                yield from walk(inner, f"{prefix}{name}.{key}.", own)
         else:
             yield ConfigField(prefix + name, info, own, model)
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, model_validator
 from data.batches.plan import GroupsConfig, group_quantum
 from data.sets.registry import SETS, DataConfig
 from models.backbones.config import ModelConfig
+from models.objectives.registry import Losses
 from models.paths.base import PathConfig
 from models.paths.ddpm import respaced
 from models.sampling.generation import SampleConfig
@@ -24,6 +25,7 @@ from trainer.config.sweeps import parse_sweep
 from trainer.engines.build import check_engine, check_ranks
 from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.errors import RunError
+from trainer.sinks import SINKS
 
 
 class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
@@ -41,8 +43,19 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """Images between two sample grids in TensorBoard. 0: none."""
     attention_every: int = Field(1_280_000, ge=0, json_schema_extra={"may_change": True})
     """Images between two measurements of how much attention crosses images of a group. 0: none."""
+    sinks: tuple[str, ...] = Field(
+        ("metrics", "tensorboard", "progress"), json_schema_extra={"may_change": True, "affects_results": False}
+    )
+    """What the run reports to: metrics (metrics.jsonl and measures.jsonl), tensorboard, progress (a bar)."""
     timeout: float = Field(1800, gt=0, json_schema_extra={"may_change": True, "affects_results": False})
     """Seconds after which a rank stops waiting for the others, and the run fails."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        for name in self.sinks:
+            if name not in SINKS:
+                raise ValueError(f"sinks={list(self.sinks)}: {name} is none of {', '.join(SINKS)}; set some of these")
+        return self
 
 
 class EvaluateConfig(
@@ -79,6 +92,8 @@ class Config(EngineConfig, extra="forbid", frozen=True, use_attribute_docstrings
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of all that is random in training: weights, order of images, noise, timesteps."""
     path: PathConfig = PathConfig()
+    loss: Losses = {}
+    """Terms of the loss by name, each with its weight. `denoising` is there by itself."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     groups: GroupsConfig = GroupsConfig()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from models.objectives.denoising import denoising_loss
+from models.objectives.denoising import Denoising
+from models.objectives.registry import TERMS
 from tests.in_process import call
 from tests.patience import PATIENCE
 from trainer import loop
@@ -124,11 +125,12 @@ def test_a_loss_that_is_not_finite_at_a_random_step_keeps_the_last_good_checkpoi
     config = load_config(tiny, ["engine=single", f"run={run}", "checkpoint.every=96", "train.log_every=224"])
     calls = iter(range(10**9))
 
-    def poisoned(network, path, batch):
-        factor = float(poison) if next(calls) // 2 == step else 1.0  # two micro-batches a step: groups, singles
-        return denoising_loss(network, path, batch) * factor
+    class Poisoned(Denoising):
+        def __call__(self, *args):
+            factor = float(poison) if next(calls) // 2 == step else 1.0  # two micro-batches a step: groups, singles
+            return super().__call__(*args) * factor
 
-    monkeypatch.setattr(loop, "denoising_loss", poisoned)
+    monkeypatch.setitem(TERMS, "denoising", Poisoned)
     with pytest.raises(RunError, match=f"^step {step}: "):
         loop.train(config)
     assert len((run / "metrics.jsonl").read_text().splitlines()) == step

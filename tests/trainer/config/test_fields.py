@@ -26,6 +26,7 @@ def test_marks_say_what_may_change_when_a_run_continues():
         "train.log_every",
         "train.sample_every",
         "train.attention_every",
+        "train.sinks",
         "train.timeout",
         "data.workers",
     )
@@ -36,7 +37,7 @@ def test_marks_say_what_may_change_when_a_run_continues():
 
 
 def test_marks_say_what_no_result_depends_on():
-    expected = ("run", "checkpoint.", "resume.", "data.workers", "train.log_every", "train.timeout")
+    expected = ("run", "checkpoint.", "resume.", "data.workers", "train.log_every", "train.sinks", "train.timeout")
     free = marked(Config, "affects_results", False)
     for name in field_names(Config):
         assert matches(name, free) == name.startswith(expected), name

@@ -109,7 +109,7 @@ def test_in_a_runs_batches_groups_share_attention_at_the_noisy_end(tiny, tmp_pat
     config = load_config(tiny, [f"run={tmp_path}", *window])
     images, ranks = open_images(config.data), Ranks(0, 1, CPU)
     counts = []
-    with Monitor(tmp_path, ranks, 0, 0, 640) as monitor:
+    with Monitor(tmp_path, (), ranks, 0, 0, 640) as monitor:
         for micro_batches in make_batches(config, images, ranks, 0, 8, monitor.plan):
             for batch in (batch for batch in micro_batches if batch.in_groups):
                 share = batch.u.double().numpy()

@@ -1,0 +1,43 @@
+"""The loss terms that there are, and what a config may say of them."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, create_model
+
+from models.objectives.denoising import Denoising
+from models.objectives.term import Term, TermConfig
+
+MAIN = "denoising"  # the term that a run has without being told
+TERMS: dict[str, type[Term]] = {MAIN: Denoising}
+
+
+@dataclass(frozen=True)
+class Sections:
+    """Mark a config field that is a dict of sections: `classes()` are those that there may be, by name."""
+
+    classes: Callable[[], dict[str, type[BaseModel]]]
+
+
+def _known(value: object) -> object:
+    """Check what is below `loss` against the terms that there are now, and fill in the main one."""
+    if not isinstance(value, dict):
+        return value
+    for name in value:
+        if name not in TERMS:
+            near = difflib.get_close_matches(str(name), TERMS, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{name}: no such loss term; did you mean {near}?")
+    value = {MAIN: {}} | value
+    fields = {name: (SerializeAsAny[TERMS[name].Config], ...) for name in TERMS if name in value}
+    checked = create_model("Losses", __config__=ConfigDict(extra="forbid"), **fields).model_validate(value)
+    return {name: getattr(checked, name) for name in fields}  # in the order of TERMS, in which they are added up
+
+
+Losses = Annotated[
+    dict[str, SerializeAsAny[TermConfig]],
+    BeforeValidator(_known),
+    Field(validate_default=True),
+    Sections(lambda: {name: term.Config for name, term in TERMS.items()}),
+]

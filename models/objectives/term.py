@@ -1,0 +1,81 @@
+"""What a loss term is, and what it sees: one forward pass of the network over a batch.
+
+To add a term, write a subclass of Term in a file of its own and give it a line in TERMS (registry.py).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+
+from models.backbones.embeddings import NULL_LABEL
+from models.paths.base import NoisePath
+
+
+class NoisyImages(Protocol):
+    """What a forward pass needs of a batch of B images in groups of `group_size`, each group contiguous."""
+
+    x: Tensor  # (B, C, H, W), clean
+    noise: Tensor  # (B, C, H, W)
+    u: Tensor  # (B,) in [0, 1]: quantiles of the path's distribution of timesteps
+    label: Tensor  # (B,)
+    slot: Tensor  # (B,)
+    conditional: Tensor  # (B,) bool; an image that is not gets the null label
+    group_size: int
+    grouped: int | None  # the first so many share attention in their groups; None: all
+    position: int  # images seen before the step
+    extra: Mapping[str, Tensor]  # (B, ...) each: what the terms asked for by `extra`
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward pass over B images. `hidden` has the outputs (B, L, width) of the blocks that terms asked for, by
+    number, in the precision of the network; tokens that are no patches, as JiT's of the class, come first."""
+
+    x_t: Tensor  # (B, C, H, W)
+    t: Tensor  # (B,)
+    prediction: Tensor  # (B, out channels, H, W), fp32
+    hidden: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+class TermConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
+    """What the config says of a loss term, below `loss.NAME`. A term with fields of its own has a subclass."""
+
+    weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """Factor of the term in the loss. 0: the term does not exist."""
+
+
+class Term:
+    """A loss of each image that is added to the others.
+
+    It is made once a run, where random initial weights of `modules` come from the run's seed and the term's name. The
+    modules are trained as the network is and kept in checkpoints, but neither averaged nor exported.
+    """
+
+    Config: ClassVar[type[TermConfig]] = TermConfig
+    hidden: tuple[int, ...] = ()  # numbers of the blocks, from 0, whose outputs it wants
+    extra: tuple[str, ...] = ()  # names of tensors of the batch that it wants, which the images must declare
+    modules: nn.Module | None = None  # what it trains, called as one: `self.modules(...)`
+
+    def __init__(self, config: TermConfig, network: nn.Module, extra: Mapping[str, tuple[int, ...]]) -> None:
+        """Take the fields of `loss.NAME`, the network as it is before it is laid over the ranks (for its sizes), and
+        the shapes of the extra tensors that the images declare. Raise ValueError (`field=value: ...`) for what does
+        not fit these."""
+        self.config = config
+
+    def __call__(self, forward: Forward, batch: NoisyImages, path: NoisePath) -> Tensor:
+        """Return the loss of each image, (B,), fp32. It may depend on the other images of the group, but not on the
+        rest of the batch, which differs with the number of ranks. All ranks call it in each micro-batch; it draws
+        nothing at random, and calls its modules."""
+        raise NotImplementedError
+
+
+def forward_pass(network: Callable[..., Tensor], path: NoisePath, batch: NoisyImages) -> Forward:
+    """Add the batch's noise and call the network: what it predicts, without hidden states."""
+    t = path.timestep(batch.u, batch.position)
+    x_t = path.noisy(batch.x, batch.noise, t)
+    label = batch.label.masked_fill(~batch.conditional, NULL_LABEL)
+    prediction = network(x_t, t, label, batch.slot, batch.group_size, batch.grouped)
+    return Forward(x_t, t, prediction.float())
