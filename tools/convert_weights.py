@@ -14,11 +14,12 @@ from command_line import run_tool
 from torch import Tensor
 
 from data.sets.form import ImageForm
-from models.backbones.config import ModelConfig
-from models.paths.base import PathConfig
+from models.backbones.registry import model_config
+from models.paths.registry import path_config
 from models.pretrained.published import CLASSES, EQUAL, FORMATS, convert, recognise, to_diffusers
 from trainer.build import open_data
 from trainer.checkpoints.weights import check_out, form_as_metadata, form_in, read_metadata, read_weights, save_weights
+from trainer.config.legacy import upgrade
 from trainer.config.tree import parse_config
 from trainer.errors import NOT_LOADED, RunError, first_line
 
@@ -52,7 +53,7 @@ def main(arguments: list[str]) -> None:
             about = {"converted_from": f"{kind}, {args.file}", "config": text}
             save_weights(weights, args.out, about | form_as_metadata(published_form(weights, config)), args.file)
             print(f"{args.out}: from {kind}, {len(weights[CLASSES]) - 1} classes; a config for it has\n{text}", end="")
-            if "heads" not in ModelConfig(**config["model"]).model_fields_set:
+            if "heads" not in model_config(config["model"]).model_fields_set:
                 print("# and model.heads, which the file does not tell")
     except (ValueError, yaml.YAMLError) as error:
         raise RunError(f"{args.file}: {' '.join(str(error).split())}") from None
@@ -65,7 +66,7 @@ def read_config(metadata: dict[str, str], to: str) -> dict:
     tree = yaml.safe_load(metadata.get("config", ""))
     if not (isinstance(tree, dict) and {"path", "data", "model"} <= tree.keys()):
         raise ValueError("does not say of which config it is; give a file as tools/export_weights.py writes it")
-    return tree
+    return upgrade(tree)
 
 
 def published_form(weights: dict[str, Tensor], config: dict) -> ImageForm | None:
@@ -76,7 +77,7 @@ def published_form(weights: dict[str, Tensor], config: dict) -> ImageForm | None
 
 def write_diffusers(weights: dict[str, Tensor], config: dict, out: Path, like: Path, form: ImageForm | None) -> None:
     """Write the folder, which all may read who may read the file `like`, and print how to load it."""
-    model, path = ModelConfig(**config["model"]), PathConfig.model_validate(config["path"])
+    model, path = model_config(config["model"]), path_config(config["path"])
     if "heads" not in model.model_fields_set:
         sizes = f"depth={model.depth}, width={model.width}"
         raise ValueError(f"{sizes}: no published size, so the heads are not known; give weights of a run of ours")

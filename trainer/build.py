@@ -79,7 +79,7 @@ def build_network(config: Config, images: ImageForm) -> nn.Module:
     channels, side, _ = images.shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return make_network(config.model, channels, side, images.num_classes, config.predictions * channels)
+        return make_network(config.model, channels, side, images.num_classes, config.path.predictions * channels)
 
 
 def initial_network(config: Config, images: ImageForm) -> nn.Module:

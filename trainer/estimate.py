@@ -41,9 +41,6 @@ def estimate(config: Config, images: ImageForm, world_size: int, utilisation: fl
     batch, ranks = config.train.global_batch, world_size
     shards, states, communication = _layout(config, ranks)
     per_rank = config.train.micro_batch or batch // ranks
-    tokens = (side // config.model.patch) ** 2
-    if config.model.backbone == "jit":
-        tokens += config.model.context_tokens * (1 - config.model.context_start / config.model.depth)  # of a mean block
     bytes_of_number = 2 if config.precision == "bf16" else 4
     block = max(sum(p.numel() for p in block.parameters()) for block in network.blocks)
     rate = world_size * PEAK_FLOPS[config.precision] * utilisation / flops_per_image
@@ -52,7 +49,7 @@ def estimate(config: Config, images: ImageForm, world_size: int, utilisation: fl
         "flops_per_step": flops_per_image * batch,
         "states": states * parameters,
         "gathered": 2 * block * bytes_of_number if shards > 1 else 0,
-        "activations": bytes_of_number * tokens * config.model.width * per_rank * _kept_of_blocks(config),
+        "activations": bytes_of_number * network.tokens * config.model.width * per_rank * _kept_of_blocks(config),
         "communication": communication * parameters * 4,
         "images_per_second": rate,
         "days": config.train.images / rate / 86400,

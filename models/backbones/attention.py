@@ -1,26 +1,48 @@
-"""Group attention (arXiv 2512.10954): self-attention over all patches of all images of a group."""
+"""Group attention (arXiv 2512.10954): self-attention over all patches of all images of a group; and its kinds."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def group_attention(q: Tensor, k: Tensor, v: Tensor, group_size: int = 1, grouped: int | None = None) -> Tensor:
-    """Attention of queries, keys and values (B, L, heads, head width), shared by groups of `group_size` images: out
-    comes the same shape.
+class Groups(NamedTuple):
+    """Which of B images share attention: of the first `grouped` (whole groups; None: all B), each `size` in a row;
+    the others attend to themselves alone."""
+
+    size: int = 1
+    grouped: int | None = None
+
+
+Attention = Callable[[Tensor, Tensor, Tensor, Groups], Tensor]
+"""attention(q, k, v, groups): from queries, keys and values (B, L, heads, head width) to an output of that shape."""
+
+
+def softmax(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
+    """Softmax attention, scaled by 1 / sqrt(head width).
 
     The images of a group are contiguous, so regrouping is a view, (B, L, ...) -> (B / N, N * L, ...), and copies
-    nothing. Only the first `grouped` images (whole groups; None: all) share: the others attend to themselves alone and
-    cost what they cost without groups.
+    nothing. Images that share with nobody cost what they cost without groups.
     """
+    size, grouped = groups
     images, tokens, heads, width = q.shape
-    if group_size > 1 and grouped is not None and grouped < images:
-        shared = group_attention(q[:grouped], k[:grouped], v[:grouped], group_size)
-        alone = group_attention(q[grouped:], k[grouped:], v[grouped:])
+    if size > 1 and grouped is not None and grouped < images:
+        shared = softmax(q[:grouped], k[:grouped], v[:grouped], Groups(size))
+        alone = softmax(q[grouped:], k[grouped:], v[grouped:], Groups())
         return torch.cat([shared, alone])
-    regrouped = (images // group_size, group_size * tokens, heads, width)
-    q, k, v = (part.view(regrouped).transpose(1, 2) for part in (q, k, v))
+    q, k, v = (regrouped(part, size) for part in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(images, tokens, heads, width)
+
+
+ATTENTION: dict[str, Attention] = {"softmax": softmax}
+
+
+def regrouped(part: Tensor, size: int) -> Tensor:
+    """(B, L, heads, head width) -> (B / size, heads, size * L, head width), a view."""
+    images, tokens, heads, width = part.shape
+    return part.view(images // size, size * tokens, heads, width).transpose(1, 2)
 
 
 class GroupAttention(nn.Module):
@@ -28,17 +50,26 @@ class GroupAttention(nn.Module):
 
     Input and output are (B, L, width), B = groups * group_size, the images of a group contiguous. Every patch attends
     to every patch of its group, in both directions; the order of images in a group matters only through what was added
-    to them before.
+    to them before. `observer`, if set, is given the queries and keys of each call (attention_mass.observing).
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    observer: Callable[[Tensor, Tensor, Groups], None] | None = None
+
+    def __init__(self, width: int, heads: int, kind: str = "softmax") -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.attend = heads, ATTENTION[kind]
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, group_size: int = 1, grouped: int | None = None) -> Tensor:
         images, tokens, width = x.shape
-        qkv = self.qkv(x).view(images, tokens, 3, self.heads, width // self.heads)
-        out = group_attention(*qkv.unbind(2), group_size, grouped)
-        return self.proj(out.reshape(images, tokens, width))
+        q, k, v = self.qkv(x).view(images, tokens, 3, self.heads, width // self.heads).unbind(2)
+        q, k = self.prepare(q, k)
+        groups = Groups(group_size, grouped)
+        if self.observer:
+            self.observer(q, k, groups)
+        return self.proj(self.attend(q, k, v, groups).reshape(images, tokens, width))
+
+    def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the queries and keys (B, L, heads, head width) to attend with: here as they are."""
+        return q, k

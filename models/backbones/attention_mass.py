@@ -6,36 +6,37 @@ Everything that joins an image's attention counts as that image: with JiT also i
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count
+from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
+
+from models.backbones.attention import GroupAttention, Groups, regrouped
 
 BLOCK = 2**22  # numbers of attention matrices that exist at a time
 
 
-class _Observer(TorchFunctionMode):
-    """Sees the calls of this thread, whatever is laid around the network: FSDP, DDP, recomputation, autocast."""
-
-    def __init__(self, see: Callable[[int, Tensor, Tensor], None]) -> None:
-        super().__init__()
-        self.see, self.layers = see, count()
-
-    def __torch_function__(self, func: Callable, types: list, args: tuple = (), kwargs: dict | None = None) -> Tensor:
-        if func is F.scaled_dot_product_attention:
-            self.see(next(self.layers), *args[:2])
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
-def observing(see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    """While this is open, `see(layer, q, k)` is called for each attention, from layer 0 on, with the very queries and
-    keys (groups, heads, N * L, head width) that it is computed of; open it for one call of a network. That computes as
-    ever, but without torch.compile, which would not let anybody see."""
-    with torch.compiler.set_stance("force_eager"), _Observer(see):
-        yield
+def observing(network: nn.Module, see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    """While this is open, call `see(layer, q, k)` for each attention of a network, from layer 0 on, with the queries
+    and keys (groups, heads, N * L, head width) that it is computed from: those of the images that share attention
+    where not all do. The network may lie in DDP, FSDP or DeepSpeed, and computes as ever, but without torch.compile.
+    Raise ValueError if it has no GroupAttention."""
+    layers = [module for module in network.modules() if isinstance(module, GroupAttention)]
+    if not layers:
+        raise ValueError(f"{type(network).__name__}: has no GroupAttention, so there is no attention to observe")
+
+    def observer(layer: int, q: Tensor, k: Tensor, groups: Groups) -> None:
+        see(layer, *(regrouped(part[: groups.grouped] if groups.size > 1 else part, groups.size) for part in (q, k)))
+
+    for layer, module in enumerate(layers):
+        module.observer = partial(observer, layer)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module in layers:
+            del module.observer
 
 
 @torch.no_grad()
@@ -73,7 +74,7 @@ def _per_image(x: Tensor, group_size: int) -> Tensor:
     return x.unflatten(-1, (group_size, -1))
 
 
-def cross_score(mass: Tensor) -> Tensor:
+def s_cross(mass: Tensor) -> Tensor:
     """S_cross = (P_max - P_mean) / P_max of each image, over the other images of its group: P (..., N, N) -> (..., N).
     0: evenly spread, as always for N = 2; at most 1 - 1 / (N - 1): all to one neighbour; 0 also if none gets any."""
     others = _others(mass)

@@ -5,8 +5,9 @@ import math
 from torch import Tensor, nn
 
 from models.backbones.attention import GroupAttention
-from models.backbones.config import ModelConfig
+from models.backbones.base import Backbone, BackboneConfig
 from models.backbones.embeddings import LabelEmbedder, PatchEmbedder, SampleEmbedder, TimestepEmbedder, sincos_positions
+from models.backbones.mlp import MLPS
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -14,28 +15,16 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-class Mlp(nn.Module):
-    """Two layers with a tanh-GELU between them."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.act = nn.GELU(approximate="tanh")
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
-
-
 class DiTBlock(nn.Module):
     """adaLN-Zero block: x (B, L, width), conditioning c (B, width). Only the attention sees the group."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+    def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
+        width = config.width
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = GroupAttention(width, heads)
+        self.attn = GroupAttention(width, config.heads, config.attention)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.mlp = MLPS[config.mlp](width, int(width * config.mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor, group_size: int, grouped: int | None = None) -> Tensor:
@@ -58,33 +47,38 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class DiT(nn.Module):
+class DiT(Backbone):
     """Diffusion transformer for images (channels, side, side) of `num_classes` classes. It predicts `out_channels`,
     twice those of the images where it learns a variance as well."""
 
+    class Config(BackboneConfig):
+        """The network. `size` fills depth, width and heads; leave it out to choose them freely."""
+
+        sizes = {  # table 1 of arXiv 2212.09748
+            "S": {"depth": 12, "width": 384, "heads": 6},
+            "B": {"depth": 12, "width": 768, "heads": 12},
+            "L": {"depth": 24, "width": 1024, "heads": 16},
+            "XL": {"depth": 28, "width": 1152, "heads": 16},
+        }
+
     def __init__(
-        self, config: ModelConfig, channels: int, side: int, num_classes: int, out_channels: int | None = None
+        self, config: Config, channels: int, side: int, num_classes: int, out_channels: int | None = None
     ) -> None:
-        super().__init__()
-        if side % config.patch:
-            raise ValueError(f"model.patch={config.patch}: must divide the image side {side}")
-        self.config, self.out_channels = config, out_channels or channels
+        super().__init__(config, channels, side, num_classes, out_channels)
         self.x_embedder = PatchEmbedder(config.patch, channels, config.width)
         self.t_embedder = TimestepEmbedder(config.width)
         self.y_embedder = LabelEmbedder(num_classes, config.width)
         self.sample_embedder = SampleEmbedder(config.max_group_size, config.width)
         positions = sincos_positions(config.width, side // config.patch)
+        self.tokens = len(positions)
         self.register_buffer("pos_embed", positions, persistent=False)
-        blocks = [DiTBlock(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config.width, config.patch, self.out_channels)
         initialise(self)
 
     def forward(
         self, x: Tensor, t: Tensor, label: Tensor, slot: Tensor, group_size: int = 1, grouped: int | None = None
     ) -> Tensor:
-        """Noisy images x (B, C, H, W), time t (B,), label (B,) (NULL_LABEL: unconditional), slot (B,) -> prediction
-        (B, out_channels, H, W). See models.backbones.registry for the groups."""
         c = self.t_embedder(self.config.time_scale * t) + self.y_embedder(label) + self.sample_embedder(slot)
         tokens = self.x_embedder(x)
         tokens = tokens + self.pos_embed.to(tokens.dtype)

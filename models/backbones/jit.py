@@ -1,14 +1,19 @@
 """The JiT backbone (Li & He, "Back to Basics: Let Denoising Generative Models Denoise", arXiv 2511.13720) with group
 attention: a plain transformer on large patches of pixels."""
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from models.backbones.attention import GroupAttention, group_attention
-from models.backbones.config import ModelConfig
+from models.backbones.attention import GroupAttention
+from models.backbones.base import Backbone, BackboneConfig
 from models.backbones.dit import DiTBlock, FinalLayer, initialise, unpatchify
 from models.backbones.embeddings import LabelEmbedder, SampleEmbedder, TimestepEmbedder, sincos_positions
+from models.backbones.mlp import MLPS
+from models.choice import NameOf
 
 
 def rotations(head_width: int, side: int, context: int = 0) -> Tensor:
@@ -61,48 +66,33 @@ class RotaryAttention(GroupAttention):
     """Group attention with qk-norm (Henry et al., arXiv 2010.04245) and 2-D RoPE. Positions restart in each image: what
     patches of two images see of each other depends on where they are in their own images, not on the images' order."""
 
-    def __init__(self, width: int, heads: int, rotation: Tensor) -> None:
-        super().__init__(width, heads)
+    def __init__(self, width: int, heads: int, rotation: Tensor, kind: str = "softmax") -> None:
+        super().__init__(width, heads, kind)
         self.q_norm = RMSNorm(width // heads)
         self.k_norm = RMSNorm(width // heads)
         self.register_buffer("rotation", rotation, persistent=False)
 
-    def forward(self, x: Tensor, group_size: int = 1, grouped: int | None = None) -> Tensor:
-        images, tokens, width = x.shape
-        q, k, v = self.qkv(x).view(images, tokens, 3, self.heads, width // self.heads).unbind(2)
-        q, k = rotate(self.q_norm(q), self.rotation), rotate(self.k_norm(k), self.rotation)
-        return self.proj(group_attention(q, k, v, group_size, grouped).reshape(images, tokens, width))
-
-
-class SwiGLU(nn.Module):
-    """Shazeer's gated layers (arXiv 2002.05202), with 2/3 of `hidden`: as many weights as `hidden` without a gate."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        hidden = int(hidden * 2 / 3)
-        self.w12 = nn.Linear(width, 2 * hidden)
-        self.w3 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
+    def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the queries and keys normed and turned."""
+        return rotate(self.q_norm(q), self.rotation), rotate(self.k_norm(k), self.rotation)
 
 
 class JiTBlock(nn.Module):
-    """A DiT block with RMSNorm, SwiGLU and rotary attention."""
+    """A DiT block with RMSNorm and rotary attention."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, rotation: Tensor) -> None:
+    def __init__(self, config: BackboneConfig, rotation: Tensor) -> None:
         super().__init__()
+        width = config.width
         self.norm1 = RMSNorm(width)
-        self.attn = RotaryAttention(width, heads, rotation)
+        self.attn = RotaryAttention(width, config.heads, rotation, config.attention)
         self.norm2 = RMSNorm(width)
-        self.mlp = SwiGLU(width, int(width * mlp_ratio))
+        self.mlp = MLPS[config.mlp](width, int(width * config.mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     forward = DiTBlock.forward
 
 
-class JiT(nn.Module):
+class JiT(Backbone):
     """Just-image transformer for images (channels, side, side) of `num_classes` classes; predicts `out_channels`.
 
     Before block `context_start`, `context_tokens` tokens of the class join the patches of each image; they go with it
@@ -111,25 +101,53 @@ class JiT(nn.Module):
     `x_embedder.proj1` and `proj2` are matrices here and whose `in_context_posemb` has a leading dimension of 1.
     """
 
+    class Config(BackboneConfig):
+        """The network. `size` fills depth, width, heads and the like; leave it out to choose them freely."""
+
+        sizes = {  # table 9 of arXiv 2511.13720
+            "B": {"depth": 12, "width": 768, "heads": 12, "bottleneck": 128, "context_start": 4},
+            "L": {"depth": 24, "width": 1024, "heads": 16, "bottleneck": 128, "context_start": 8},
+            "H": {"depth": 32, "width": 1280, "heads": 16, "bottleneck": 256, "context_start": 10},
+        }
+
+        backbone: str = "jit"
+        """The network's architecture."""
+        mlp: Annotated[str, NameOf(MLPS)] = "swiglu"
+        """The MLP of a block."""
+        bottleneck: int = Field(128, ge=1)
+        """Width between the two layers that embed a patch."""
+        context_tokens: int = Field(32, ge=0)
+        """Number of tokens that carry the class."""
+        context_start: int = Field(4, ge=0)
+        """The block before which the class tokens join, counted from 0."""
+
+        @model_validator(mode="after")
+        def _check_jit(self) -> "JiT.Config":
+            if self.width // self.heads % 4:
+                raise ValueError(f"heads={self.heads}: width / heads must be a multiple of 4 for backbone=jit")
+            if self.context_start >= self.depth:
+                raise ValueError(f"context_start={self.context_start}: must be less than depth={self.depth}")
+            return self
+
+    config: Config
+
     def __init__(
-        self, config: ModelConfig, channels: int, side: int, num_classes: int, out_channels: int | None = None
+        self, config: Config, channels: int, side: int, num_classes: int, out_channels: int | None = None
     ) -> None:
-        super().__init__()
-        if side % config.patch:
-            raise ValueError(f"model.patch={config.patch}: must divide the image side {side}")
-        self.config, self.out_channels = config, out_channels or channels
+        super().__init__(config, channels, side, num_classes, out_channels)
         self.x_embedder = BottleneckPatchEmbedder(config.patch, channels, config.bottleneck, config.width)
         self.t_embedder = TimestepEmbedder(config.width)
         self.y_embedder = LabelEmbedder(num_classes, config.width)
         self.sample_embedder = SampleEmbedder(config.max_group_size, config.width)
         cells, head_width = side // config.patch, config.width // config.heads
+        with_context = 1 - config.context_start / config.depth  # share of the blocks
+        self.tokens = cells**2 + config.context_tokens * with_context
         self.register_buffer("pos_embed", sincos_positions(config.width, cells), persistent=False)
         if config.context_tokens:
             self.in_context_posemb = nn.Parameter(torch.empty(config.context_tokens, config.width))
         alone, joined = rotations(head_width, cells), rotations(head_width, cells, config.context_tokens)
         self.blocks = nn.ModuleList(
-            JiTBlock(config.width, config.heads, config.mlp_ratio, alone if i < config.context_start else joined)
-            for i in range(config.depth)
+            JiTBlock(config, alone if i < config.context_start else joined) for i in range(config.depth)
         )
         self.final_layer = FinalLayer(config.width, config.patch, self.out_channels)
         self.final_layer.norm_final = RMSNorm(config.width)
@@ -140,8 +158,6 @@ class JiT(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, label: Tensor, slot: Tensor, group_size: int = 1, grouped: int | None = None
     ) -> Tensor:
-        """Noisy images x (B, C, H, W), time t (B,), label (B,) (NULL_LABEL: unconditional), slot (B,) -> prediction
-        (B, out_channels, H, W). See models.backbones.registry for the groups."""
         config, y = self.config, self.y_embedder(label)
         c = self.t_embedder(config.time_scale * t) + y + self.sample_embedder(slot)
         tokens = self.x_embedder(x)

@@ -1,18 +1,32 @@
-"""The network that a config asks for."""
+"""The backbones, and the network that a config asks for.
 
-from torch import nn
+To add one: a subclass of `models.backbones.base.Backbone` with a nested `Config`, and a line in BACKBONES.
+"""
 
-from models.backbones.config import ModelConfig
+from typing import Annotated
+
+from models.backbones.base import WRAPPERS, Backbone, BackboneConfig
 from models.backbones.dit import DiT
 from models.backbones.jit import JiT
+from models.choice import OneOf
+
+BACKBONES: dict[str, type[Backbone]] = {"dit": DiT, "jit": JiT}
+CHOICE = OneOf(BACKBONES, "backbone", "dit")
+ModelConfig = Annotated[BackboneConfig, CHOICE]
+"""The section `model` of a config: the fields of the backbone that it names."""
 
 
-def make_network(config: ModelConfig, channels: int, side: int, num_classes: int, out_channels: int) -> nn.Module:
-    """network(x, t, label, slot, group_size, grouped) -> prediction (B, out_channels, side, side), freshly initialised.
+def model_config(values: object) -> BackboneConfig:
+    """Return the section `model` from plain values."""
+    return CHOICE.read(values)
 
-    x (B, channels, side, side) in groups of `group_size` images, each contiguous; the first `grouped` images share
-    attention in their groups (None: all), the others attend to themselves. t, label (NULL_LABEL: unconditional) and
-    slot are (B,).
-    """
-    backbone = {"dit": DiT, "jit": JiT}[config.backbone]
-    return backbone(config, channels, side, num_classes, out_channels)
+
+def make_network(
+    config: BackboneConfig, channels: int, side: int, num_classes: int, out_channels: int | None = None
+) -> Backbone:
+    """Return the network, freshly initialised, with what the config lays around its blocks."""
+    network = BACKBONES[config.backbone](config, channels, side, num_classes, out_channels)
+    for number, block in enumerate(network.blocks):
+        for name in config.wrap:
+            WRAPPERS[name](block, number, config)
+    return network

@@ -5,19 +5,25 @@ between predictions of data, noise, velocity and score, log-SNR, losses. Paths r
 whatever says "noisy" or "early" therefore speaks of log-SNR, never of t.
 """
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
+from models.choice import NameOf
+from models.paths.timesteps import TIMESTEPS
+
 
 class PathConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
     """Which path, which timesteps in training, and how they are weighted. A name alone stands for it as published."""
 
-    name: Literal["linear", "gvp", "vp", "jit", "ddpm"] = "linear"
+    default_timesteps: ClassVar[str] = "uniform"
+    steps: ClassVar[int | None] = None  # the times are the numbers of so many steps; None: they are continuous
+
+    name: str = "linear"
     """The path between noise and data. linear, gvp and vp are SiT's, ddpm is DiT's, jit is JiT's."""
-    timesteps: Literal["uniform", "logit_normal", "discrete"] | None = None
+    timesteps: Annotated[str, NameOf(TIMESTEPS)] = ""
     """Distribution of timesteps in training. null: as published for the path."""
     logit_mean: float = -0.8
     """Of timesteps=logit_normal: mean of logit(t), where t = 1 is data."""
@@ -25,28 +31,31 @@ class PathConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
     """Of timesteps=logit_normal: standard deviation of logit(t)."""
     min_snr: float | None = Field(None, gt=0)
     """Weigh the loss, as an error of the data, by min(SNR, this value). null: no weighting."""
-    learns_variance: bool = True
-    """Of ddpm: whether the network also predicts the variance of a step."""
-    noise_scale: float = Field(1.0, gt=0)
-    """Of jit: standard deviation of the noise; 2 is published for 512 pixels."""
 
     @model_validator(mode="before")
     @classmethod
-    def _fill(cls, values: dict | str) -> dict | str:
-        values = {"name": values} if isinstance(values, str) else values
+    def _fill(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("timesteps") is None:
-            usual = {"jit": "logit_normal", "ddpm": "discrete"}.get(str(values.get("name")), "uniform")
-            return {**values, "timesteps": usual}
+            return {**values, "timesteps": cls.default_timesteps}
         return values
 
     @model_validator(mode="after")
     def _check(self) -> "PathConfig":
-        if (self.timesteps == "discrete") != (self.name == "ddpm"):
-            fix = "discrete" if self.name == "ddpm" else "uniform or logit_normal"
+        fitting = [name for name, kind in TIMESTEPS.items() if kind.numbered == (self.steps is not None)]
+        if self.timesteps not in fitting:
+            fix = " or ".join(fitting)
             raise ValueError(f"timesteps={self.timesteps}: not with name={self.name}; set {fix}")
-        if self.noise_scale != 1 and self.name != "jit":
-            raise ValueError(f"noise_scale={self.noise_scale}: is for name=jit; leave it out")
         return self
+
+    @property
+    def predictions(self) -> int:
+        """Numbers that the network predicts for each of an image."""
+        return 1
+
+    def same_form(self, other: "PathConfig") -> bool:
+        """Whether a network of one path can be used on the other: they have the same name and fields of their own."""
+        own = {"name", *type(self).model_fields} - ({*PathConfig.model_fields} - {"name"})
+        return type(self) is type(other) and all(getattr(self, name) == getattr(other, name) for name in own)
 
 
 class Schedule(NamedTuple):
@@ -62,15 +71,23 @@ class NoisePath:
     """A path whose network predicts the velocity alpha' x + sigma' noise. Images are (B, C, H, W), times (B,).
 
     It is sampled from time `noisiest` to time `cleanest`; `singular`: at the latter the velocity is infinite. In
-    training, times go up to `latest`.
+    training, times go up to `latest`. `offers` says what a prediction can be converted to for a sampler: velocity,
+    score, data, noise, or (as `reverse`) the posterior of a step. `Config` has the path's fields, its default
+    timesteps, and whether its times are numbered steps.
     """
 
-    name = ""
+    Config: ClassVar[type[PathConfig]] = PathConfig
+    offers: ClassVar[frozenset[str]] = frozenset({"velocity", "score", "data", "noise"})
     noisiest, cleanest, latest = 0.0, 1.0, 1.0
     singular = False
 
-    def __init__(self, config: PathConfig | None = None) -> None:
-        self.config = config or PathConfig(name=self.name)
+    def __init__(self, config: Any = None) -> None:
+        self.config = self.Config() if config is None else config
+
+    @property
+    def name(self) -> str:
+        """Its name in a config."""
+        return self.config.name
 
     def schedule(self, t: Tensor) -> Schedule:
         """In float64, elementwise."""
@@ -80,11 +97,22 @@ class NoisePath:
         """The schedule at times (B,), as factors of images `like`."""
         return Schedule(*(part.to(like.dtype).view(-1, 1, 1, 1) for part in self.schedule(t)))
 
-    def timestep(self, uniform: Tensor, position: int = 0) -> Tensor:
-        """Times as training has them, from numbers uniform in [0, 1], by their quantiles."""
-        if self.config.timesteps == "logit_normal":
-            uniform = logit_normal(uniform, self.config.logit_mean, self.config.logit_std)
-        return uniform * self.latest
+    def timestep(self, u: Tensor, position: int = 0) -> Tensor:
+        """Return times as training has them, from quantiles `u` (B,) and the images seen before the step."""
+        return self.time_at(TIMESTEPS[self.config.timesteps].share(u, position, self.config))
+
+    def time_at(self, share: Tensor) -> Tensor:
+        """Return the time below which such a share (B,) of the path's times lies."""
+        return share * self.latest
+
+    def even_times(self, steps: int) -> list[float]:
+        """Return the times of so many steps of equal length, from the noise to the data. Raise ValueError if the path
+        has not so many."""
+        return torch.linspace(self.noisiest, self.cleanest, steps + 1, dtype=torch.float64).tolist()
+
+    def start(self, noise: Tensor) -> Tensor:
+        """Return what sampling begins with, from standard normal noise."""
+        return noise
 
     def log_snr(self, t: Tensor) -> Tensor:
         """log(alpha^2 / sigma^2), float64, elementwise; infinite where there is no noise, or nothing else."""
@@ -138,20 +166,14 @@ class NoisePath:
         return weight.to(loss.dtype) * loss
 
 
-def share_at(path: NoisePath, log_snr: float) -> tuple[float, float]:
-    """The share of the path's distribution of timesteps with the log-SNR nearest to this one; and that log-SNR."""
-    shares = torch.linspace(-16, 16, 3201).sigmoid()  # as fine at both ends as float32 is
-    found = path.log_snr(path.timestep(shares))
+def quantile_at(path: NoisePath, log_snr: float) -> tuple[float, float]:
+    """Return the quantile of the path's timesteps with the log-SNR nearest to this one; and that log-SNR."""
+    u = torch.linspace(-16, 16, 3201).sigmoid()  # as fine at both ends as float32 is
+    found = path.log_snr(path.timestep(u))
     nearest = (found - log_snr).abs().argmin()
-    return float(shares[nearest]), float(found[nearest])
+    return float(u[nearest]), float(found[nearest])
 
 
 def mean_of_image(x: Tensor) -> Tensor:
     """(B, ...) -> (B,)."""
     return x.flatten(1).mean(dim=1)
-
-
-def logit_normal(uniform: Tensor, mean: float, std: float) -> Tensor:
-    """Numbers whose logit is normal, from uniform ones, by their quantiles."""
-    edge = 2.0**-33  # below the spacing of the numbers: what is 0 or 1 stays finite
-    return torch.sigmoid(mean + std * torch.special.ndtri(uniform.double().clamp(edge, 1 - edge))).to(uniform.dtype)

@@ -19,10 +19,27 @@ class DDPM(NoisePath):
     derivatives, so ODE and SDE samplers do not apply.
     """
 
-    name = "ddpm"
+    class Config(PathConfig):
+        """Which path, which timesteps in training, and how they are weighted."""
+
+        default_timesteps = "discrete"
+        steps = STEPS
+
+        name: str = "ddpm"
+        """The path between noise and data."""
+        learns_variance: bool = True
+        """Whether the network also predicts the variance of a step."""
+
+        @property
+        def predictions(self) -> int:
+            """2 where it learns the variance."""
+            return 2 if self.learns_variance else 1
+
+    config: Config
+    offers = frozenset({"score", "data", "noise", "posterior"})
     noisiest, cleanest = STEPS - 1.0, -1.0
 
-    def __init__(self, config: PathConfig | None = None) -> None:
+    def __init__(self, config: Config | None = None) -> None:
         super().__init__(config)
         beta = torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64)
         self._alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
@@ -40,9 +57,16 @@ class DDPM(NoisePath):
         undefined = torch.full_like(alpha_bar, math.nan)
         return Schedule(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), undefined, undefined)
 
-    def timestep(self, uniform: Tensor, position: int = 0) -> Tensor:
-        """Whole numbers from 0 to 999, each as often."""
-        return (uniform * STEPS).floor().clamp(max=STEPS - 1)
+    def time_at(self, share: Tensor) -> Tensor:
+        """Return whole numbers from 0 to 999, each for as much of the shares."""
+        return (share * STEPS).floor().clamp(max=STEPS - 1)
+
+    def even_times(self, steps: int) -> list[float]:
+        """Return `steps` of the 1,000 steps, evenly spaced from 999 to 0, and -1, the data (arXiv 2102.09672, sec.
+        4)."""
+        if not 2 <= steps <= STEPS:
+            raise ValueError(f"sample.steps={steps}: the path ddpm has {STEPS} steps; set 2 to {STEPS}")
+        return [*torch.linspace(STEPS - 1, 0, steps, dtype=torch.float64).round().tolist(), -1.0]
 
     def velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """alpha noise - sigma x."""
@@ -111,14 +135,6 @@ class DDPM(NoisePath):
             return mean, lower
         share = (prediction[:, x_t.shape[1] :] + 1) / 2
         return mean, share * upper + (1 - share) * lower
-
-
-def respaced(steps: int) -> Tensor:
-    """`steps` of the 1,000 steps, evenly spaced from 999 to 0, and -1, the data (arXiv 2102.09672, sec. 4)."""
-    if not 2 <= steps <= STEPS:
-        raise ValueError(f"sample.steps={steps}: the path ddpm has {STEPS} steps; set 2 to {STEPS}")
-    chosen = torch.linspace(STEPS - 1, 0, steps, dtype=torch.float64).round()
-    return torch.cat([chosen, torch.full((1,), -1.0, dtype=torch.float64)])
 
 
 def _log_probability_of_bin(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

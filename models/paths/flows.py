@@ -4,15 +4,14 @@ JiT's."""
 import math
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from models.paths.base import NoisePath, Schedule
+from models.paths.base import NoisePath, PathConfig, Schedule
 
 
 class LinearFlow(NoisePath):
     """x_t = t x + (1 - t) noise; the network predicts the velocity x - noise."""
-
-    name = "linear"
 
     def schedule(self, t: Tensor) -> Schedule:
         """alpha = t, sigma = 1 - t."""
@@ -23,7 +22,11 @@ class LinearFlow(NoisePath):
 class GVP(NoisePath):
     """The generalised variance-preserving path (arXiv 2401.08740, sec. 2.4)."""
 
-    name = "gvp"
+    class Config(PathConfig):
+        """Which path, which timesteps in training, and how they are weighted."""
+
+        name: str = "gvp"
+        """The path between noise and data."""
 
     def schedule(self, t: Tensor) -> Schedule:
         """alpha = sin(pi t / 2), sigma = cos(pi t / 2)."""
@@ -36,7 +39,12 @@ class VP(NoisePath):
     """The variance-preserving path of Song et al. (arXiv 2011.13456, eq. 33). Its velocity is infinite at the data:
     training and sampling end a little before it, where SiT's do."""
 
-    name = "vp"
+    class Config(PathConfig):
+        """Which path, which timesteps in training, and how they are weighted."""
+
+        name: str = "vp"
+        """The path between noise and data."""
+
     cleanest, latest = 1 - 1e-3, 1 - 1e-5
     beta_min, beta_max = 0.1, 20.0
 
@@ -57,7 +65,17 @@ class JiTFlow(LinearFlow):
     the last step goes to the predicted data.
     """
 
-    name = "jit"
+    class Config(PathConfig):
+        """Which path, which timesteps in training, and how they are weighted."""
+
+        default_timesteps = "logit_normal"
+
+        name: str = "jit"
+        """The path between noise and data."""
+        noise_scale: float = Field(1.0, gt=0)
+        """Standard deviation of the noise; 2 is published for 512 pixels."""
+
+    config: Config
     singular = True
     floor = 0.05
 
@@ -65,6 +83,10 @@ class JiTFlow(LinearFlow):
         """alpha = t, sigma = noise_scale (1 - t)."""
         alpha, sigma, d_alpha, d_sigma = super().schedule(t)
         return Schedule(alpha, self.config.noise_scale * sigma, d_alpha, self.config.noise_scale * d_sigma)
+
+    def start(self, noise: Tensor) -> Tensor:
+        """Return noise of the path's scale."""
+        return self.config.noise_scale * noise
 
     def velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """(x - x_t) / (1 - t)."""

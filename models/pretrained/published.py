@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.backbones.config import SIZES, ModelConfig
+from models.backbones.base import BackboneConfig
 from models.backbones.dit import DiT
 from models.backbones.embeddings import sincos_positions
 from models.paths.base import PathConfig
@@ -102,7 +102,7 @@ def convert(weights: Weights, kind: str) -> Published:
     model = _describe(found, patch)
     if model["width"] % 4:
         raise ValueError(f"{PATCHES} has {model['width']} rows; the width must be a multiple of 4")
-    _check(found, ModelConfig(**model, heads=1), channels, predictions, kind)
+    _check(found, DiT.Config(**model, heads=1), channels, predictions, kind)
 
     data = {"channels": channels}
     if positions is not None:
@@ -153,7 +153,7 @@ def _sizes(weights: Weights, kind: str) -> tuple[int, int, int]:
 
 
 def _describe(weights: Weights, patch: int) -> dict:
-    """The fields of ModelConfig that weights tell: all but the heads."""
+    """The fields of DiT.Config that weights tell: all but the heads."""
     width, depth = len(weights[PATCHES]), max(len(_blocks(weights)), 1)
     ratio = _rows(weights, "blocks.0.mlp.fc1.weight") / width
     slots = _rows(weights, SLOTS)
@@ -162,14 +162,14 @@ def _describe(weights: Weights, patch: int) -> dict:
 
 def _as_config(model: dict) -> dict:
     """With the published size instead of depth and width, if it is one: that tells the heads as well."""
-    sizes = {(values["depth"], values["width"]): size for size, values in SIZES["dit"].items()}
+    sizes = {(values["depth"], values["width"]): size for size, values in DiT.Config.sizes.items()}
     size = sizes.get((model["depth"], model["width"]))
     if size:
         model = {"size": size} | {name: value for name, value in model.items() if name not in ("depth", "width")}
     return model | {"time_scale": 1.0}  # all of them embed the path's own times
 
 
-def _check(weights: Weights, config: ModelConfig, channels: int, predictions: int, kind: str) -> None:
+def _check(weights: Weights, config: BackboneConfig, channels: int, predictions: int, kind: str) -> None:
     """ValueError names the first tensor that is not as in our network."""
     with torch.device("meta"):
         network = DiT(config, channels, config.patch, _rows(weights, CLASSES) - 1, predictions * channels)
@@ -214,7 +214,7 @@ EQUAL = "for block in transformer.transformer_blocks: block.norm1.emb.time_proj.
 """What makes diffusers' class embed time as DiT does: without, its frequencies are 10000^(-i/127), not ^(-i/128)."""
 
 
-def to_diffusers(weights: Weights, config: ModelConfig, path: PathConfig, side: int) -> tuple[dict, Weights]:
+def to_diffusers(weights: Weights, config: BackboneConfig, path: PathConfig, side: int) -> tuple[dict, Weights]:
     """(arguments, weights) of diffusers' DiTTransformer2DModel that is this network once EQUAL is done to it. The one
     row of the sample embedding is added to the classes'. ValueError for networks that it cannot be."""
     for name, value, wanted in (
@@ -223,10 +223,13 @@ def to_diffusers(weights: Weights, config: ModelConfig, path: PathConfig, side: 
         ("model.max_group_size", config.max_group_size, 1),
         ("model.mlp_ratio", config.mlp_ratio, 4.0),
         ("model.time_scale", config.time_scale, 1.0),
+        ("model.attention", config.attention, "softmax"),
+        ("model.mlp", config.mlp, "gelu"),
+        ("model.wrap", config.wrap, ()),
     ):
         if value != wanted:
             raise ValueError(f"{name}={value}: diffusers' DiT is for {wanted} alone; use the .safetensors file instead")
-    cell, predictions = config.patch**2, 2 if path.learns_variance else 1
+    cell, predictions = config.patch**2, path.predictions
     channels = weights[PATCHES].shape[-1] // cell if PATCHES in weights else 1
     _check(weights, config, channels, predictions, "ours")
     classes = weights[CLASSES] + weights[SLOTS]

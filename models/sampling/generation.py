@@ -1,14 +1,16 @@
 """From noise to images: sampler, guidance and group sizes put together."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from models.choice import NameOf
 from models.paths.base import NoisePath
-from models.sampling.guidance import Interval, Network, guided, log_snr_at, stitched
-from models.sampling.samplers import SAMPLERS, Draw, SamplerConfig
+from models.sampling.guidance import Guidance, Interval, Networks, guided, log_snr_at, stitched
+from models.sampling.registry import SAMPLERS
+from models.sampling.samplers import Draw, Problem, SamplerConfig, State
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -22,7 +24,7 @@ class SampleConfig(
 ):
     """How images are generated: for every class `per_class` of them, in groups of the larger of C and UC."""
 
-    sampler: Literal[tuple(SAMPLERS)] = "heun"
+    sampler: Annotated[str, NameOf(SAMPLERS)] = "heun"
     """The method that follows the path from noise to images; which ones fit depends on the path."""
     steps: int = Field(50, ge=1)
     """Number of steps from noise to image. dopri5 chooses its own."""
@@ -60,7 +62,14 @@ class SampleConfig(
     @property
     def group_size(self) -> int:
         """Images that are generated together."""
-        return max(self.cond_group_size, self.uncond_group_size)
+        return max(self.cond_group_size or 1, self.uncond_group_size or 1)
+
+    def guidance_of(self, weight: float | Tensor) -> Guidance:
+        """Return how predictions are combined at a weight, one or (B,). C and UC must be filled in."""
+        if self.cond_group_size is None or self.uncond_group_size is None:
+            raise ValueError("sample.cond_group_size=null: the group sizes are not filled in; call for_variant")
+        sizes = self.cond_group_size, self.uncond_group_size
+        return Guidance(weight, *sizes, self.interval, self.group_window, self.guided_channels)
 
     def for_variant(self, variant: str, size: int, window: Interval | None) -> "SampleConfig":
         """With C, UC and window filled in as the variant was trained (arXiv 2512.10954)."""
@@ -78,7 +87,7 @@ class SampleConfig(
 
 @torch.no_grad()
 def sample_images(
-    network: Network,
+    networks: Networks,
     path: NoisePath,
     config: SampleConfig,
     noise: Tensor,
@@ -86,20 +95,17 @@ def sample_images(
     slot: Tensor,
     weight: float | Tensor,
     draw: Draw,
-    weaker: Network | None = None,
-    small: Network | None = None,
 ) -> tuple[Tensor, int]:
-    """(images (B, C, H, W), number of evaluations) from noise of that shape, label (B,) and slot (B,); B is whole
-    groups, each contiguous. `weight`: of guidance, one or (B,). `draw(i)`: noise of the i-th step, for samplers that
-    take some. One evaluation is a prediction with its guidance, so one or two calls of a network."""
+    """Return (images (B, C, H, W), number of evaluations) from noise of that shape, label (B,) and slot (B,); B is
+    whole groups, each contiguous. `weight`: of guidance, one or (B,). `draw(i)`: noise of the i-th step, for samplers
+    that take some. One evaluation is a prediction with its guidance, so one or two calls of a network."""
     sampler = SAMPLERS[config.sampler]
     times = sampler.times(path, config.steps, config)
-    sizes = (config.cond_group_size, config.uncond_group_size)
-    how = (config.interval, config.group_window, config.guided_channels, weaker)
-    denoise = guided(network, path, label, slot, weight, *sizes, *how)
-    if small:
+    guidance = config.guidance_of(weight)
+    denoise = guided(networks, path, guidance, label, slot)
+    if networks.small:
         noisiest = int(config.small_share * config.steps + 1e-9)  # 0.29 * 100 is 28.999...
-        first = guided(small, path, label, slot, weight, *sizes, *how)
+        first = guided(networks._replace(network=networks.small), path, guidance, label, slot)
         whole = noisiest == config.steps  # also at the data, whose log-SNR is below no switch
         denoise = first if whole else stitched(first, denoise, path, log_snr_at(path, times[noisiest]))
     evaluations = 0
@@ -109,5 +115,5 @@ def sample_images(
         evaluations += 1
         return denoise(x, t)
 
-    start = path.config.noise_scale * noise
-    return sampler.run(counted, path, start, times, draw, config), evaluations
+    problem = Problem(counted, path, times, draw, config)
+    return sampler.run(problem, State(path.start(noise))).x, evaluations

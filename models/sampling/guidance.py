@@ -3,7 +3,7 @@ different networks; and where groups act."""
 
 import math
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 from pydantic import Field
@@ -24,28 +24,38 @@ def inside(log_snr: float, interval: Interval | None) -> bool:
     return (low is None or low <= log_snr) and (high is None or log_snr <= high)
 
 
-def guided(
-    network: Network,
-    path: NoisePath,
-    label: Tensor,
-    slot: Tensor,
-    weight: float | Tensor,
-    cond_group_size: int,
-    uncond_group_size: int,
-    interval: Interval | None = None,
-    window: Interval | None = None,
-    channels: int | None = None,
-    weaker: Network | None = None,
-) -> Denoise:
-    """What a sampler calls: u + weight * (c - u), the convention of the public code; the paper's scale is weight - 1.
+class Networks(NamedTuple):
+    """What samples: the network; one whose prediction takes the place of the unconditional one in guidance; and one
+    that does the noisiest steps."""
+
+    network: Network
+    weaker: Network | None = None
+    small: Network | None = None
+
+
+class Guidance(NamedTuple):
+    """How two predictions, of groups of C and of UC images, are combined, and where in log-SNR."""
+
+    weight: float | Tensor  # one, or (B,)
+    cond_group_size: int = 1  # C
+    uncond_group_size: int = 1  # UC
+    interval: Interval | None = None  # in which guidance acts; None: everywhere
+    window: Interval | None = None  # in which groups share attention; None: everywhere
+    channels: int | None = None  # the first so many are guided; None: all
+
+
+def guided(networks: Networks, path: NoisePath, guidance: Guidance, label: Tensor, slot: Tensor) -> Denoise:
+    """Return what a sampler calls: u + weight * (c - u), the convention of the public code; the paper's scale is
+    weight - 1.
 
     c is the prediction for `label` (B,) at group size C, u the one without label at group size UC, of the same noisy
     images; with a `weaker` network u is its prediction for the label at group size C instead (autoguidance: Karras et
-    al., arXiv 2406.02507). `weight` is a number, or one per image (B,). If it is the number 1, and outside the
-    `interval` of log-SNR (Kynkaanniemi et al., arXiv 2404.07724), u is not computed. Only the first `channels` of an
-    image are guided (null: all; the public code of SiT has 3), and no variance. Outside the log-SNR `window`, groups
-    are of one image. B is a multiple of both group sizes.
+    al., arXiv 2406.02507). If the weight is the number 1, and outside the `interval` of log-SNR (Kynkaanniemi et al.,
+    arXiv 2404.07724), u is not computed. Only the first `channels` of an image are guided (the public code of SiT has
+    3), and no variance. Outside the log-SNR `window`, groups are of one image. B is a multiple of both group sizes.
     """
+    network, weaker, _ = networks
+    weight, cond_group_size, uncond_group_size, interval, window, channels = guidance
     for name, size in (("cond_group_size", cond_group_size), ("uncond_group_size", uncond_group_size)):
         if len(label) % size:
             raise ValueError(f"{name}={size}: must divide the number of images sampled together, {len(label)}")

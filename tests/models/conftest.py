@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.backbones.dit import DiT, ModelConfig
+from models.backbones.dit import DiT
 from models.backbones.jit import JiT, RMSNorm
 
 SIDE, CHANNELS, CLASSES = 6, 3, 5
@@ -14,7 +14,7 @@ def random_dit(random_weights):
     """A small DiT with random weights, and how its configuration is changed."""
 
     def make(seed, **changes):
-        config = ModelConfig(**{"depth": 2, "width": 24, "heads": 3, "max_group_size": 8, **changes})
+        config = DiT.Config(**{"depth": 2, "width": 24, "heads": 3, "max_group_size": 8, **changes})
         return random_weights(DiT(config, CHANNELS, SIDE, CLASSES), seed)
 
     return make
@@ -26,7 +26,7 @@ def random_jit(random_weights):
 
     def make(seed, **changes):
         sizes = {"depth": 3, "width": 24, "heads": 3, "bottleneck": 10, "context_tokens": 4, "context_start": 1}
-        config = ModelConfig(**{"backbone": "jit", "max_group_size": 8, **sizes, **changes})
+        config = JiT.Config(**{"max_group_size": 8, **sizes, **changes})
         net = random_weights(JiT(config, CHANNELS, SIDE, CLASSES), seed)
         for norm in (module for module in net.modules() if isinstance(module, RMSNorm)):
             norm.weight.data += 1

@@ -10,8 +10,7 @@ from PIL import Image
 
 from data.neighbors.clusters import cluster_latents
 from models.backbones.attention_mass import observing
-from models.paths.base import PathConfig
-from models.paths.registry import make_path
+from models.paths.registry import make_path, path_config
 from tools.attention_score import main
 from trainer.analysis import attention as attention_checkpoint
 from trainer.analysis.attention import data_attention, draw_groups, load_grouped, one_group, sampling_attention
@@ -115,13 +114,13 @@ def test_one_group_is_shown_as_its_attention_is(make_run, overrides, monkeypatch
     run = make_run(*overrides)
     about, whole = loaded(run), []
 
-    def watching(see):
+    def watching(network, see):
         def both(layer, q, k):
             attention = (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1)
             whole.append(attention.mean(dim=(0, 1)))
             see(layer, q, k)
 
-        return observing(both)
+        return observing(network, both)
 
     monkeypatch.setattr(attention_checkpoint, "observing", watching)
     shown = one_group(about, draw_groups(about.config, 20), (7, 1, 2, 3), -1.0)
@@ -139,7 +138,7 @@ def test_one_group_is_shown_as_its_attention_is(make_run, overrides, monkeypatch
         assert shown.patch[layer] == pytest.approx(row[:, context:].view(4, 4, 4).numpy(), abs=1e-6)
 
     assert shown.pixels.shape == (4, 8, 8, 1) and shown.pixels.dtype == np.uint8
-    path = make_path(PathConfig(name="jit" if overrides else "linear"))
+    path = make_path(path_config({"name": "jit" if overrides else "linear"}))
     assert (np.diff(shown.levels) > 0).all() and np.abs(shown.levels - attention_checkpoint.LEVELS).max() < 0.1
     assert shown.level == pytest.approx(-1, abs=0.05) and path.name == run[1].path.name
 

@@ -13,7 +13,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from models.backbones.config import SIZES
+from models.backbones.dit import DiT
 from models.pretrained.published import EQUAL, convert
 from tests.published import CHANNELS, CLASSES, SIDE, SLOTS, make
 from trainer.build import build_network, check_start, initial_network, open_data
@@ -178,7 +178,7 @@ def test_an_exported_run_becomes_a_folder_of_diffusers(learns, call, tmp_path):
 def test_published_weights_become_a_pipeline_of_diffusers(published, call, save_vae, tmp_path, monkeypatch):
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
-    monkeypatch.setitem(SIZES["dit"], "tiny", {"depth": 2, "width": 24, "heads": 3})
+    monkeypatch.setitem(DiT.Config.sizes, "tiny", {"depth": 2, "width": 24, "heads": 3})
     save(published("dit", channels=4, side=4, classes=1000), tmp_path / "dit.pt", "flat")
     printed = call("convert_weights", tmp_path / "dit.pt", tmp_path / "dit.safetensors")
     assert yaml.safe_load(printed.partition("\n")[2])["model"]["size"] == "tiny" and "heads" not in printed

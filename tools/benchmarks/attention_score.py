@@ -8,7 +8,6 @@ import torch
 from benchmarks import Figures, Targets
 from benchmarks.group import step_seconds
 from data.batches.batch import Batch
-from models.backbones.config import ModelConfig
 from models.backbones.dit import DiT
 from models.paths.flows import LinearFlow
 from trainer.analysis.attention_plots import level_map, picture
@@ -29,7 +28,7 @@ def measure() -> tuple[Figures, Targets]:
     images, size = (64, "XL") if gpu else (8, "S")
     seconds: dict[str, list[float]] = {"step": [], "attention": [], "picture": []}
     with process_group() as ranks:
-        network = DiT(ModelConfig(size=size), channels=4, side=32, num_classes=1000).to(ranks.device)
+        network = DiT(DiT.Config(size=size), channels=4, side=32, num_classes=1000).to(ranks.device)
         config = EngineConfig(engine="single", precision="bf16" if gpu else "fp32")
         engine, path, batch = build_engine(config, OptimConfig(), network, ranks), LinearFlow(), _batch(images)
         for i in range(-1, ROUNDS):

@@ -20,7 +20,6 @@ from benchmarks import Figures, Targets
 from benchmarks.memory import on_ranks
 from data.batches.batch import Batch
 from data.sets.form import ImageForm
-from models.backbones.config import ModelConfig
 from models.backbones.dit import DiT
 from models.objectives.denoising import denoising_loss
 from models.paths.registry import PATHS
@@ -34,7 +33,7 @@ from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.engines.ema import local_shards
 from trainer.ranks import Ranks
 
-MODEL = ModelConfig(depth=12, width=1088, heads=17)  # as many tensors as DiT-B/2, of twice its size
+MODEL = DiT.Config(depth=12, width=1088, heads=17)  # as many tensors as DiT-B/2, of twice its size
 ROUNDS, KINDS = 9, ("ours", "plain", "torch")  # each kind is first, second and third as often
 FILLER = "filler"  # a file of a rank that is one hole, as large as its part of the state
 IMAGES = 1  # of a rank, in the gradients that are computed beside a save

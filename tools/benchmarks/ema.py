@@ -7,7 +7,6 @@ import torch
 
 from benchmarks import Figures, Targets
 from benchmarks.group import step_seconds
-from models.backbones.config import ModelConfig
 from models.backbones.dit import DiT
 from trainer.engines.config import OptimConfig
 from trainer.engines.ema import EMA, make_averages
@@ -22,7 +21,7 @@ def measure() -> tuple[Figures, Targets]:
     gpu = torch.cuda.is_available()
     images = 64 if gpu else 8
     with torch.device("cuda" if gpu else "cpu"):
-        network = DiT(ModelConfig(size="S"), channels=4, side=32, num_classes=1000)
+        network = DiT(DiT.Config(size="S"), channels=4, side=32, num_classes=1000)
     weights = dict(network.named_parameters())
     averages = make_averages(weights, OptimConfig(power_ema=STDS))
     kinds = {"ema": [averages.pop("ema")], "posthoc": list(averages.values())}

@@ -6,7 +6,6 @@ import time
 import torch
 
 from benchmarks import Figures, Targets
-from models.backbones.config import ModelConfig
 from models.backbones.dit import DiT
 from models.backbones.flops import forward_multiply_adds
 
@@ -18,7 +17,7 @@ def measure() -> tuple[Figures, Targets]:
     gpu = torch.cuda.is_available()
     images, size = (64, "XL") if gpu else (8, "S")
     with torch.device("cuda" if gpu else "cpu"):
-        network = DiT(ModelConfig(size=size), channels=4, side=32, num_classes=1000)
+        network = DiT(DiT.Config(size=size), channels=4, side=32, num_classes=1000)
     seconds = step_seconds(network, images, SIZES, ROUNDS)
     flops = {n: forward_multiply_adds(network, images, 4, 32, n) for n in SIZES}
     figures: Figures = {f"seconds_N{n}": statistics.median(seconds[n]) for n in SIZES}

@@ -15,7 +15,6 @@ from torch.multiprocessing import spawn
 
 from benchmarks import Figures, Targets
 from data.batches.batch import Batch
-from models.backbones.config import ModelConfig
 from models.backbones.dit import DiT
 from models.objectives.denoising import denoising_loss
 from models.paths.registry import PATHS
@@ -25,8 +24,8 @@ from trainer.engines.build import build_engine
 from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.ranks import Ranks, process_group
 
-MODEL = ModelConfig(depth=28, width=512, heads=8)  # 134 M parameters, as deep as DiT-XL: a block is 1/28 of it
-SMALL = ModelConfig(depth=2, width=64, heads=2)
+MODEL = DiT.Config(depth=28, width=512, heads=8)  # 134 M parameters, as deep as DiT-XL: a block is 1/28 of it
+SMALL = DiT.Config(depth=2, width=64, heads=2)
 CHANNELS, SIDE, CLASSES = 4, 4, 1000  # four tokens
 RANKS, STEPS = 4, 3
 ENGINES = {  # bytes a parameter: weights + gradients + moments + EMA
@@ -90,7 +89,7 @@ def _peaks(place: Ranks, config: dict) -> tuple[float, float]:
     return start - before, megabytes("VmHWM") - before
 
 
-def _train(model: ModelConfig, config: dict, place: Ranks, steps: int) -> Engine:
+def _train(model: DiT.Config, config: dict, place: Ranks, steps: int) -> Engine:
     torch.manual_seed(0)
     network = DiT(model, CHANNELS, SIDE, CLASSES)
     engine = build_engine(EngineConfig(**config), OptimConfig(), network, place)

@@ -12,7 +12,6 @@ from benchmarks.group import step_seconds
 from data.batches.loader import GroupSampler
 from data.batches.plan import GroupsConfig, Plan, plan_epoch, steps_per_epoch
 from data.neighbors.exact import NeighborGraph
-from models.backbones.config import ModelConfig
 from models.backbones.dit import DiT
 
 IMAGES, CLASSES, NEIGHBORS, BATCH = 1_281_167, 1000, 32, 256
@@ -82,7 +81,7 @@ def _waiting(label: np.ndarray, graph: NeighborGraph) -> Figures:
     """
     gpu = torch.cuda.is_available()
     with torch.device("cuda" if gpu else "cpu"):
-        network = DiT(ModelConfig(size="XL" if gpu else "S"), channels=4, side=32, num_classes=1000)
+        network = DiT(DiT.Config(size="XL" if gpu else "S"), channels=4, side=32, num_classes=1000)
     seconds = step_seconds(network, 64 if gpu else 8, (1, 4), rounds=5)
     ratio = statistics.median(b / a for a, b in zip(seconds[1], seconds[4], strict=True))
     figures: Figures = {"cost_of_groups_of_4": ratio}

@@ -12,7 +12,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks import Figures, Targets
-from models.sampling.samplers import SAMPLERS
+from models.paths.registry import make_path, path_config
+from models.sampling.registry import SAMPLERS, fitting_samplers
 from trainer.build import open_data
 from trainer.checkpoints.weights import WeightSource, find_checkpoint
 from trainer.config.tree import load_config, parse_config
@@ -40,8 +41,7 @@ def measure() -> tuple[Figures, Targets]:
             todo = [
                 (run, sampler, budget)
                 for path, run in runs
-                for sampler, (_, _, paths) in SAMPLERS.items()
-                if path in paths
+                for sampler in fitting_samplers(make_path(path_config(path)))
                 for budget in ((0,) if sampler == "dopri5" else BUDGETS)
             ]
             todo.sort(key=lambda row: -row[2])  # the longest first, so that no process waits at the end

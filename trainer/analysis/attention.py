@@ -13,7 +13,7 @@ from data.batches.plan import form_groups
 from data.batches.pool import Pool
 from models.backbones.attention_mass import observing, token_attention
 from models.objectives.denoising import denoising_loss
-from models.paths.base import share_at
+from models.paths.base import quantile_at
 from models.paths.registry import make_path
 from trainer.analysis.cross_attention import CrossAttention, keep_masses, mean_attention, watched
 from trainer.build import open_data, shares_attention
@@ -127,8 +127,8 @@ def one_group(loaded: Loaded, groups: Groups, chosen: tuple[int, int, int, int],
         maps.append(token_attention(q, k, size, token)[0, :, context:].unflatten(-1, (cells, cells)))
 
     def run(see: Callable[[int, Tensor, Tensor], None], wanted: float) -> float:
-        share, level = share_at(path, wanted)
-        with loaded.inference(), observing(see):
+        share, level = quantile_at(path, wanted)
+        with loaded.inference(), observing(network, see):
             denoising_loss(network, path, replace(batch, u=torch.full_like(batch.u, share), grouped=None))
         return level
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.batches.batch import Batch
-from models.backbones.attention_mass import attention_mass, cross_score, cross_share, observing
+from models.backbones.attention_mass import attention_mass, cross_share, observing, s_cross
 from models.objectives.denoising import denoising_loss
 from models.paths.base import NoisePath
 from models.sampling.guidance import Network
@@ -37,15 +37,17 @@ def step_attention(engine: Engine, path: NoisePath, micro_batches: list[Batch], 
     sums: list[Tensor] = []
     with torch.no_grad():
         for micro in (micro for micro in micro_batches if micro.group_size > 1):
-            denoising_loss(watched(engine, path, sums), path, micro.to(device))
+            denoising_loss(watched(engine, path, sums, engine.network), path, micro.to(device))
     total = torch.stack(sums).sum(dim=0)
     dist.all_reduce(total)
     return mean_attention(total)
 
 
-def watched(network: Network, path: NoisePath, sums: list[Tensor]) -> Network:
-    """Return the network; each call with groups adds to `sums` what `mean_attention` takes. In such a call all groups
-    share attention, but those beyond the first `grouped` images, which should not, do not count."""
+def watched(network: Network, path: NoisePath, sums: list[Tensor], module: nn.Module | None = None) -> Network:
+    """Return the network, each of whose calls with groups adds to `sums` what `mean_attention` takes. In such a call
+    all groups share attention, but those beyond the first `grouped` images, which should not, do not count. `module`
+    is what computes; None: the network itself."""
+    module = network if module is None else module
 
     def forward(
         x: Tensor, t: Tensor, label: Tensor, slot: Tensor, group_size: int = 1, grouped: int | None = None
@@ -53,7 +55,7 @@ def watched(network: Network, path: NoisePath, sums: list[Tensor]) -> Network:
         if group_size == 1:
             return network(x, t, label, slot)
         masses: list[Tensor] = []
-        with observing(keep_masses(masses, len(x), group_size)):
+        with observing(module, keep_masses(masses, len(x), group_size)):
             out = network(x, t, label, slot, group_size)
         mass, log_snr = torch.stack(masses), path.log_snr(t[::group_size])
         counted = torch.arange(len(log_snr), device=x.device) < (len(x) if grouped is None else grouped) // group_size
@@ -80,7 +82,7 @@ def _sums(mass: Tensor, log_snr: Tensor, counted: Tensor) -> Tensor:
     whether it counts (groups,). A group goes into one bucket."""
     bucket = torch.bucketize(log_snr, torch.tensor(EDGES, dtype=log_snr.dtype, device=log_snr.device))
     chosen = torch.nn.functional.one_hot(bucket, BUCKETS).double() * counted[:, None]
-    of_groups = torch.stack([cross_score(mass), cross_share(mass), torch.ones_like(mass[..., 0])]).mean(dim=-1)
+    of_groups = torch.stack([s_cross(mass), cross_share(mass), torch.ones_like(mass[..., 0])]).mean(dim=-1)
     return of_groups.double() @ chosen
 
 

@@ -18,7 +18,7 @@ from data.batches.batch import MicroBatch, make_batch
 from data.batches.pool import Pool
 from data.sets.registry import SETS
 from models.objectives.denoising import denoising_loss
-from models.paths.base import share_at
+from models.paths.base import quantile_at
 from models.paths.registry import make_path
 from trainer.build import open_data
 from trainer.checkpoints.weights import WeightSource
@@ -65,7 +65,7 @@ def linear_probe(
         raise RunError(f"--images {number}: {len(labels[0])} to learn from, of one class, or none to test; give more")
     path, accuracy, found = make_path(config.path), [], []
     for wanted in levels:
-        share, level = share_at(path, wanted)
+        share, level = quantile_at(path, wanted)
         parts = [features(loaded, *part, share, progress) for part in (train, test)]
         accuracy.append([_accuracy(*labels, *layer) for layer in zip(*parts, strict=True)])
         found.append(level)

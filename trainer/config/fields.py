@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from models.choice import OneOf
 from models.objectives.registry import Sections
 
 
@@ -39,7 +40,13 @@ def walk(model: type[BaseModel], prefix: str = "", above: dict[str, Any] | None 
         own = {**marks, **_marks(info.json_schema_extra)}
         section = info.annotation
         keyed = [mark for mark in info.metadata if isinstance(mark, Sections)]
-        if isinstance(section, type) and issubclass(section, BaseModel):
+        choice = next((mark for mark in info.metadata if isinstance(mark, OneOf)), None)
+        if choice:  # the fields of any choice, those that several have once
+            found: dict[str, ConfigField] = {}
+            for each in choice.configs().values():
+                found = {field.name: field for field in walk(each, f"{prefix}{name}.", own)} | found
+            yield from found.values()
+        elif isinstance(section, type) and issubclass(section, BaseModel):
             yield from walk(section, f"{prefix}{name}.", own)
         elif keyed:
             for key, inner in keyed[0].classes().items():

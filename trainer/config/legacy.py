@@ -23,10 +23,16 @@ def _not_jit(tree: dict) -> bool:
     return (tree.get("model") or {}).get("backbone", "dit") != "jit"
 
 
+def _on_another_path_than(name: str) -> Callable[[dict], bool]:
+    return lambda tree: (tree.get("path") or {}).get("name", "linear") != name
+
+
 DROPPED = (
     Dropped("model.bottleneck", _not_jit),  # 0.1 wrote the fields of all backbones
     Dropped("model.context_tokens", _not_jit),
     Dropped("model.context_start", _not_jit),
+    Dropped("path.learns_variance", _on_another_path_than("ddpm")),  # and those of all paths
+    Dropped("path.noise_scale", _on_another_path_than("jit")),
 )
 
 

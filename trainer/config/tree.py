@@ -9,12 +9,11 @@ from pydantic import BaseModel, Field, model_validator
 
 from data.batches.plan import GroupsConfig, group_quantum
 from data.sets.registry import SETS, DataConfig
-from models.backbones.config import ModelConfig
+from models.backbones.registry import ModelConfig, model_config
 from models.objectives.registry import Losses
-from models.paths.base import PathConfig
-from models.paths.ddpm import respaced
+from models.paths.registry import ChosenPath, make_path, path_config
 from models.sampling.generation import SampleConfig
-from models.sampling.samplers import SAMPLERS
+from models.sampling.registry import fitting_samplers
 from trainer.checkpoints.config import CheckpointConfig, ResumeConfig
 from trainer.config.fields import text_fields, walk
 from trainer.config.legacy import upgrade
@@ -91,11 +90,11 @@ class Config(EngineConfig, extra="forbid", frozen=True, use_attribute_docstrings
     """Weights to start from: a run, a checkpoint, a .safetensors or a .pt file. null: random weights."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of all that is random in training: weights, order of images, noise, timesteps."""
-    path: PathConfig = PathConfig()
+    path: ChosenPath = path_config({})
     loss: Losses = {}
     """Terms of the loss by name, each with its weight. `denoising` is there by itself."""
     data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = model_config({})
     groups: GroupsConfig = GroupsConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
@@ -124,13 +123,14 @@ class Config(EngineConfig, extra="forbid", frozen=True, use_attribute_docstrings
                 f"train.global_batch={self.train.global_batch}: groups.mixing=within_step needs a multiple of"
                 f" groups.size x groups.splits = {quantum}; set {_nearest(self.train.global_batch, quantum)}"
             )
-        if self.path.name == "ddpm" and self.model.time_scale != 1:
-            raise ValueError(f"model.time_scale={self.model.time_scale}: the times of path=ddpm are 0 to 999; set 1")
-        if self.path.name == "ddpm":
-            respaced(self.sample.steps)  # which says how many there may be
-        sampler, fitting = self.sample.sampler, [name for name, s in SAMPLERS.items() if self.path.name in s.paths]
-        if sampler not in fitting:
-            raise ValueError(f"sample.sampler={sampler}: not for path={self.path.name}; set {' or '.join(fitting)}")
+        if (steps := self.path.steps) and self.model.time_scale != 1:
+            times = f"the times of path={self.path.name} are 0 to {steps - 1}"
+            raise ValueError(f"model.time_scale={self.model.time_scale}: {times}; set 1")
+        path = make_path(self.path)
+        path.even_times(self.sample.steps)  # raises if it has not so many
+        if self.sample.sampler not in (fitting := fitting_samplers(path)):
+            fix = f"not for path={self.path.name}; set {' or '.join(fitting)}"
+            raise ValueError(f"sample.sampler={self.sample.sampler}: {fix}")
         sample = self.sample.for_variant(self.groups.variant, size, self.groups.window)
         for name in ("cond_group_size", "uncond_group_size"):
             value = getattr(sample, name)
@@ -138,11 +138,6 @@ class Config(EngineConfig, extra="forbid", frozen=True, use_attribute_docstrings
                 raise ValueError(f"sample.{name}={value}: above model.max_group_size={limit}; lower it")
         object.__setattr__(self, "sample", sample)  # the resolved tree shows the group sizes; `frozen` is for users
         return self
-
-    @property
-    def predictions(self) -> int:
-        """Numbers that the network predicts for one of an image: 2 where it learns a variance as well."""
-        return 2 if self.path.name == "ddpm" and self.path.learns_variance else 1
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from data.sets.arrays import ArrayImages
+from models.sampling.verifier import Verifier, sum_of_groups
 from trainer.errors import RunError
 from trainer.evaluation.classifier import class_log_probabilities, fit_classifier
 from trainer.evaluation.detector import Detector
 from trainer.sampling.pictures import to_uint8
 
-# (images (B, C, H, W), latents or in [-1, 1], label (B,), group_size) -> (B / group_size,): higher is better
-Verifier = Callable[[Tensor, Tensor, int], Tensor]
 Decode = Callable[[Tensor], Tensor]  # from what the network generates to pixels in [-1, 1]
 
 
@@ -50,6 +49,6 @@ def _by_group(log_probabilities: Callable[[Tensor], Tensor], decode: Decode) -> 
 
     def verify(images: Tensor, label: Tensor, group_size: int) -> Tensor:
         found = log_probabilities(decode(images)).to(label.device)
-        return found.gather(1, label.long()[:, None]).view(-1, group_size).sum(dim=1)
+        return sum_of_groups(found.gather(1, label.long()[:, None])[:, 0], group_size)
 
     return verify

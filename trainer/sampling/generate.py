@@ -75,15 +75,4 @@ def generate_groups(
     def draw_step(step: int) -> Tensor:
         return torch.from_numpy(step_noise(sample.seed, numbers, shape, step)).to(device)
 
-    return sample_images(
-        networks.network,
-        make_path(config.path),
-        sample,
-        noise,
-        label,
-        slot,
-        weight,
-        draw_step,
-        networks.weaker,
-        networks.small,
-    )
+    return sample_images(networks, make_path(config.path), sample, noise, label, slot, weight, draw_step)

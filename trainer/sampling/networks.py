@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from data.sets.form import ImageForm
-from models.sampling.guidance import Network
+from models.sampling.guidance import Networks
 from trainer.build import build_network, find_form
 from trainer.checkpoints import folder as checkpoint
 from trainer.checkpoints.weights import WeightSource, find_checkpoint, find_weights, read_weights, start_from
@@ -17,14 +17,6 @@ from trainer.config.tree import Config
 from trainer.errors import RunError
 from trainer.ranks import local_device
 from trainer.run_folder import read_config
-
-
-class Networks(NamedTuple):
-    """What samples: the network, and those of sample.weaker and sample.small, if the config has some."""
-
-    network: Network
-    weaker: Network | None = None
-    small: Network | None = None
 
 
 def fixed(config: Config) -> Config:
@@ -70,8 +62,7 @@ def _load_other(name: str, config: Config, images: ImageForm) -> nn.Module | Non
     if source is None:
         return None
     own = read_config(find_checkpoint(Path(source))) if Path(source).is_dir() else config
-    about = ("name", "learns_variance", "noise_scale")
-    if any(getattr(own.path, field) != getattr(config.path, field) for field in about):
+    if not own.path.same_form(config.path):
         raise RunError(f"sample.{name}={source}: was trained on another path ({own.path.name}); give one on the run's")
     if own.model.max_group_size < config.model.max_group_size:
         raise RunError(

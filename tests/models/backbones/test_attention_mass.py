@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from models.backbones import attention_mass as attention_score
-from models.backbones.attention_mass import attention_mass, cross_score, cross_share, observing, token_attention
+from models.backbones import attention_mass as module
+from models.backbones.attention_mass import attention_mass, cross_share, observing, s_cross, token_attention
 
 SEEDS = range(4)
 SIZES = pytest.mark.parametrize("group_size", [2, 3, 4, 8])
@@ -35,10 +35,10 @@ def whole_mass(q, k, group_size):
 @pytest.mark.parametrize("seed", SEEDS)
 @SIZES
 def test_in_blocks_as_from_the_whole_matrix(monkeypatch, group_size, seed, block):
-    monkeypatch.setattr(attention_score, "BLOCK", block)
+    monkeypatch.setattr(module, "BLOCK", block)
     sizes = []
-    attend = attention_score._attention
-    monkeypatch.setattr(attention_score, "_attention", lambda q, k: sizes.append(attend(q, k).numel()) or attend(q, k))
+    attend = module._attention
+    monkeypatch.setattr(module, "_attention", lambda q, k: sizes.append(attend(q, k).numel()) or attend(q, k))
     q, k = queries_and_keys(seed, group_size)
     mass = attention_mass(q, k, group_size)
     torch.testing.assert_close(mass.double(), whole_mass(q, k, group_size), rtol=0, atol=1e-6)
@@ -62,7 +62,7 @@ def test_permuting_a_group_permutes_p(group_size, seed):
     moved = [part.unflatten(2, (group_size, -1))[:, :, order].flatten(2, 3) for part in (q, k)]
     mass, found = attention_mass(q, k, group_size), attention_mass(*moved, group_size)
     torch.testing.assert_close(found, mass[:, order][:, :, order], rtol=0, atol=1e-6)
-    torch.testing.assert_close(cross_score(found), cross_score(mass)[:, order], rtol=0, atol=1e-5)
+    torch.testing.assert_close(s_cross(found), s_cross(mass)[:, order], rtol=0, atol=1e-5)
     torch.testing.assert_close(cross_share(found), cross_share(mass)[:, order], rtol=0, atol=1e-6)
 
 
@@ -71,7 +71,7 @@ def test_permuting_a_group_permutes_p(group_size, seed):
 def test_uniform_attention(group_size, seed):
     _, k = queries_and_keys(seed, group_size)
     mass = attention_mass(torch.zeros_like(k), k, group_size)
-    torch.testing.assert_close(cross_score(mass), torch.zeros(3, group_size), rtol=0, atol=1e-6)
+    torch.testing.assert_close(s_cross(mass), torch.zeros(3, group_size), rtol=0, atol=1e-6)
     uniform = torch.full((3, group_size), (group_size - 1) / group_size)
     torch.testing.assert_close(cross_share(mass), uniform, rtol=0, atol=1e-6)
 
@@ -84,7 +84,7 @@ def test_attention_to_one_neighbour_only(group_size):
     mass = attention_mass(q, k, group_size)
     torch.testing.assert_close(mass, torch.eye(group_size).roll(1, dims=1).expand(3, -1, -1), rtol=0, atol=1e-6)
     most = torch.full((3, group_size), 1 - 1 / (group_size - 1))
-    torch.testing.assert_close(cross_score(mass), most, rtol=0, atol=1e-6)
+    torch.testing.assert_close(s_cross(mass), most, rtol=0, atol=1e-6)
     torch.testing.assert_close(cross_share(mass), torch.ones(3, group_size), rtol=0, atol=1e-6)
 
 
@@ -92,7 +92,7 @@ def test_attention_to_one_neighbour_only(group_size):
 def test_scores_by_hand(seed):
     mass = torch.rand(5, 4, 4, generator=torch.Generator().manual_seed(seed))
     mass = mass / mass.sum(dim=-1, keepdim=True)
-    for group, scores, shares in zip(mass.tolist(), cross_score(mass), cross_share(mass), strict=True):
+    for group, scores, shares in zip(mass.tolist(), s_cross(mass), cross_share(mass), strict=True):
         for i, row in enumerate(group):
             others = [value for j, value in enumerate(row) if j != i]
             assert scores[i] == pytest.approx((max(others) - sum(others) / 3) / max(others), abs=1e-6)
@@ -101,13 +101,13 @@ def test_scores_by_hand(seed):
 
 def test_groups_of_two_are_always_even_and_an_image_alone_has_no_score():
     for seed in SEEDS:
-        assert (cross_score(attention_mass(*queries_and_keys(seed, 2), 2)) == 0).all()
+        assert (s_cross(attention_mass(*queries_and_keys(seed, 2), 2)) == 0).all()
     with pytest.raises(ValueError, match="group_size=1: an image alone sends no attention to others"):
-        cross_score(torch.ones(3, 1, 1))
+        s_cross(torch.ones(3, 1, 1))
 
 
 def test_images_that_see_themselves_alone_have_score_0():
-    assert (cross_score(torch.eye(4)) == 0).all() and (cross_share(torch.eye(4)) == 0).all()
+    assert (s_cross(torch.eye(4)) == 0).all() and (cross_share(torch.eye(4)) == 0).all()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -136,7 +136,7 @@ def test_what_is_observed_is_what_the_modules_compute_with(network, random_input
     with torch.no_grad():
         expected = net(*inputs, 4)
         inner.clear()
-        with observing(lambda layer, q, k: seen.append((layer, q, k))):
+        with observing(net, lambda layer, q, k: seen.append((layer, q, k))):
             out = net(*inputs, 4)
     assert torch.equal(out, expected)
     assert [layer for layer, *_ in seen] == list(range(len(net.blocks))) and len(inner) == len(seen)
@@ -158,7 +158,7 @@ def test_observing_a_compiled_network_computes_as_before_and_leaves_it_compiled(
     with torch.no_grad():
         compiled(*inputs, 4)
         before = len(calls)
-        with observing(lambda layer, q, k: seen.append(attention_mass(q, k, 4))):
+        with observing(compiled, lambda layer, q, k: seen.append(attention_mass(q, k, 4))):
             out = compiled(*inputs, 4)
         assert before > 0 and len(calls) == before and len(seen) == len(compiled.blocks)
         assert torch.equal(out, eager(*inputs, 4)) and torch.equal(compiled(*inputs, 4), out)
@@ -171,7 +171,7 @@ def test_observing_changes_no_gradient(network, random_inputs):
     for see in (lambda layer, q, k: attention_mass(q, k, 4), None):
         net = network(1)
         if see:
-            with observing(see):
+            with observing(net, see):
                 out = net(*inputs, 4)
         else:
             out = net(*inputs, 4)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.backbones.config import SIZES, ModelConfig
 from models.backbones.dit import DiT
 from models.backbones.embeddings import sincos_positions
 from tests.models.initial import assert_xavier_uniform
@@ -122,14 +121,14 @@ def test_label_slot_and_time_each_matter(random_dit, random_inputs, seed):
 @pytest.mark.parametrize(("size", "millions"), [("S", 33), ("B", 130), ("L", 458), ("XL", 675)])
 def test_sizes_have_the_published_number_of_parameters(size, millions):
     with torch.device("meta"):
-        net = DiT(ModelConfig(size=size), 4, 32, 1000)
+        net = DiT(DiT.Config(size=size), 4, 32, 1000)
     assert sum(p.numel() for p in net.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
 
 
 @pytest.fixture(scope="module")
 def fresh():
     torch.manual_seed(0)
-    return DiT(ModelConfig(depth=2, width=192, heads=3), 4, 16, 500)
+    return DiT(DiT.Config(depth=2, width=192, heads=3), 4, 16, 500)
 
 
 @pytest.mark.parametrize("group_size", [1, 4])
@@ -162,18 +161,18 @@ def test_other_layers_start_xavier_uniform(fresh):
     assert_xavier_uniform(layers)
 
 
-@pytest.mark.parametrize("size", SIZES["dit"])
+@pytest.mark.parametrize("size", DiT.Config.sizes)
 def test_size_fills_depth_width_and_heads(size):
-    config = ModelConfig(size=size)
-    assert {name: getattr(config, name) for name in SIZES["dit"][size]} == SIZES["dit"][size]
-    assert ModelConfig(**config.model_dump()) == config
-    assert ModelConfig(depth=config.depth, width=config.width, heads=config.heads).size is None
+    config = DiT.Config(size=size)
+    assert {name: getattr(config, name) for name in DiT.Config.sizes[size]} == DiT.Config.sizes[size]
+    assert DiT.Config(**config.model_dump()) == config
+    assert DiT.Config(depth=config.depth, width=config.width, heads=config.heads).size is None
 
 
 @pytest.mark.parametrize("field", ["depth", "width", "heads"])
 def test_a_value_that_contradicts_the_size_is_an_error(field):
     with pytest.raises(ValueError, match=f"{field}=1000: contradicts size=B"):
-        ModelConfig(size="B", **{field: 1000})
+        DiT.Config(size="B", **{field: 1000})
 
 
 @pytest.mark.parametrize(
@@ -188,9 +187,9 @@ def test_a_value_that_contradicts_the_size_is_an_error(field):
 )
 def test_an_impossible_network_is_an_error_that_names_the_field(values, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig(**values)
+        DiT.Config(**values)
 
 
 def test_a_patch_that_does_not_divide_the_side_is_an_error():
     with pytest.raises(ValueError, match="patch=2: must divide the image side 7"):
-        DiT(ModelConfig(depth=1, width=8, heads=1, patch=2), 1, 7, 2)
+        DiT(DiT.Config(depth=1, width=8, heads=1, patch=2), 1, 7, 2)

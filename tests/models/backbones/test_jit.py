@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.backbones.config import ModelConfig
 from models.backbones.embeddings import sincos_positions
 from models.backbones.jit import JiT, RMSNorm, RotaryAttention, rotate, rotations
 
@@ -350,4 +349,4 @@ def test_a_batch_that_is_not_whole_groups_is_refused():
 
 def test_a_patch_that_does_not_divide_the_side_is_an_error():
     with pytest.raises(ValueError, match=r"^model\.patch=4: must divide the image side 14$"):
-        JiT(ModelConfig(backbone="jit", depth=1, width=8, heads=1, patch=4, context_start=0), 1, 14, 2)
+        JiT(JiT.Config(depth=1, width=8, heads=1, patch=4, context_start=0), 1, 14, 2)

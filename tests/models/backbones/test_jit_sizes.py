@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from models.backbones.config import ModelConfig
 from models.backbones.flops import forward_multiply_adds
 from models.backbones.jit import JiT
 from tests.models.initial import assert_xavier_uniform
@@ -24,7 +23,7 @@ PUBLISHED = pytest.mark.parametrize(  # tables 5 to 8 of the paper
 @PUBLISHED
 def test_sizes_have_the_published_parameters_and_multiply_adds(size, patch, side, millions, giga):
     with torch.device("meta"):
-        net = JiT(ModelConfig(backbone="jit", size=size, patch=patch), 3, side, 1000)
+        net = JiT(JiT.Config(size=size, patch=patch), 3, side, 1000)
     assert all(value.is_meta for value in (*net.parameters(), *net.buffers()))
     published = [p.numel() for name, p in net.named_parameters() if not name.startswith("sample_embedder")]
     assert round(sum(published) / 1e6) == millions
@@ -32,7 +31,7 @@ def test_sizes_have_the_published_parameters_and_multiply_adds(size, patch, side
 
 
 def test_sharing_attention_adds_exactly_its_products():
-    config = ModelConfig(backbone="jit", depth=3, width=24, heads=3, patch=2, context_tokens=5, context_start=1)
+    config = JiT.Config(depth=3, width=24, heads=3, patch=2, context_tokens=5, context_start=1)
     with torch.device("meta"):
         net = JiT(config, 3, 8, 10)
     alone = forward_multiply_adds(net, 1, 3, 8, 1)
@@ -44,9 +43,7 @@ def test_sharing_attention_adds_exactly_its_products():
 @pytest.fixture(scope="module")
 def fresh():
     torch.manual_seed(0)
-    config = ModelConfig(
-        backbone="jit", depth=2, width=192, heads=3, patch=4, bottleneck=64, context_tokens=40, context_start=1
-    )
+    config = JiT.Config(depth=2, width=192, heads=3, patch=4, bottleneck=64, context_tokens=40, context_start=1)
     return JiT(config, 3, 16, 500, out_channels=6)
 
 

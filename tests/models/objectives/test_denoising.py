@@ -5,8 +5,7 @@ import torch
 
 from models.backbones.embeddings import NULL_LABEL
 from models.objectives.denoising import denoising_loss
-from models.paths.base import PathConfig
-from models.paths.registry import PATHS, LinearFlow, make_path
+from models.paths.registry import PATHS, LinearFlow, make_path, path_config
 
 SEEDS = range(4)
 
@@ -99,7 +98,7 @@ def test_the_loss_is_in_fp32_whatever_the_network_computes_in(random_inputs):
 @pytest.mark.parametrize("name", PATHS)
 def test_the_network_and_the_loss_have_the_paths_own_timesteps(random_inputs, name):
     """The batch's u are quantiles of their distribution."""
-    images, path, inputs = batch(random_inputs, 0), make_path(PathConfig(name=name)), []
+    images, path, inputs = batch(random_inputs, 0), make_path(path_config({"name": name})), []
 
     def network(x, t, *others):
         inputs.extend((x, t))

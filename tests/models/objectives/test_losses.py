@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.paths.base import PathConfig
-from models.paths.registry import PATHS, make_path
+from models.paths.registry import PATHS, make_path, path_config
 from tests.models.gaussian import factors, mixture, slopes
 
 SEEDS = range(4)
@@ -37,7 +36,8 @@ def predicted_data(name, prediction, x_t, t):
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_min_snr_is_the_datas_squared_error_times_the_snr_cut_off(name, gamma, seed):
     x, noise, t, prediction = setting(seed, name)
-    config = PathConfig(name=name, min_snr=gamma, learns_variance=False)
+    fixed = {"learns_variance": False} if name == "ddpm" else {}
+    config = path_config({"name": name, "min_snr": gamma, **fixed})
     alpha, sigma = factors(mixture(name, t.numpy()))
     x_t = alpha * x + sigma * noise
     error = predicted_data(name, prediction, x_t, t) - x
@@ -52,7 +52,7 @@ def test_min_snr_is_finite_at_both_ends_of_time(name):
     """Where SNR is 0 or infinite: training draws t = 0, and fp32 rounds up to t = 1."""
     x, noise, _, prediction = (part[:2] for part in setting(0, name))
     t = torch.tensor([0.0, 1.0])
-    path = make_path(PathConfig(name=name, min_snr=5.0))
+    path = make_path(path_config({"name": name, "min_snr": 5.0}))
     loss = path.loss(prediction, x, noise, path.noisy(x, noise, t), t)
     assert loss.isfinite().all()
     assert loss[0] == 0  # SNR 0
@@ -112,4 +112,4 @@ def test_the_loss_of_a_flow_is_the_squared_error_of_the_velocity(name, seed):
 )
 def test_a_path_that_cannot_be_is_an_error_that_names_the_field(values, said):
     with pytest.raises(ValueError, match=said):
-        PathConfig(**values)
+        path_config(values)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from models.paths.base import PathConfig
-from models.paths.ddpm import DDPM, respaced
+from models.paths.ddpm import DDPM
+from models.paths.registry import path_config
 from tests.models.gaussian import BETA, mixture
 
 SEEDS = range(4)
@@ -95,7 +95,7 @@ def test_the_posterior_is_bayes_rule_for_any_two_steps(seed):
 def test_mean_and_variance_of_the_models_step_are_those_of_the_papers(seed):
     _, _, x_t, t, noise, share = setting(seed)
     mean, log_variance = DDPM().reverse(torch.cat([noise, share], dim=1), x_t, t, t - 1)
-    fixed, lower = DDPM(PathConfig(name="ddpm", learns_variance=False)).reverse(noise, x_t, t, t - 1)
+    fixed, lower = DDPM(path_config({"name": "ddpm", "learns_variance": False})).reverse(noise, x_t, t, t - 1)
     for i, step in enumerate(STEPS):
         numbers = (noise[i].numpy(), share[i].numpy(), x_t[i].numpy(), step)
         expected, variance = model_step(*numbers)
@@ -120,7 +120,7 @@ def test_the_bound_and_the_loss_equal_the_independent_computation(seed, dtype, r
     loss = path.loss(prediction, x, noise, x_t, t)
     assert loss.dtype == dtype
     np.testing.assert_allclose(loss.numpy(), simple + expected, rtol=rtol, atol=atol)
-    only = DDPM(PathConfig(name="ddpm", learns_variance=False)).loss(predicted, x, noise, x_t, t)
+    only = DDPM(path_config({"name": "ddpm", "learns_variance": False})).loss(predicted, x, noise, x_t, t)
     np.testing.assert_allclose(only.numpy(), simple, rtol=1e-5)
 
 
@@ -167,21 +167,21 @@ def test_gradients_of_the_bound_are_those_of_finite_differences_also_at_step_0(s
 def test_respaced_steps_are_evenly_spaced_from_999_to_0_and_end_at_the_data(steps):
     """As the public code spaces them: whole strides, added up and rounded."""
     public = [round(i * 999 / (steps - 1)) for i in range(steps)]
-    assert respaced(steps).tolist() == [*reversed(public), -1]
+    assert DDPM().even_times(steps) == [*reversed(public), -1]
     assert len(set(public)) == steps
 
 
 @pytest.mark.parametrize("steps", [-1, 0, 1, 1001])
 def test_numbers_of_steps_that_ddpm_has_not_are_an_error(steps):
     with pytest.raises(ValueError, match=rf"sample.steps={steps}: .* set 2 to 1000"):
-        respaced(steps)
+        DDPM().even_times(steps)
 
 
 @pytest.mark.parametrize("steps", [2, 7, 50, 250])
 def test_respacing_keeps_the_marginals(steps):
     """If x_t ~ q(x_t | x), then x_before drawn from the posterior ~ q(x_before | x): moments, exactly, at every step;
     and the betas of the respaced steps multiply up to the same alpha_bar."""
-    times, path, x = respaced(steps), DDPM(), 0.8
+    times, path, x = torch.tensor(DDPM().even_times(steps), dtype=torch.float64), DDPM(), 0.8
     one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     left = 1.0
     for t, before in pairwise(times[:-1]):

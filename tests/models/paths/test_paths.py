@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.paths.base import PathConfig
-from models.paths.registry import PATHS, LinearFlow, make_path
+from models.paths.registry import PATHS, LinearFlow, make_path, path_config
 from tests.models.gaussian import ENDS, FLOWS, GAUSSIANS, factors, mixture, slopes
 
 SEEDS = range(5)
@@ -45,7 +44,7 @@ def test_a_noisy_image_is_the_mixture_of_its_own_time(name, seed):
     x, noise, t = images(seed)
     t = some(name, t)
     alpha, sigma = factors(mixture(name, t.numpy()))
-    torch.testing.assert_close(make_path(PathConfig(name=name)).noisy(x, noise, t), alpha * x + sigma * noise)
+    torch.testing.assert_close(make_path(path_config({"name": name})).noisy(x, noise, t), alpha * x + sigma * noise)
 
 
 @pytest.mark.parametrize("name", ["linear", "gvp", "jit"])
@@ -189,7 +188,7 @@ def test_log_snr_of_fp32_time_keeps_its_precision():
 @pytest.mark.parametrize("scale", [0.5, 2.0])
 def test_a_noise_scale_of_jit_is_that_of_the_noise_and_changes_nothing_else(seed, scale):
     x, noise, t = images(seed)
-    scaled, plain = PATHS["jit"](PathConfig(name="jit", noise_scale=scale)), PATHS["jit"]()
+    scaled, plain = PATHS["jit"](path_config({"name": "jit", "noise_scale": scale})), PATHS["jit"]()
     t, prediction = 0.99 * t, torch.randn_like(x)
     x_t = plain.noisy(x, scale * noise, t)
     torch.testing.assert_close(scaled.noisy(x, noise, t), x_t)

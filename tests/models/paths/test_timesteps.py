@@ -7,14 +7,13 @@ from scipy.special import expit
 from scipy.stats import chisquare, kstest, norm
 
 from data.batches.batch import spread_quantiles
-from models.paths.base import PathConfig
-from models.paths.registry import PATHS, make_path
+from models.paths.registry import PATHS, make_path, path_config
 
 LATEST = {"linear": 1, "gvp": 1, "vp": 1 - 1e-5, "jit": 1}
 
 
 def timesteps(name, kind, shares, **values):
-    config = PathConfig(name=name, timesteps=kind, **values)
+    config = path_config({"name": name, "timesteps": kind, **values})
     return make_path(config).timestep(torch.as_tensor(shares))
 
 
@@ -33,11 +32,11 @@ def test_logit_normal_timesteps_are_quantiles_of_that_distribution(name, mean, s
 
 
 def test_what_is_published_is_what_a_name_alone_stands_for():
-    kinds = {name: PathConfig.model_validate(name).timesteps for name in PATHS}
+    kinds = {name: path_config(name).timesteps for name in PATHS}
     assert kinds == {"linear": "uniform", "gvp": "uniform", "vp": "uniform", "jit": "logit_normal", "ddpm": "discrete"}
-    jit = PathConfig.model_validate("jit")
+    jit = path_config("jit")
     assert (jit.logit_mean, jit.logit_std, jit.min_snr) == (-0.8, 0.8, None)
-    assert PathConfig(name="jit") == jit == PathConfig(name="jit", timesteps=None)
+    assert path_config({"name": "jit"}) == jit == path_config({"name": "jit", "timesteps": None})
 
 
 @pytest.mark.parametrize("name", PATHS)

@@ -5,10 +5,9 @@ import random
 import pytest
 import torch
 
-from models.backbones.config import SIZES, ModelConfig
 from models.backbones.dit import DiT
 from models.backbones.embeddings import NULL_LABEL
-from models.paths.base import PathConfig
+from models.paths.registry import path_config
 from models.pretrained.published import EQUAL, convert, first_half, recognise, to_diffusers, turn_time
 from tests.published import CHANNELS, CLASSES, NETWORKS, SIDE, SLOTS, Denoiser, make
 
@@ -25,8 +24,8 @@ def published(random_weights):
 
 def load(weights, config, heads=3):
     """Our network of converted weights, built from what the conversion says of it."""
-    model = ModelConfig(**{"heads": heads, **config["model"]})
-    path = PathConfig.model_validate(config["path"])
+    model = DiT.Config(**{"heads": heads, **config["model"]})
+    path = path_config(config["path"])
     predictions = 2 if path.name == "ddpm" and path.learns_variance else 1
     channels, side = config["data"]["channels"], config["data"]["side"]
     classes = len(weights["y_embedder.embedding_table.weight"]) - 1
@@ -146,16 +145,16 @@ def test_what_could_be_of_three_formats_is_not_guessed(name, published):
         recognise(published(name)[1])
 
 
-@pytest.mark.parametrize("size", SIZES["dit"])
+@pytest.mark.parametrize("size", DiT.Config.sizes)
 def test_a_published_size_tells_depth_width_and_heads(size):
-    values = SIZES["dit"][size]
+    values = DiT.Config.sizes[size]
     width = values["width"]
     with torch.device("meta"):
         weights = Denoiser(**NETWORKS["dit"], **values, hidden=4 * width, classes=1000).state_dict()
     del weights["pos_embed"]  # of which the values are looked at
     config = convert(weights, "dit").config["model"]
     assert config["size"] == size and not config.keys() & values.keys()
-    assert ModelConfig(**config).heads == values["heads"]
+    assert DiT.Config(**config).heads == values["heads"]
 
 
 def test_the_older_files_of_repa_count_their_blocks_twice(published):
@@ -236,8 +235,8 @@ def test_diffusers_class_predicts_the_same_once_its_frequencies_are_ours(name, p
     _, weights = published(name, patch=patch)
     ours, config = convert(weights, "dit")
     ours["sample_embedder.embedding_table.weight"] = torch.randn(1, 24)  # a trained row
-    network, path = load(ours, config), PathConfig.model_validate(config["path"])
-    model = ModelConfig(**config["model"], heads=3)
+    network, path = load(ours, config), path_config(config["path"])
+    model = DiT.Config(**config["model"], heads=3)
     settings, converted = to_diffusers(ours, model, path, SIDE)
     assert settings["num_embeds_ada_norm"] == CLASSES and settings["out_channels"] == network.out_channels
     transformer = DiTTransformer2DModel(**settings).eval()
@@ -278,7 +277,7 @@ def test_diffusers_class_predicts_the_same_once_its_frequencies_are_ours(name, p
 )
 def test_what_diffusers_cannot_be_is_refused(model, path, said, published):
     ours, config = convert(published("dit")[1], "dit")
-    wrong = ModelConfig(**{**config["model"], "heads": 3, **model})
+    wrong = DiT.Config(**{**config["model"], "heads": 3, **model})
     with pytest.raises(ValueError) as caught:
-        to_diffusers(ours, wrong, PathConfig(name=path), SIDE)
+        to_diffusers(ours, wrong, path_config({"name": path}), SIDE)
     assert str(caught.value).startswith(said) and "\n" not in str(caught.value)

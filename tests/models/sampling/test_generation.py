@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from models.paths.base import PathConfig
-from models.paths.registry import PATHS, LinearFlow, make_path
+from models.paths.registry import PATHS, LinearFlow, make_path, path_config
 from models.sampling.generation import SampleConfig, sample_images
-from models.sampling.samplers import SAMPLERS
+from models.sampling.guidance import Networks
+from models.sampling.registry import SAMPLERS, fitting_samplers
 
 SEEDS = range(3)
 LABEL = torch.tensor([3, 3, 3, 3, 1, 1, 1, 1])
@@ -15,7 +15,7 @@ PATH = LinearFlow()
 
 def sampled(net, config, noise, label, slot, path=PATH, **others):
     """The images alone, guided as the config says."""
-    return sample_images(net, path, config, noise, label, slot, config.guidance[0], no_draw, **others)[0]
+    return sample_images(Networks(net, **others), path, config, noise, label, slot, config.guidance[0], no_draw)[0]
 
 
 def no_draw(step):
@@ -148,7 +148,7 @@ class Counted:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_evaluations_of_every_sampler_are_counted(random_inputs, path, name):
     """With guidance two calls of the network are one evaluation; with weight 1 every evaluation is one call."""
-    if path not in SAMPLERS[name].paths:
+    if name not in fitting_samplers(PATHS[path]()):
         return
 
     def net(x, *others):
@@ -159,7 +159,7 @@ def test_the_evaluations_of_every_sampler_are_counted(random_inputs, path, name)
         config = SampleConfig(sampler=name, steps=steps, guidance=weight, tolerance=0.1).for_variant("light", 4, None)
         counted = Counted(net)
         arguments = (config, noise, LABEL, slot, weight, lambda i: torch.zeros_like(noise))
-        images, evaluations = sample_images(counted, PATHS[path](), *arguments)
+        images, evaluations = sample_images(Networks(counted), PATHS[path](), *arguments)
         assert counted.calls == calls * evaluations
         assert images.shape == noise.shape and images.dtype == noise.dtype and images.isfinite().all()
         expected = {"heun": 11 if path == "jit" else 12, "pseudo_corrector": 7, "dopri5": evaluations}.get(name, steps)
@@ -171,15 +171,15 @@ def test_the_evaluations_of_every_sampler_are_counted(random_inputs, path, name)
 def test_each_group_is_sampled_with_its_own_weight(random_dit, random_inputs, seed):
     net, (config, noise, slot) = random_dit(seed), setting(seed, random_inputs)
     weight = torch.tensor([1.2, 3.0]).repeat_interleave(4)
-    together, _ = sample_images(net, PATH, config, noise, LABEL, slot, weight, no_draw)
+    together, _ = sample_images(Networks(net), PATH, config, noise, LABEL, slot, weight, no_draw)
     for group, own in ((slice(0, 4), 1.2), (slice(4, 8), 3.0)):
-        alone, _ = sample_images(net, PATH, config, noise[group], LABEL[group], slot[group], own, no_draw)
+        alone, _ = sample_images(Networks(net), PATH, config, noise[group], LABEL[group], slot[group], own, no_draw)
         torch.testing.assert_close(together[group], alone, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_sampling_begins_with_noise_of_the_paths_scale(random_inputs, scale):
     (config, noise, slot), seen = setting(0, random_inputs), []
-    path = make_path(PathConfig(name="jit", noise_scale=scale))
+    path = make_path(path_config({"name": "jit", "noise_scale": scale}))
     sampled(lambda x, *others: seen.append(x) or x.sin(), config, noise, LABEL, slot, path)
     assert torch.equal(seen[0], scale * noise)

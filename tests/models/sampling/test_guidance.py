@@ -5,8 +5,10 @@ import torch
 
 from models.backbones.embeddings import NULL_LABEL
 from models.paths.registry import PATHS, LinearFlow
+from models.sampling.guidance import Guidance, Networks
 from models.sampling.guidance import guided as guided_on
-from models.sampling.samplers import SAMPLERS, SamplerConfig
+from models.sampling.registry import SAMPLERS
+from models.sampling.samplers import Problem, SamplerConfig, State
 
 SEEDS = range(4)
 LABEL = torch.tensor([3, 3, 3, 3, 1, 1, 1, 1])
@@ -34,8 +36,8 @@ def noise(seed):
     return torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
 
 
-def guided(network, weight, c=1, uc=1, interval=None, **others):
-    return guided_on(network, LinearFlow(), LABEL, SLOT, weight, c, uc, interval, **others)
+def guided(network, weight, c=1, uc=1, interval=None, weaker=None):
+    return guided_on(Networks(network, weaker), LinearFlow(), Guidance(weight, c, uc, interval), LABEL, SLOT)
 
 
 def expected(x, t, weight, c, uc):
@@ -126,8 +128,8 @@ def test_only_the_first_channels_are_guided_and_a_variance_never(channels, learn
         return weaker(*args)[:, : 6 if learns else 3] if weaker else None
 
     x, t = noise(0), torch.full((8,), 400.0)
-    path = PATHS["ddpm"]()
-    out = guided_on(network, path, LABEL, SLOT, 2.5, 1, 4, channels=channels, weaker=guide if weaker else None)(x, 400)
+    networks = Networks(network, guide if weaker else None)
+    out = guided_on(networks, PATHS["ddpm"](), Guidance(2.5, 1, 4, channels=channels), LABEL, SLOT)(x, 400)
     c, u = network(x, t, LABEL, SLOT, 1), network(x, t, torch.full((8,), NULL_LABEL), SLOT, 4)
     u = guide(x, t, LABEL, SLOT, 1) if weaker else u
     first = min(channels or 3, 3)
@@ -166,7 +168,8 @@ def guided_times(weight, interval, sampler, steps):
     """The times at which the sampler's evaluations were guided, and all times."""
     network, path = Recorder(group_mean), LinearFlow()
     times = SAMPLERS[sampler].times(path, steps, SamplerConfig())
-    SAMPLERS[sampler].run(guided(network, weight, 1, 4, interval), path, noise(0), times, None, SamplerConfig())
+    problem = Problem(guided(network, weight, 1, 4, interval), path, times, None, SamplerConfig())
+    SAMPLERS[sampler].run(problem, State(noise(0)))
     unconditional = [times[0] for label, _, _, times in network.calls if label[0] == NULL_LABEL]
     return unconditional, [times[0] for label, _, _, times in network.calls if label[0] != NULL_LABEL]
 

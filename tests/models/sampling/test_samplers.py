@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from models.paths.registry import PATHS
-from models.sampling.samplers import SAMPLERS, SamplerConfig
+from models.sampling.registry import SAMPLERS
+from models.sampling.samplers import Problem, SamplerConfig, State
 from tests.models.gaussian import ENDS, FLOWS, GAUSSIANS, Gaussian, factors, mixture, normal
 
 ORDERS = {"euler": 1, "heun": 2, "pseudo_corrector": 2, "ddim": 1}
@@ -18,8 +19,8 @@ def run(name, path, denoise, x, steps, **settings):
     """What a sampler makes of x, and the times at which it called the network."""
     sampler, settings, seen = SAMPLERS[name], SamplerConfig(**settings), []
     times = sampler.times(PATHS[path](), steps, settings)
-    out = sampler.run(lambda x, t: seen.append(t) or denoise(x, t), PATHS[path](), x, times, None, settings)
-    return out, seen
+    problem = Problem(lambda x, t: seen.append(t) or denoise(x, t), PATHS[path](), times, None, settings)
+    return sampler.run(problem, State(x)).x, seen
 
 
 def error(name, path, gaussian, steps, **settings):

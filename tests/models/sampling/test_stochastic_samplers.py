@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from models.paths.registry import PATHS
-from models.sampling.samplers import SAMPLERS, SamplerConfig, sde
+from models.sampling.registry import SAMPLERS
+from models.sampling.samplers import Problem, SamplerConfig, State
 from tests.models.gaussian import FLOWS, GAUSSIANS, Gaussian, mixture, normal, slopes
 
 NUMBER = 20_000
@@ -34,6 +35,10 @@ def diffusion(kind, path, t, norm):
     return norm * sbdm.get(path, (1 - t) / t)
 
 
+def run(sampler, denoise, path, x, times, draw, settings):
+    return SAMPLERS[sampler].run(Problem(denoise, path, times, draw, settings), State(x)).x
+
+
 def draws(seed):
     generator = torch.Generator().manual_seed(seed)
     return lambda i: torch.randn(2, 1, 1, NUMBER // 2, generator=generator, dtype=torch.float64)
@@ -52,7 +57,7 @@ def test_a_step_of_the_sde_is_that_of_the_paper(path, kind):
     times, seen = [0.3, 0.45, 1.0], []
     denoise = gaussian.denoise(path)
     settings = SamplerConfig(diffusion=kind, diffusion_norm=norm)
-    out = sde(lambda x, t: seen.append(x) or denoise(x, t), PATHS[path](), x, times, lambda i: z, settings)
+    out = run("sde", lambda x, t: seen.append(x) or denoise(x, t), PATHS[path](), x, times, lambda i: z, settings)
     for before, after, t, step, noise in ((x, seen[1], 0.3, 0.15, z), (seen[1], out, 0.45, 0.55, 0)):
         best, w = gaussian.best(path, before, t), diffusion(kind, path, t, norm)
         expected = before + step * (best["velocity"] + w * best["score"]) + math.sqrt(2 * w * step) * noise
@@ -74,7 +79,7 @@ def test_the_sde_keeps_mean_and_spread_of_the_data_up_to_its_last_step(path, kin
         return denoise(x, t)
 
     mean, std = gaussian.marginal(path, times[0])
-    out = sde(observed, PATHS[path](), mean + std * standard(), times, draws(1), settings)
+    out = run("sde", observed, PATHS[path](), mean + std * standard(), times, draws(1), settings)
     assert len(errors) == steps
     late = 0.2 if kind == "sbdm" else 0
     assert max(error for t, error in errors.items() if t >= late) < ERROR
@@ -132,7 +137,7 @@ def test_ancestral_sampling_has_the_marginals_of_the_path_at_every_step(gaussian
         return denoise(x, t)
 
     mean, std = gaussian.marginal("ddpm", 999)
-    out = SAMPLERS["ddpm"].run(observed, path, mean + std * standard(), times, draws(2), settings)
+    out = run("ddpm", observed, path, mean + std * standard(), times, draws(2), settings)
     assert len(errors) == steps
     assert max(errors) < ERROR
     assert abs(out.mean().item() - gaussian.mean) < ERROR * gaussian.std
@@ -145,7 +150,7 @@ def test_ancestral_sampling_draws_noise_for_every_step_but_the_last():
     path, gaussian, asked = PATHS["ddpm"](), GAUSSIANS[0], []
     times = SAMPLERS["ddpm"].times(path, 6, SamplerConfig())
     denoise = with_true_variance(gaussian, times)
-    SAMPLERS["ddpm"].run(denoise, path, normal(8), times, lambda i: asked.append(i) or normal(8), SamplerConfig())
+    run("ddpm", denoise, path, normal(8), times, lambda i: asked.append(i) or normal(8), SamplerConfig())
     assert asked == [0, 1, 2, 3, 4]
 
 
@@ -155,7 +160,7 @@ def test_ddim_takes_the_exact_marginal_of_ddpm_to_that_of_the_data(gaussian):
     x = normal(64)
     for steps in (125, 250, 500, 1000):
         times = SAMPLERS["ddim"].times(path, steps, SamplerConfig())
-        out = SAMPLERS["ddim"].run(gaussian.denoise("ddpm"), path, x, times, None, SamplerConfig())
+        out = run("ddim", gaussian.denoise("ddpm"), path, x, times, None, SamplerConfig())
         errors.append((out - gaussian.transport("ddpm", x, 999, -1)).abs().max().item())
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.02
@@ -167,7 +172,7 @@ def test_ddim_on_ddpm_is_song_et_als_step():
     x, e = normal(64), normal(64, 1)
     bar, bar_before = (np.prod(1 - np.linspace(1e-4, 0.02, 1000)[: t + 1]) for t in (700, 300))
     both = torch.cat([e, normal(64, 2)], dim=1)
-    out = SAMPLERS["ddim"].run(lambda x, t: both, PATHS["ddpm"](), x, [700.0, 300.0], None, SamplerConfig())
+    out = run("ddim", lambda x, t: both, PATHS["ddpm"](), x, [700.0, 300.0], None, SamplerConfig())
     expected = bar_before**0.5 * (x - (1 - bar) ** 0.5 * e) / bar**0.5 + (1 - bar_before) ** 0.5 * e
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
 

@@ -14,13 +14,13 @@ from data.batches.plan import GroupsConfig
 from data.sets.arrays import ArrayImages
 from models.backbones.embeddings import NULL_LABEL
 from models.objectives.denoising import denoising_loss
-from models.paths.base import PathConfig
-from models.paths.registry import PATHS, LinearFlow, make_path
+from models.paths.registry import PATHS, LinearFlow, make_path, path_config
 from models.sampling.generation import SampleConfig, sample_images
-from models.sampling.samplers import SAMPLERS
+from models.sampling.guidance import Networks
+from models.sampling.registry import SAMPLERS, fitting_samplers
 from tests.models.gaussian import mixture
 
-FITTING = [(sampler, path) for sampler, how in SAMPLERS.items() for path in how.paths]
+FITTING = [(sampler, path) for sampler in SAMPLERS for path in PATHS if sampler in fitting_samplers(PATHS[path]())]
 EVERY = pytest.mark.parametrize(("sampler", "path"), FITTING)
 LABEL, SLOT = torch.tensor([3, 3, 3, 3, 1, 1, 1, 1]), torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
 EVERYWHERE, NOWHERE = (-math.inf, math.inf), (1e9, 2e9)
@@ -51,9 +51,8 @@ def draw(step):
 
 def sample(network, path, small=None, seed=0, **values):
     config = SampleConfig(**{"guidance": 2.0, "steps": 7, "tolerance": 1e-2, **values}).for_variant("light", 4, None)
-    made, _ = sample_images(
-        network, PATHS[path](), config, noise(seed), LABEL, SLOT, config.guidance[0], draw, small=small
-    )
+    networks = Networks(network, small=small)
+    made, _ = sample_images(networks, PATHS[path](), config, noise(seed), LABEL, SLOT, config.guidance[0], draw)
     return made
 
 
@@ -167,7 +166,7 @@ def training_batch(seed, window, path, spread=0.0, number=24, size=4):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_training_in_a_window_is_with_groups_inside_of_it_and_without_outside(random_dit, random_jit, name, seed):
     """The loss of a group is that of no window, or that of groups of one; also if the window is all, or nothing."""
-    net, path = {"linear": random_dit, "jit": random_jit}[name](seed), make_path(PathConfig(name=name))
+    net, path = {"linear": random_dit, "jit": random_jit}[name](seed), make_path(path_config({"name": name}))
     plain = training_batch(seed, None, path)
     assert plain.grouped is None
     whole, alone = (denoising_loss(net, path, replace(plain, group_size=size)) for size in (4, 1))
@@ -189,7 +188,7 @@ def test_training_in_a_window_is_with_groups_inside_of_it_and_without_outside(ra
 @pytest.mark.parametrize("spread", [0.0, 0.3])
 def test_in_training_too_the_window_is_at_the_noisy_end(name, spread):
     """A group goes by its first image, whose share of noise is told by formulas of its own."""
-    path = make_path(PathConfig(name=name))
+    path = make_path(path_config({"name": name}))
     batch = training_batch(0, (-math.inf, 0.0), path, spread, number=200)
     first = path.timestep(batch.u[::4]).double().numpy()
     noisy = [noisy_at(name, t) for t in first]

@@ -7,8 +7,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from models.backbones.config import ModelConfig
-from models.backbones.registry import make_network
+from models.backbones.registry import make_network, model_config
 from models.paths.flows import LinearFlow
 from tests.trainer.forked import train_tiny
 from trainer.analysis.cross_attention import EDGES, as_record, mean_attention, watched
@@ -70,7 +69,8 @@ def test_tensorboard_shows_them_and_they_depend_on_no_engine(runs, engine):
 @pytest.fixture
 def network(random_weights):
     def make(backbone="dit", **changes):
-        config = ModelConfig(backbone=backbone, depth=3, width=24, heads=3, context_start=1, **changes)
+        jit = {"context_start": 1} if backbone == "jit" else {}
+        config = model_config({"backbone": backbone, "depth": 3, "width": 24, "heads": 3, **jit, **changes})
         return random_weights(make_network(config, 2, 6, 5, 2), 0)
 
     return make

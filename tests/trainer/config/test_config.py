@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from models.choice import OneOf
 from tests.stores import encoded, noise, pixels, write
 from tests.trainer import detectors
 from trainer.build import open_data
@@ -223,9 +224,13 @@ def test_every_field_is_read_by_something(tmp_path, tiny, monkeypatch, make_late
     )
     original = BaseModel.__getattribute__
 
+    def owner(model, name):
+        """The class that has the field first: a section of a choice shares most with the others."""
+        return next(each for each in reversed(model.__mro__) if name in getattr(each, "model_fields", {})).__name__
+
     def recording(self, name):
         if name in type(self).model_fields:
-            read.add((type(self).__name__, name))
+            read.add((owner(type(self), name), name))
         return original(self, name)
 
     monkeypatch.setattr(BaseModel, "__getattribute__", recording)
@@ -241,14 +246,21 @@ def test_every_field_is_read_by_something(tmp_path, tiny, monkeypatch, make_late
 
     def fields(model):
         for name, field in model.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            if choice := next((mark for mark in field.metadata if isinstance(mark, OneOf)), None):
+                for section in choice.configs().values():
+                    yield from fields(section)
+            elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
                 yield from fields(field.annotation)
             else:
-                yield model.__name__, name
+                yield owner(model, name), name
 
     # `size` is short for depth, width and heads, which are what is built; validation alone reads it
-    assert set(fields(Config)) - read == {("ModelConfig", "size")}
+    assert set(fields(Config)) - read == {("BackboneConfig", "size")}
 
 
 def test_dotted_names_are_those_of_the_resolved_tree():
-    assert list(dotted(load_config("configs/digits.yaml").model_dump())) == field_names(Config)
+    for choice, others in (("dit", ["bottleneck", "context_tokens", "context_start"]), ("jit", [])):
+        names = list(dotted(load_config("configs/digits.yaml", [f"model.backbone={choice}"]).model_dump()))
+        not_there = {f"model.{name}" for name in others} | {"path.learns_variance", "path.noise_scale"}
+        assert names == [name for name in field_names(Config) if name not in not_there]
+        assert not_there <= {*field_names(Config)}

@@ -35,7 +35,7 @@ PUBLISHED = {
 def network_of(config):
     with torch.device("meta"):
         channels, side = config.data.channels, config.data.side
-        return make_network(config.model, channels, side, 1000, config.predictions * channels)
+        return make_network(config.model, channels, side, 1000, config.path.predictions * channels)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -12,7 +12,8 @@ from scipy.stats import norm
 from data.randomness import Purpose, draw, step_noise
 from data.sets.registry import open_images
 from models.backbones.registry import make_network
-from models.sampling.samplers import SAMPLERS
+from models.paths.registry import PATHS
+from models.sampling.registry import fitting_samplers
 from tests.models.gaussian import mixture
 from trainer.batches import make_batches
 from trainer.config.tree import load_config
@@ -23,7 +24,7 @@ from trainer.sampling.networks import Networks
 from trainer.sampling.pictures import classes_shown
 
 SHAPE, CPU = (1, 8, 8), torch.device("cpu")
-FITTING = [(name, path) for name, sampler in SAMPLERS.items() for path in sampler.paths if name != "dopri5"]
+FITTING = [(name, path) for path in PATHS for name in fitting_samplers(PATHS[path]()) if name != "dopri5"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def make(tiny, random_weights, tmp_path_factory):
         config = load_config(
             tiny, [f"run={run}", "sample.steps=5", "groups.size=4", "sample.tolerance=1e-3", *overrides]
         )
-        size = (config.model, *SHAPE[:2], 10, config.predictions)
+        size = (config.model, *SHAPE[:2], 10, config.path.predictions)
         return config, *(random_weights(make_network(*size), seed).eval() for seed in (0, 1))
 
     return make
