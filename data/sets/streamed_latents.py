@@ -124,9 +124,9 @@ class LatentPool:
 
         def read(name: str, entry: np.ndarray | None) -> np.ndarray:
             array = self.further[name]
-            return array[numbers] if entry is None else array[numbers, entry]
+            return array[numbers] if entry is None else array[numbers, entry.astype(np.intp)]
 
-        flip = np.broadcast_to(self._entry(draws), len(numbers))
+        flip = np.broadcast_to(self._entry(draws), len(numbers)).astype(bool)
         fields = self.source.fields
         return {name: read_field(fields[name], lambda entry, name=name: read(name, entry), flip) for name in names}
 

@@ -16,7 +16,7 @@ WORK = ".work"  # what is being written stands here, inside the folder where it 
 
 @contextmanager
 def appearing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which gets its name when the block ends well and is removed when it does not."""
+    """Open a file to write, which gets its name when the block ends well and is removed when it does not."""
     partial = partial_of(path)
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -30,19 +30,24 @@ def appearing(path: Path) -> Iterator[BinaryIO]:
 
 
 def partial_of(path: Path) -> Path:
-    """Where this process writes what shall become `path`; other processes write elsewhere."""
+    """Return where this process writes what will become `path`; other processes write elsewhere."""
     return path.parent / WORK / f"{path.name}.{os.uname().nodename}-{os.getpid()}"
 
 
-def write_json(path: Path, content: object) -> None:
-    """As JSON."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file of UTF-8 text."""
     with appearing(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
+        file.write(text.encode())
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a file of indented JSON."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 @contextmanager
 def disk_errors(out: Path) -> Iterator[None]:
-    """DataError where the disk of a tool's output is full, or something may not be read or written."""
+    """Raise DataError where the disk of a tool's output is full, or something may not be read or written."""
     try:
         yield
     except OSError as error:
@@ -60,6 +65,6 @@ def sync(file: IO) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Checksum of a file's content."""
+    """Return the checksum of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
