@@ -14,6 +14,15 @@ from trainer.config.parsing import read_fields
 from trainer.errors import RunError
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help with the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        said = default in (None, False, argparse.SUPPRESS) or default == [] or "default" in (action.help or "")
+        return action.help if said else f"{action.help}; default: %(default)s"
+
+
 def positive(text: str) -> int:
     """A whole number from 1."""
     value = int(text)

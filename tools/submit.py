@@ -6,12 +6,13 @@ folder, or that of a sweep.
 """
 
 import argparse
+import shutil
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import submitit
-from command_line import cluster_options, places, positive, run_tool
+from command_line import HelpFormatter, cluster_options, places, positive, run_tool
 
 from data.sets.form import form_of
 from slurm.control import cancel, follow, lost_or_ended, runs_in, status
@@ -19,8 +20,9 @@ from slurm.errors import LaunchError
 from slurm.state import read_state
 from slurm.submission import Run, batch_script, submit_runs
 from trainer.build import check_start, data_are_here, form_from_config, open_data
+from trainer.config.describe import select, table
 from trainer.config.parsing import to_yaml
-from trainer.config.tree import check_world, load_sweep
+from trainer.config.tree import Config, check_world, load_sweep
 from trainer.estimate import estimate_table
 from trainer.loop import train
 from trainer.run_folder import LOCK, check_folder
@@ -30,23 +32,36 @@ DEFAULT_CONFIG = "configs/imagenet256/sit/sit-xl-2-light-4.yaml"
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", metavar="CONFIG field=value", help=f"default config: {DEFAULT_CONFIG}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="CONFIG FIELD=VALUE", help=f"default config: {DEFAULT_CONFIG}")
     parser.add_argument(
-        "--cluster", choices=["local", "debug", "slurm"], help="default: slurm with --nodes, else local"
+        "--cluster", choices=["local", "debug", "slurm"], help="where to run; default: slurm with --nodes, else local"
     )
-    parser.add_argument("--nodes", type=positive, help="Slurm nodes")
-    parser.add_argument("--procs", type=positive, help="processes per node; default: one per GPU (on Slurm: 8)")
+    parser.add_argument("--nodes", type=positive, metavar="N", help="Slurm nodes; default: 1")
+    parser.add_argument(
+        "--procs", type=positive, metavar="N", help="processes per node; default: one per GPU, on Slurm 8"
+    )
     parser.add_argument("--cpu", action="store_true", help="ask Slurm for no GPUs")
-    parser.add_argument("--site", help="a file of options of the cluster, or its name in configs/cluster/")
-    parser.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="as --slurm partition=gpu")
-    parser.add_argument("--sweep", action="append", default=[], metavar="field=a,b,c", help="a run for each value")
-    parser.add_argument("--parallel", type=positive, default=256, help="runs of a sweep at once")
+    parser.add_argument(
+        "--site", metavar="FILE", help="options of the cluster, or a name in configs/cluster/; default: sbatch's own"
+    )
+    parser.add_argument(
+        "--slurm", action="append", default=[], metavar="FIELD=VALUE", help="option of the cluster, as partition=gpu"
+    )
+    parser.add_argument(
+        "--sweep", action="append", default=[], metavar="FIELD=A,B,C", help="a run for each value, as groups.size=1,2,4"
+    )
+    parser.add_argument("--parallel", type=positive, default=256, metavar="N", help="runs of a sweep at once")
+    parser.add_argument(
+        "--fields", nargs="?", const="", metavar="FIELD", help="show what config fields are: one, a section, or all"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print config, script and estimate, and stop")
     parser.add_argument(
-        "--classes", type=positive, default=1000, help="for --dry-run where the images are not here; default: 1000"
+        "--classes", type=positive, default=1000, metavar="N", help="for --dry-run where the images are not available"
     )
-    parser.add_argument("--utilisation", type=float, default=0.4, help="of the peak, for the estimate")
+    parser.add_argument(
+        "--utilisation", type=float, default=0.4, metavar="SHARE", help="of the peak arithmetic, for the estimate"
+    )
     for action in ("status", "follow", "cancel"):
         parser.add_argument(f"--{action}", type=Path, metavar="RUN", help=f"{action} a run that was submitted")
     args = parser.parse_intermixed_args(arguments)
@@ -61,7 +76,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """Look at runs, or check, submit, and show the progress of local ones until they end."""
     args = parse(arguments)
-    if args.status:
+    if args.fields is not None:
+        print(table(select(Config, args.fields), shutil.get_terminal_size().columns))
+    elif args.status:
         print(status(args.status))
     elif args.cancel:
         cancel(args.cancel)
