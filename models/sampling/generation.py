@@ -54,7 +54,7 @@ class SampleConfig(
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the noise."""
 
-    @field_validator("guidance", mode="before")
+    @field_validator("guidance", mode="before", json_schema_input_type=Weight | tuple[Weight, ...])
     @classmethod
     def _one_or_more(cls, value: object) -> object:
         return value if isinstance(value, list | tuple) else (value,)

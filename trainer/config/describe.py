@@ -13,7 +13,7 @@ from trainer.config.parsing import closest
 from trainer.errors import RunError
 
 HEAD = ("field", "type", "default", "may change", "what it is")
-NARROWEST = 24  # characters for what a field is
+NARROWEST = 16  # characters for what a field is
 NAMES = {"integer": "integer", "number": "number", "boolean": "true | false", "null": "null", "object": "a dict"}
 
 
@@ -49,7 +49,7 @@ def table(fields: Iterable[ConfigField], width: int) -> str:
     """Return the fields as a table for a terminal of so many columns."""
     lines = [HEAD, *rows(fields)]
     name, kind, default = (max(len(line[i]) for line in lines) for i in range(3))
-    kind, default = min(kind, max(14, width // 6)), min(default, max(12, width // 10))
+    kind, default = min(kind, max(12, width // 6)), min(default, max(10, width // 10))
     widths = [name, kind, default, 6, max(NARROWEST, width - name - kind - default - 6 - 8)]
     texts = []
     for line in lines:
@@ -85,7 +85,9 @@ def type_text(schema: dict[str, Any], path: bool = False) -> str:
 
 def _range(schema: dict[str, Any]) -> str:
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    known = [f"{sign} {schema[name]:.10g}" for name, sign in bounds.items() if math.isfinite(schema.get(name, math.inf))]
+    known = [
+        f"{sign} {schema[name]:.10g}" for name, sign in bounds.items() if math.isfinite(schema.get(name, math.inf))
+    ]
     return f" {' and '.join(known)}" if known else ""
 
 

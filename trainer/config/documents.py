@@ -1,8 +1,7 @@
-"""configs/README.md and the JSON schemas of editors, made from the fields: `python -m trainer.config.documents`."""
+"""configs/README.md and the JSON schemas of editors, from the fields; tools/describe_configs.py writes them."""
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -11,8 +10,7 @@ from trainer.config.describe import markdown
 from trainer.config.fields import walk
 from trainer.config.tree import Config
 
-README, SCHEMA, SITE_SCHEMA = (Path("configs") / name for name in ("README.md", "schema.json", "cluster/schema.json"))
-HEAD = """<!-- Made by `python -m trainer.config.documents`, from its HEAD and the fields' docstrings: change those. -->
+HEAD = """<!-- Made by tools/describe_configs.py, from trainer/config/documents.py and the docstrings of fields. -->
 # Configs
 
 A config is one experiment: a YAML file with the fields below, all of which have a default. It makes a run:
@@ -34,9 +32,9 @@ A config is one experiment: a YAML file with the fields below, all of which have
 - **Editors** with a YAML language server complete and check fields, by `schema.json` in the first line of each file.
 
 **To add a field**, write it into the class of its section, with its type, default and a docstring beneath; the
-docstring is what stands here, in `--fields` and in error messages. Marks in `json_schema_extra` say whether it may change when a
-run continues, and more (see trainer/config/fields.py). Then make this file again. A field that was renamed or dropped
-gets a line in trainer/config/legacy.py, so that old runs can be read.
+docstring is what stands here, in `--fields` and in error messages. Marks in `json_schema_extra` say whether it may
+change when a run continues, and more (see trainer/config/fields.py). Then run `python tools/describe_configs.py`. A
+field that is renamed or dropped gets a line in trainer/config/legacy.py, so that old runs can be read.
 
 Lengths (`train.images`, `optim.warmup`, `..._every`) are numbers of images, so that they hold for any batch size.
 """
@@ -80,13 +78,3 @@ def _partial(schema: Any) -> Any:
         }
         return {k: _partial(v) for k, v in kept.items() if not (isinstance(v, float) and not math.isfinite(v))}
     return schema
-
-
-def main() -> None:
-    """Write the files."""
-    README.write_text(readme())
-    SCHEMA.write_text(schema(Config))
-
-
-if __name__ == "__main__":
-    main()
