@@ -4,7 +4,7 @@ To add a set, return an ArrayImages (images in memory), or derive from ByNumber 
 add a line to SETS in data/sets/registry.py.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol, Self
 
 import numpy as np
@@ -36,6 +36,11 @@ class Images(Protocol):
     @property
     def identity(self) -> str:
         """What tells these images from others, wherever their files are: a run continues on the same ones only."""
+        ...
+
+    @property
+    def extra(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of further tensors of an image, by name: what a loss term may ask for (see Batch.extra)."""
         ...
 
     def __len__(self) -> int: ...
