@@ -1,13 +1,12 @@
 """Samples of a network: samples.npz, samples.png, and samples.json, which says how they were made."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from data.stores.files import sha256
+from data.stores.files import appearing, sha256, write_json
 from trainer.checkpoints.weights import WeightSource
 from trainer.config.tree import Config
 from trainer.ranks import Ranks
@@ -48,11 +47,8 @@ def write_samples(out: Path, pixels: np.ndarray, label: np.ndarray, record: dict
     out.mkdir(parents=True, exist_ok=True)
     flat = pixels.reshape(-1, *pixels.shape[2:])
     (out / "samples.json").unlink(missing_ok=True)  # never beside samples that it does not describe
-    partial = out / "samples.partial.npz"
-    np.savez(partial, arr_0=flat, arr_1=label.ravel())
-    partial.replace(out / "samples.npz")
+    with appearing(out / "samples.npz") as file:
+        np.savez(file, arr_0=flat, arr_1=label.ravel())
     picture = grid(pixels[list(classes_shown(len(pixels), pixels.shape[2]))], group_size)
     Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(out / "samples.png")
-    partial = out / "samples.partial.json"
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(out / "samples.json")  # last: all is there
+    write_json(out / "samples.json", record)  # last: all is there

@@ -50,8 +50,8 @@ def run_sweep(
             folder = out / ",".join(f"{name}={value}" for name, value in choice.items()).replace("/", "_")
             weights = choice.get(WEIGHTS, "ema")
             if not _there(folder, checkpoint, config, weights):
-                file = Path(weights) if weights not in ("ema", "raw") else None
-                made = make_samples(WeightSource(checkpoint, weights == "raw", file), config, progress)
+                named = Path(weights) if weights not in ("ema", "raw") else None
+                made = make_samples(WeightSource(checkpoint, weights == "raw", named), config, progress)
                 write_samples(folder, *made, config.sample.group_size)
             rows.append({"axes": choice, **measure(folder)})
             file.write(json.dumps(rows[-1]) + "\n")
