@@ -3,9 +3,10 @@
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, SerializeAsAny, create_model
+from pydantic.json_schema import JsonSchemaValue
 
 from models.objectives.denoising import Denoising
 from models.objectives.term import Term, TermConfig
@@ -19,6 +20,10 @@ class Sections:
     """Mark a config field that is a dict of sections: `classes()` are those that there may be, by name."""
 
     classes: Callable[[], dict[str, type[BaseModel]]]
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        sections = {name: handler(config.__pydantic_core_schema__) for name, config in self.classes().items()}
+        return {"type": "object", "properties": sections, "additionalProperties": False}
 
 
 def _known(value: object) -> object:

@@ -39,9 +39,9 @@ def rows(fields: Iterable[ConfigField]) -> list[tuple[str, ...]]:
         schema = schemas[field.owner][field.name.rpartition(".")[2]]
         kind = type_text(schema, bool(field.marks.get("path")))
         default = "required" if field.info.is_required() else value_text(field.info.default)
-        own = f" (only of {', '.join(field.choices)})" * bool(field.choices)
+        owners = f"Of {' and '.join(field.choices)}: " * bool(field.choices)
         may_change = "yes" if field.marks.get("may_change") else "no"
-        made.append((field.name, kind, default, may_change, field.text + own))
+        made.append((field.name, kind, default, may_change, owners + field.text))
     return made
 
 

@@ -48,14 +48,15 @@ def readme() -> str:
         sections.setdefault(field.name.partition(".")[0] if "." in field.name else "", []).append(field)
     parts = [HEAD]
     for name, members in sections.items():
-        about = f"{' '.join((_class(name).__doc__ or '').split())}\n\n" if name else ""
+        about = f"{_about(name)}\n\n" if name else ""
         parts.append(f"\n## {name or 'The run'}\n\n{about}{markdown(members)}")
     return "".join(parts)
 
 
-def _class(section: str) -> type[BaseModel]:
-    """The class of a section, which says what it is: that of its default."""
-    return type(Config.model_fields[section].default)
+def _about(section: str) -> str:
+    """What a section is: by its own docstring, or that of its class."""
+    info = Config.model_fields[section]
+    return " ".join((info.description or type(info.default).__doc__ or "").split())
 
 
 def schema(model: type[BaseModel], bases: bool = True) -> str:

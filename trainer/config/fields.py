@@ -38,21 +38,28 @@ def walk(model: type[BaseModel], prefix: str = "", above: dict[str, Any] | None 
     marks = {**(above or {}), **_marks(model.model_config.get("json_schema_extra"))}
     for name, info in model.model_fields.items():
         own = {**marks, **_marks(info.json_schema_extra)}
-        section = info.annotation
-        keyed = [mark for mark in info.metadata if isinstance(mark, Sections)]
+        section, place = info.annotation, prefix + name
+        sections = next((mark for mark in info.metadata if isinstance(mark, Sections)), None)
         choice = next((mark for mark in info.metadata if isinstance(mark, OneOf)), None)
-        if choice:  # the fields of any choice, those that several have once
-            found: dict[str, ConfigField] = {}
-            for each in choice.configs().values():
-                found = {field.name: field for field in walk(each, f"{prefix}{name}.", own)} | found
-            yield from found.values()
+        if choice:
+            yield from _of_choices(choice.configs(), f"{place}.", own)
+        elif sections:
+            for key, inner in sections.classes().items():
+                yield from walk(inner, f"{place}.{key}.", own)
         elif isinstance(section, type) and issubclass(section, BaseModel):
-            yield from walk(section, f"{prefix}{name}.", own)
-        elif keyed:
-            for key, inner in keyed[0].classes().items():
-                yield from walk(inner, f"{prefix}{name}.{key}.", own)
+            yield from walk(section, f"{place}.", own)
         else:
-            yield ConfigField(prefix + name, info, own, model)
+            yield ConfigField(place, info, own, model)
+
+
+def _of_choices(configs: dict[str, type[BaseModel]], prefix: str, marks: dict[str, Any]) -> Iterator[ConfigField]:
+    """Each field of any choice once, as the first choice has it, and by which choices it is had."""
+    walked = {
+        choice: {field.name: field for field in walk(config, prefix, marks)} for choice, config in configs.items()
+    }
+    for name in dict.fromkeys(name for fields in walked.values() for name in fields):
+        owners = tuple(choice for choice, fields in walked.items() if name in fields)
+        yield walked[owners[0]][name]._replace(choices=owners if len(owners) < len(walked) else ())
 
 
 def _marks(extra: object) -> dict[str, Any]:

@@ -1,0 +1,33 @@
+"""Stored configs of older versions are read; in a user's config an old name is an error that says the new one."""
+
+import pytest
+
+from trainer.config.strict_yaml import dump
+from trainer.config.tree import load_config, stored_config
+from trainer.errors import RunError
+
+OLD = {  # a part of what version 0.1 wrote, which wrote the fields of all backbones and paths
+    "run": "runs/x",
+    "path": {"name": "linear", "timesteps": "uniform", "learns_variance": True, "noise_scale": 1.0},
+    "model": {"backbone": "dit", "depth": 6, "bottleneck": 128, "context_tokens": 32, "context_start": 4},
+    "train": {"score_every": 25_600},
+}
+
+
+def test_a_stored_config_of_an_older_version_is_read():
+    config = stored_config(dump(OLD))
+    assert config.model.depth == 6 and config.train.attention_every == 25_600
+    jit = OLD["model"] | {"backbone": "jit", "bottleneck": 64}
+    assert stored_config(dump(OLD | {"model": jit})).model.bottleneck == 64, "what the backbone has stays"
+
+
+def test_what_no_version_had_is_still_refused():
+    with pytest.raises(RunError, match=r"model\.botleneck=1: no such field"):
+        stored_config(dump(OLD | {"model": {"botleneck": 1}}))
+
+
+def test_a_user_is_told_the_new_name_and_the_right_backbone():
+    with pytest.raises(RunError, match=r"^train\.score_every=1: is now train\.attention_every; set that$"):
+        load_config("configs/digits.yaml", ["train.score_every=1"])
+    with pytest.raises(RunError, match=r"^model\.bottleneck=1: is for backbone=jit"):
+        load_config("configs/digits.yaml", ["model.bottleneck=1"])
