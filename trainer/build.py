@@ -12,6 +12,7 @@ from data.batches.plan import needs_neighbors
 from data.sets.form import ImageForm, form_of
 from data.sets.images import Images
 from data.sets.registry import Split, open_images
+from models.backbones.base import Backbone
 from models.backbones.registry import make_network
 from models.objectives.objective import Objective, make_objective
 from models.paths.base import NoisePath
@@ -74,7 +75,7 @@ def _in_window(path: NoisePath, window: Interval, u: Tensor, position: int) -> T
     return torch.tensor([inside(value, window) for value in log_snr], dtype=torch.bool)
 
 
-def build_network(config: Config, images: ImageForm) -> nn.Module:
+def build_network(config: Config, images: ImageForm) -> Backbone:
     """The network for these images, initialised by the run's seed alone."""
     channels, side, _ = images.shape
     with torch.random.fork_rng(devices=[]):

@@ -34,7 +34,7 @@ def estimate(config: Config, images: ImageForm, world_size: int, utilisation: fl
         network = build_network(config, images)
     parameters = sum(p.numel() for p in network.parameters())
     channels, side, _ = images.shape
-    size, share = config.groups.size, config.groups.share
+    size, share = config.groups.size, config.groups.share or 0.0
     single, grouped = (2 * forward_multiply_adds(network, n, channels, side, n) / n for n in (1, size))
     flops_per_image = 3 * ((1 - share) * single + share * grouped)
 

@@ -25,7 +25,7 @@ def check_engine(config: EngineConfig, optim: OptimConfig) -> None:
     }
     for field, (name, known) in named.items():
         if name not in known:
-            raise ValueError(f"{field}={name}: is not there; set one of {', '.join(map(repr, known))}")
+            raise ValueError(f"{field}={name}: input should be {' or '.join(map(repr, known))}")
     for option in dict.fromkeys(option for engine in ENGINES.values() for option in engine.options):
         value, fitting = getattr(config, option), [name for name in ENGINES if option in ENGINES[name].options]
         if value and config.engine not in fitting:
