@@ -3,7 +3,7 @@
 import torch
 
 from tests.trainer.go_on import stored
-from trainer.checkpoints.weights import find_checkpoint
+from trainer.checkpoints.weights import WeightSource, find_checkpoint
 from trainer.config.tree import load_config
 from trainer.engines.build import ENGINES
 from trainer.engines.single import Single
@@ -37,5 +37,5 @@ def test_an_engine_of_ones_own_trains_saves_resumes_and_samples(monkeypatch, tmp
     assert {int(continued[name]) for name in continued if name.endswith(".step")} == {3}
 
     checkpoint = find_checkpoint(tmp_path / "whole")
-    pixels, _, _ = make_samples(checkpoint, load_config(checkpoint / "config.yaml"))
+    pixels, _, _ = make_samples(WeightSource(checkpoint), load_config(checkpoint / "config.yaml"))
     assert pixels.shape[:2] == (10, 2)  # groups, images of each

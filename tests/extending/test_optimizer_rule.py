@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.trainer.go_on import stored
-from trainer.checkpoints.weights import find_checkpoint
+from trainer.checkpoints.weights import WeightSource, find_checkpoint
 from trainer.config.tree import load_config
 from trainer.engines.optimizer import OPTIMIZERS, RULES
 from trainer.errors import RunError
@@ -68,7 +68,7 @@ def test_an_optimizer_of_ones_own_trains_saves_resumes_and_samples(engine, run, 
     moments = {name.rpartition(".")[2] for name in whole if name.startswith("optimizer.")}
     assert moments == {"momentum_buffer"}
     checkpoint = find_checkpoint(tmp_path / "whole")
-    pixels, _, _ = make_samples(checkpoint, load_config(checkpoint / "config.yaml"))
+    pixels, _, _ = make_samples(WeightSource(checkpoint), load_config(checkpoint / "config.yaml"))
     assert pixels.shape[:2] == (10, 2)  # groups, images of each
 
 
