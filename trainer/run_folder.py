@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.stores.files import sync
+from data.stores.files import write_text
 from trainer.config.fields import marked, matches
 from trainer.config.parsing import dotted, to_yaml
 from trainer.config.tree import Config, stored_config
@@ -58,10 +58,4 @@ def sole_user(folder: Path) -> Iterator[None]:
 
 def write_config(config: Config) -> None:
     """Make the run folder and put the resolved config there, whole or not at all. One rank calls it."""
-    path = Path(config.run) / CONFIG
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        file.write(to_yaml(config))
-        sync(file)
-    partial.replace(path)
+    write_text(Path(config.run) / CONFIG, to_yaml(config))

@@ -10,7 +10,7 @@ from typing import TextIO
 import numpy as np
 from tqdm import tqdm
 
-from data.stores.files import sync
+from data.stores.files import sync, write_text
 
 
 class Sink:
@@ -123,9 +123,5 @@ def _continue_rows(path: Path, position: int) -> TextIO:
             if row["position"] > position:
                 break
             kept.append(line + "\n")
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        file.writelines(kept)
-        sync(file)
-    partial.replace(path)
+    write_text(path, "".join(kept))
     return path.open("a")
