@@ -63,7 +63,7 @@ def schema(model: type[BaseModel], bases: bool = True) -> str:
     """Return the JSON schema of YAML files with fields of a class: any part of them, and `base`."""
     made = _partial(model.model_json_schema())
     if bases:
-        base = {"description": "YAML files, relative to this one, whose fields this one's go over."}
+        base: dict[str, Any] = {"description": "YAML files, relative to this one, whose fields this one's go over."}
         base["anyOf"] = [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]
         made["properties"] = {"base": base, **made["properties"]}
     return json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -56,6 +56,8 @@ def _take(tree: dict, name: str) -> tuple[object] | None:
     """Remove a field from the tree and return its value in a tuple; None if it is not there."""
     *parents, leaf = name.split(".")
     for parent in parents:
-        if not isinstance(tree := tree.get(parent), dict):
+        section = tree.get(parent)
+        if not isinstance(section, dict):
             return None
+        tree = section
     return (tree.pop(leaf),) if leaf in tree else None

@@ -93,7 +93,7 @@ def explain(error: pydantic.ValidationError, fields: dict[str, str]) -> str:
     if first["type"] == "missing":
         return f"{place}: missing; set it{_hint(place, fields)}"
     if first["type"] == "value_error":  # raised by our own validators: the message has the rest of the place
-        message = ".".join(filter(None, (place, str(first["ctx"]["error"]))))
+        message = ".".join(filter(None, (place, str(first.get("ctx", {})["error"]))))
         return message + _hint(message.partition("=")[0], fields)
     if first["type"] in ("model_type", "model_attributes_type"):
         inside = next((name for name in fields if name.startswith(f"{place}.")), place)

@@ -93,15 +93,15 @@ class Config(EngineConfig, extra="forbid", frozen=True, use_attribute_docstrings
     path: ChosenPath = path_config({})
     loss: Losses = {}
     """Terms of the loss by name, each with its weight. `denoising` is there by itself."""
-    data: DataConfig = DataConfig()
+    data: DataConfig = DataConfig.model_validate({})
     model: ModelConfig = model_config({})
-    groups: GroupsConfig = GroupsConfig()
-    optim: OptimConfig = OptimConfig()
-    train: TrainConfig = TrainConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    resume: ResumeConfig = ResumeConfig()
-    sample: SampleConfig = SampleConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
+    groups: GroupsConfig = GroupsConfig.model_validate({})
+    optim: OptimConfig = OptimConfig.model_validate({})
+    train: TrainConfig = TrainConfig.model_validate({})
+    checkpoint: CheckpointConfig = CheckpointConfig.model_validate({})
+    resume: ResumeConfig = ResumeConfig.model_validate({})
+    sample: SampleConfig = SampleConfig.model_validate({})
+    evaluate: EvaluateConfig = EvaluateConfig.model_validate({})
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
