@@ -1,4 +1,4 @@
-"""The structure of the house, read from its imports: which way the arrows point, and how large files and folders are."""
+"""The structure of the house, read from its imports: which way arrows point, how large files and folders are."""
 
 import ast
 import subprocess
