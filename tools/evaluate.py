@@ -19,7 +19,7 @@ from command_line import run_tool
 from tqdm import tqdm
 
 from data.errors import UserError
-from trainer.build import open_data
+from data.sets.registry import open_halves
 from trainer.checkpoints.weights import find_checkpoint
 from trainer.errors import RunError
 from trainer.evaluation.by_detector import evaluate_images, open_detector
@@ -80,7 +80,7 @@ def _evaluator(run: Path) -> Callable[[np.ndarray, np.ndarray], dict]:
     """By the images that the run was trained on."""
     config = read_config(run)
     try:
-        return make_evaluator(*(open_data(config, split) for split in ("train", "heldout")))
+        return make_evaluator(*open_halves(config.data))
     except UserError as error:
         raise RunError(f"{error}; give --detector and --reference") from None
 

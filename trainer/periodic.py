@@ -11,9 +11,9 @@ from torch import Tensor
 from data.batches.batch import Batch
 from data.sets.form import form_of
 from data.sets.images import Images
+from data.sets.registry import open_halves
 from models.paths.base import NoisePath
 from trainer.analysis.cross_attention import CrossAttention, step_attention
-from trainer.build import open_data
 from trainer.checkpoints.weights import WeightSource
 from trainer.config.tree import Config
 from trainer.engines.base import Engine
@@ -134,7 +134,7 @@ def make_evaluation(config: Config, images: Images, ranks: Ranks) -> Callable[[T
 
     if ranks.rank:
         return lambda samples: None
-    classify = make_evaluator(*(open_data(config, split) for split in ("train", "heldout")))
+    classify = make_evaluator(*open_halves(config.data))
 
     def compute(samples: Tensor) -> dict:
         label = np.arange(images.num_classes).repeat(settings.per_class)

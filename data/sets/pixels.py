@@ -1,17 +1,21 @@
 """Pixels as training sees them: centre crops in a store, which lies in memory-mapped shards."""
 
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data.errors import DataError
 from data.randomness import Draws
+from data.sets.arrays import ArrayImages
 from data.sets.stored import StoredImages, check_expected
 from data.stores.store import read_manifest
 
 MADE_BY = "tools/precompute_pixels.py"
 MAIN = "pixels"  # the field of the images
+MOST_IN_MEMORY = 20_000  # images that a small classifier is trained on and compared with
 
 
 class Pixels(StoredImages):
@@ -34,3 +38,21 @@ class Pixels(StoredImages):
         flip = self.flipped(numbers, draws)
         pixels[flip] = pixels[flip][..., ::-1]
         return torch.from_numpy(pixels).float().div_(127.5).sub_(1)
+
+    def halves(self) -> tuple[ArrayImages, ArrayImages]:
+        """Return four fifths of the images and the others, chosen by checksums of their keys, so the same for every run
+        on these images. Of more than MOST_IN_MEMORY, so many. Raise DataError if a part has no image of a class."""
+        place = np.array([zlib.crc32(key) for key in self._store.index["key"]], np.uint32)
+        chosen = np.argsort(place, kind="stable")[:MOST_IN_MEMORY]
+        heldout = place[chosen] % 5 == 0
+        parts = []
+        for numbers in (np.sort(chosen[~heldout]), np.sort(chosen[heldout])):
+            x = self._store.read(MAIN, numbers).astype(np.float32) / 127.5 - 1
+            label = self.label[numbers]
+            if missing := set(range(self.num_classes)) - set(label.tolist()):
+                raise DataError(
+                    f"data.pixels={self._folder}: too few images of class {min(missing)} to keep a fifth of them for"
+                    " comparison"
+                )
+            parts.append(ArrayImages(x, label, x.reshape(len(x), -1), self.num_classes))
+        return parts[0], parts[1]

@@ -6,6 +6,7 @@ To add a set, write a file that makes an Images (data/sets/images.py) and add a 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, Field, model_validator
 
 from data.errors import DataError
@@ -17,6 +18,7 @@ from data.sets.pixels import Pixels
 from data.sets.streamed_latents import StreamedLatents
 
 Split = Literal["train", "heldout"]
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, int]
 
 
 class DataConfig(
@@ -71,6 +73,7 @@ class ImageSet(NamedTuple):
 
     open: Callable[[DataConfig, Split], Images]
     heldout: bool = False  # whether it has images that training never sees; they are read as arrays, by the evaluation
+    halves: Callable[[DataConfig], tuple[ArrayImages, ArrayImages]] | None = None  # see open_halves; None: not possible
     fields: tuple[str, ...] = ()  # of DataConfig, that only some sets have
     made_by: str | None = None  # the tool that makes its folder, which the config gives by the name of the set
 
@@ -83,14 +86,23 @@ def _open_latents(config: DataConfig, split: Split) -> Images:
     return Latents(folder, config.neighbors, config.vae, config.flip, expected)
 
 
-def _open_pixels(config: DataConfig, split: Split) -> Images:
+def _open_pixels(config: DataConfig, split: Split = "train") -> Pixels:
     expected: dict[str, float | None] = {"channels": config.channels, "side": config.side}
     return Pixels(str(config.pixels), config.neighbors, config.flip, expected)
 
 
+def in_memory(load: Callable[[str], Arrays]) -> ImageSet:
+    """Return a set of arrays (x, label, features, number of classes), as ArrayImages takes them, of each split."""
+
+    def both(config: DataConfig) -> tuple[ArrayImages, ArrayImages]:
+        return ArrayImages(*load("train")), ArrayImages(*load("heldout"))
+
+    return ImageSet(lambda config, split: ArrayImages(*load(split)), heldout=True, halves=both)
+
+
 SETS: dict[str, ImageSet] = {
-    "digits": ImageSet(lambda config, split: ArrayImages(*digits.load(split)), heldout=True),
-    "glyphs": ImageSet(lambda config, split: ArrayImages(*glyphs.load(split)), heldout=True),
+    "digits": in_memory(digits.load),
+    "glyphs": in_memory(glyphs.load),
     "latents": ImageSet(
         _open_latents,
         fields=("latents", "neighbors", "channels", "side", "scaling", "vae", "streaming"),
@@ -98,6 +110,7 @@ SETS: dict[str, ImageSet] = {
     ),
     "pixels": ImageSet(
         _open_pixels,
+        halves=lambda config: _open_pixels(config).halves(),
         fields=("pixels", "neighbors", "channels", "side"),
         made_by="tools/precompute_pixels.py",
     ),
@@ -110,3 +123,12 @@ def open_images(config: DataConfig, split: Split = "train") -> Images:
     if split == "heldout" and not chosen.heldout:
         raise DataError(f"data.name={config.name}: has no held-out images")
     return chosen.open(config, split)
+
+
+def open_halves(config: DataConfig) -> tuple[ArrayImages, ArrayImages]:
+    """Return real images to train a small classifier on, and others to compare samples with, in memory. Of a set with
+    held-out images these are the others; a store of pixels is cut in two. Raise DataError where neither is possible."""
+    halves = SETS[config.name].halves
+    if not halves:
+        raise DataError(f"data.name={config.name}: has no held-out images")
+    return halves(config)

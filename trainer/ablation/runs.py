@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from data.sets.registry import DataConfig
+from data.sets.registry import DataConfig, open_halves
 from data.stores.claims import Claims
 from data.stores.files import write_json
 from trainer.analysis import attention
-from trainer.build import open_data
 from trainer.checkpoints.weights import WeightSource, find_checkpoint
 from trainer.config.fields import marked, matches
 from trainer.config.parsing import dotted, to_yaml
@@ -103,7 +102,7 @@ def run_cells(
     for number in claims:
         config = configs[names[number]]
         if config.data not in evaluators:
-            evaluators[config.data] = make_evaluator(*(open_data(config, split) for split in ("train", "heldout")))
+            evaluators[config.data] = make_evaluator(*open_halves(config.data))
         result = measure_run(config, guidance, evaluators[config.data])
         write_json(out / f"{names[number]}.json", result | {"settings": _settings(config, guidance)})
         claims.release(number)

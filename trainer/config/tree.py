@@ -113,7 +113,7 @@ class Config(EngineConfig, extra="forbid", frozen=True, use_attribute_docstrings
             raise ValueError(f"train.images={self.train.images}: less than one batch of {self.train.global_batch}")
         if self.checkpoint.snapshot_every and not self.optim.power_ema:
             raise ValueError("checkpoint.snapshot_every: there is nothing to snapshot; set optim.power_ema=[0.05,0.1]")
-        if self.evaluate.every and not self.evaluate.detector and not SETS[self.data.name].heldout:
+        if self.evaluate.every and not self.evaluate.detector and not SETS[self.data.name].halves:
             raise ValueError(f"evaluate.detector=null: data.name={self.data.name} needs one, and evaluate.reference")
         if self.train.micro_batch and self.train.micro_batch % size:
             raise ValueError(f"train.micro_batch={self.train.micro_batch}: must be a multiple of groups.size={size}")
