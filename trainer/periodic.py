@@ -84,8 +84,9 @@ class Periodic:
         config = evaluation_config(self._config)
         with engine.ema_weights():
             samples, _ = generate(Networks(engine), config, self._images, self._ranks)
+        assert self._compute_metrics  # evaluate.every is set
         record = self._compute_metrics(samples)
-        if self._ranks.rank == 0:
+        if record is not None:  # on rank 0
             about = describe(WeightSource(None), config) | {"position": position}
             monitor.evaluation(record | {"samples": about}, position)
 
@@ -127,7 +128,7 @@ def make_evaluation(config: Config, images: Images, ranks: Ranks) -> Callable[[T
         metrics = list(settings.metrics) if settings.metrics else None
         shape = Generated(torch.zeros(1, *images.shape), decode).shape
         detector = by_detector.open_detector(settings.detector, ranks)
-        evaluate = by_detector.make_evaluator(detector, shape, Path(settings.reference), metrics, ranks)
+        evaluate = by_detector.make_evaluator(detector, shape, Path(str(settings.reference)), metrics, ranks)
         return lambda samples: evaluate(Generated(samples.flatten(0, 1), decode))
 
     from trainer.evaluation.classifier import make_evaluator

@@ -35,13 +35,15 @@ class Objective:
         `loss/NAME` is what each term is before its weight. `network` is the engine of the network that this was made
         of; terms with modules are computed in `autocast`."""
         forward = replace(forward_pass(network, path, batch), hidden=self._hidden.take())
-        total, parts = None, {}
+        parts: dict[str, Tensor] = {}
+        total: Tensor | None = None
         for name, (weight, term) in self._terms.items():
             with autocast() if term.modules is not None else nullcontext():
                 loss = term(forward, batch, path)
             parts[f"loss/{name}"] = loss.detach()
             weighted = loss if weight == 1 else weight * loss
             total = weighted if total is None else total + weighted
+        assert total is not None  # there is a term
         return {"loss": total} if self._terms.keys() == {MAIN} else {"loss": total, **parts}
 
 
@@ -50,8 +52,9 @@ class _HiddenStates:
 
     def __init__(self, network: nn.Module, blocks: Iterable[int]) -> None:
         self._found: dict[int, Tensor] = {}
+        modules = list(network.get_submodule("blocks").children())
         for number in blocks:
-            network.blocks[number].register_forward_hook(self._keep(number))
+            modules[number].register_forward_hook(self._keep(number))
 
     def _keep(self, number: int) -> Callable[..., None]:
         found = self._found
@@ -96,9 +99,10 @@ def _make_term(
         except ValueError as error:
             raise ValueError(f"{name}.{error}") from None
     _check_extra(name, term.extra, extra)
+    blocks = len(list(network.get_submodule("blocks").children()))
     for number in term.hidden:
-        if not 0 <= number < len(network.blocks):
-            raise ValueError(f"{name}: asks for block {number}; blocks are 0 to {len(network.blocks) - 1}")
+        if not 0 <= number < blocks:
+            raise ValueError(f"{name}: asks for block {number}; blocks are 0 to {blocks - 1}")
     return term
 
 

@@ -35,7 +35,7 @@ def _known(value: object) -> object:
             near = difflib.get_close_matches(str(name), TERMS, n=1, cutoff=0.0)[0]
             raise ValueError(f"{name}: no such loss term; did you mean {near}?")
     value = {MAIN: {}} | value
-    fields = {name: (SerializeAsAny[TERMS[name].Config], ...) for name in TERMS if name in value}
+    fields: dict[str, Any] = {name: (SerializeAsAny[TERMS[name].Config], ...) for name in TERMS if name in value}
     checked = create_model("Losses", __config__=ConfigDict(extra="forbid"), **fields).model_validate(value)
     return {name: getattr(checked, name) for name in fields}  # in the order of TERMS, in which they are added up
 

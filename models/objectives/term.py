@@ -17,16 +17,55 @@ from models.paths.base import NoisePath
 class NoisyImages(Protocol):
     """What a forward pass needs of a batch of B images in groups of `group_size`, each group contiguous."""
 
-    x: Tensor  # (B, C, H, W), clean
-    noise: Tensor  # (B, C, H, W)
-    u: Tensor  # (B,) in [0, 1]: quantiles of the path's distribution of timesteps
-    label: Tensor  # (B,)
-    slot: Tensor  # (B,)
-    conditional: Tensor  # (B,) bool; an image that is not gets the null label
-    group_size: int
-    grouped: int | None  # the first so many share attention in their groups; None: all
-    position: int  # images seen before the step
-    extra: Mapping[str, Tensor]  # (B, ...) each: what the terms asked for by `extra`
+    @property
+    def x(self) -> Tensor:
+        """Clean images (B, C, H, W)."""
+        ...
+
+    @property
+    def noise(self) -> Tensor:
+        """Their noise, (B, C, H, W)."""
+        ...
+
+    @property
+    def u(self) -> Tensor:
+        """Quantiles of the path's distribution of timesteps, (B,) in [0, 1]."""
+        ...
+
+    @property
+    def label(self) -> Tensor:
+        """Class numbers (B,)."""
+        ...
+
+    @property
+    def slot(self) -> Tensor:
+        """Rows of the sample embedding, (B,)."""
+        ...
+
+    @property
+    def conditional(self) -> Tensor:
+        """Which images keep their class, (B,) bool; the others get the null label."""
+        ...
+
+    @property
+    def group_size(self) -> int:
+        """Images of a group."""
+        ...
+
+    @property
+    def grouped(self) -> int | None:
+        """How many images, from the first, share attention in their groups. None: all."""
+        ...
+
+    @property
+    def position(self) -> int:
+        """Images seen before the step."""
+        ...
+
+    @property
+    def extra(self) -> Mapping[str, Tensor]:
+        """What loss terms asked for by `extra`, (B, ...) each."""
+        ...
 
 
 @dataclass(frozen=True)
