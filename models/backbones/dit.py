@@ -1,6 +1,7 @@
 """The DiT backbone (Peebles & Xie, arXiv 2212.09748) with group attention; SiT uses the same network."""
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -51,7 +52,7 @@ class DiT(Backbone):
     """Diffusion transformer for images (channels, side, side) of `num_classes` classes. It predicts `out_channels`,
     twice those of the images where it learns a variance as well."""
 
-    class Config(BackboneConfig):
+    class Config(BackboneConfig, frozen=True):
         """The network. `size` fills depth, width and heads; leave it out to choose them freely."""
 
         sizes = {  # table 1 of arXiv 2212.09748
@@ -87,7 +88,7 @@ class DiT(Backbone):
         return unpatchify(self.final_layer(tokens, c), self.config.patch)
 
 
-def initialise(network: nn.Module) -> None:
+def initialise(network: Any) -> None:
     """As DiT: Xavier-uniform layers, N(0, 0.02) embeddings, adaLN-Zero: every block starts as the identity."""
     for module in network.modules():
         if isinstance(module, nn.Linear):

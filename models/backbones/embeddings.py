@@ -1,6 +1,7 @@
 """What a DiT adds to its tokens and its conditioning: positions, time, class, slot in the group. Names as in DiT."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,8 @@ class TimestepEmbedder(nn.Module):
         half = self.frequencies // 2
         rates = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
         angles = t.float()[:, None] * rates  # in fp32 always: bf16 would merge neighbouring timesteps
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype))
+        first: Any = self.mlp[0]
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(first.weight.dtype))
 
 
 class LabelEmbedder(nn.Module):

@@ -66,6 +66,8 @@ class RotaryAttention(GroupAttention):
     """Group attention with qk-norm (Henry et al., arXiv 2010.04245) and 2-D RoPE. Positions restart in each image: what
     patches of two images see of each other depends on where they are in their own images, not on the images' order."""
 
+    rotation: Tensor
+
     def __init__(self, width: int, heads: int, rotation: Tensor, kind: str = "softmax") -> None:
         super().__init__(width, heads, kind)
         self.q_norm = RMSNorm(width // heads)
@@ -101,7 +103,7 @@ class JiT(Backbone):
     `x_embedder.proj1` and `proj2` are matrices here and whose `in_context_posemb` has a leading dimension of 1.
     """
 
-    class Config(BackboneConfig):
+    class Config(BackboneConfig, frozen=True):
         """The network. `size` fills depth, width, heads and the like; leave it out to choose them freely."""
 
         sizes = {  # table 9 of arXiv 2511.13720
@@ -150,7 +152,7 @@ class JiT(Backbone):
             JiTBlock(config, alone if i < config.context_start else joined) for i in range(config.depth)
         )
         self.final_layer = FinalLayer(config.width, config.patch, self.out_channels)
-        self.final_layer.norm_final = RMSNorm(config.width)
+        self.final_layer.norm_final = RMSNorm(config.width)  # pyright: ignore[reportAttributeAccessIssue]
         initialise(self)
         if config.context_tokens:
             nn.init.normal_(self.in_context_posemb, std=0.02)

@@ -82,7 +82,7 @@ class NoisePath:
     singular = False
 
     def __init__(self, config: Any = None) -> None:
-        self.config = self.Config() if config is None else config
+        self.config: Any = self.Config.model_validate({}) if config is None else config
 
     @property
     def name(self) -> str:

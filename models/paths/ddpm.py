@@ -19,7 +19,7 @@ class DDPM(NoisePath):
     derivatives, so ODE and SDE samplers do not apply.
     """
 
-    class Config(PathConfig):
+    class Config(PathConfig, frozen=True):
         """Which path, which timesteps in training, and how they are weighted."""
 
         default_timesteps = "discrete"

@@ -22,7 +22,7 @@ class LinearFlow(NoisePath):
 class GVP(NoisePath):
     """The generalised variance-preserving path (arXiv 2401.08740, sec. 2.4)."""
 
-    class Config(PathConfig):
+    class Config(PathConfig, frozen=True):
         """Which path, which timesteps in training, and how they are weighted."""
 
         name: str = "gvp"
@@ -39,7 +39,7 @@ class VP(NoisePath):
     """The variance-preserving path of Song et al. (arXiv 2011.13456, eq. 33). Its velocity is infinite at the data:
     training and sampling end a little before it, where SiT's do."""
 
-    class Config(PathConfig):
+    class Config(PathConfig, frozen=True):
         """Which path, which timesteps in training, and how they are weighted."""
 
         name: str = "vp"
@@ -65,7 +65,7 @@ class JiTFlow(LinearFlow):
     the last step goes to the predicted data.
     """
 
-    class Config(PathConfig):
+    class Config(PathConfig, frozen=True):
         """Which path, which timesteps in training, and how they are weighted."""
 
         default_timesteps = "logit_normal"

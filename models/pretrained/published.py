@@ -7,7 +7,7 @@ ours in the patch embedding, a convolution there, in what they hold besides the 
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -169,7 +169,7 @@ def _as_config(model: dict) -> dict:
     return model | {"time_scale": 1.0}  # all of them embed the path's own times
 
 
-def _check(weights: Weights, config: BackboneConfig, channels: int, predictions: int, kind: str) -> None:
+def _check(weights: Weights, config: Any, channels: int, predictions: int, kind: str) -> None:
     """ValueError names the first tensor that is not as in our network."""
     with torch.device("meta"):
         network = DiT(config, channels, config.patch, _rows(weights, CLASSES) - 1, predictions * channels)

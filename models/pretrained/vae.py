@@ -1,7 +1,9 @@
 """The autoencoder between pixels and latents: diffusers' AutoencoderKL, from a local folder or a hub name."""
 
+from typing import Any
+
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
 
@@ -13,7 +15,8 @@ class VAE:
 
     def __init__(self, name: str, device: torch.device, precision: str = "fp32") -> None:
         self.name, self.device, self.precision = name, device, precision
-        network, loaded = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False, output_loading_info=True)
+        both: Any = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False, output_loading_info=True)
+        network, loaded = both
         if loaded["missing_keys"]:
             raise ValueError(f"no weights for {', '.join(sorted(loaded['missing_keys']))}")
         self.network = network.to(device).eval().requires_grad_(False)

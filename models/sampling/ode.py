@@ -1,5 +1,7 @@
 """Samplers of the ODE dx = velocity dt, and DDIM: nothing in them is random."""
 
+from typing import Any
+
 import torch
 
 from models.sampling.samplers import Problem, State, same_time
@@ -43,14 +45,14 @@ def dopri5(problem: Problem, state: State) -> State:
     the end at once. Before a singular end it stops, and goes to the predicted data."""
     from torchdiffeq import odeint  # with scipy it takes half a second to import, and no training needs it
 
-    path, times, x = problem.path, problem.times, state.x
+    path, times = problem.path, problem.times
     end = times[-1] - SINGULAR_END * path.singular
-    span = torch.tensor([times[state.step], end], dtype=torch.float64, device=x.device)
+    span = torch.tensor([times[state.step], end], dtype=torch.float64, device=state.x.device)
     last = {"step_t": span[1:]}  # a step ends there: none goes on beyond it, where there is no path
     tolerance = problem.settings.tolerance
-    x = odeint(
+    x: Any = odeint(
         lambda t, x: problem.velocity(x, min(float(t), end)),  # its guess of a first step may look beyond
-        x,
+        state.x,
         span,
         rtol=tolerance,
         atol=tolerance,
