@@ -47,12 +47,12 @@ class Pixels(StoredImages):
         heldout = place[chosen] % 5 == 0
         parts = []
         for numbers in (np.sort(chosen[~heldout]), np.sort(chosen[heldout])):
-            x = self._store.read(MAIN, numbers).astype(np.float32) / 127.5 - 1
             label = self.label[numbers]
             if missing := set(range(self.num_classes)) - set(label.tolist()):
                 raise DataError(
                     f"data.pixels={self._folder}: too few images of class {min(missing)} to keep a fifth of them for"
                     " comparison"
                 )
+            x = self._store.read(MAIN, numbers).astype(np.float32) / 127.5 - 1
             parts.append(ArrayImages(x, label, x.reshape(len(x), -1), self.num_classes))
         return parts[0], parts[1]

@@ -6,7 +6,6 @@ To add a set, write a file that makes an Images (data/sets/images.py) and add a 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-import numpy as np
 from pydantic import BaseModel, Field, model_validator
 
 from data.errors import DataError
@@ -18,7 +17,6 @@ from data.sets.pixels import Pixels
 from data.sets.streamed_latents import StreamedLatents
 
 Split = Literal["train", "heldout"]
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, int]
 
 
 class DataConfig(
@@ -91,18 +89,16 @@ def _open_pixels(config: DataConfig, split: Split = "train") -> Pixels:
     return Pixels(str(config.pixels), config.neighbors, config.flip, expected)
 
 
-def in_memory(load: Callable[[str], Arrays]) -> ImageSet:
-    """Return a set of arrays (x, label, features, number of classes), as ArrayImages takes them, of each split."""
-
-    def both(config: DataConfig) -> tuple[ArrayImages, ArrayImages]:
-        return ArrayImages(*load("train")), ArrayImages(*load("heldout"))
-
-    return ImageSet(lambda config, split: ArrayImages(*load(split)), heldout=True, halves=both)
+def in_memory(load: Callable[[Split], ArrayImages]) -> ImageSet:
+    """Return the set of images in memory that `load` returns for each split."""
+    return ImageSet(
+        lambda config, split: load(split), heldout=True, halves=lambda config: (load("train"), load("heldout"))
+    )
 
 
 SETS: dict[str, ImageSet] = {
-    "digits": in_memory(digits.load),
-    "glyphs": in_memory(glyphs.load),
+    "digits": in_memory(lambda split: ArrayImages(*digits.load(split))),
+    "glyphs": in_memory(lambda split: ArrayImages(*glyphs.load(split))),
     "latents": ImageSet(
         _open_latents,
         fields=("latents", "neighbors", "channels", "side", "scaling", "vae", "streaming"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data.sets.arrays import ArrayImages
-from data.sets.registry import SETS, ImageSet
+from data.sets.registry import SETS, in_memory
 from tests.trainer.forked import TINY
 from trainer.analysis.probe import linear_probe
 from trainer.checkpoints.weights import WeightSource, find_checkpoint, read_weights
@@ -30,7 +30,7 @@ def load(split):
 
 @pytest.fixture(autouse=True)
 def squares(monkeypatch):
-    monkeypatch.setitem(SETS, "squares", ImageSet(lambda config, split: load(split), heldout=True))
+    monkeypatch.setitem(SETS, "squares", in_memory(load))
 
 
 def config(run, *overrides):

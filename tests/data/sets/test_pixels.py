@@ -17,10 +17,10 @@ from data.extraction.crop import center_crop
 from data.extraction.sources import list_source
 from data.extraction.verify import verify_store
 from data.neighbors.graph import build_graph
-from data.randomness import Purpose, draw
+from data.randomness import Draws, Purpose, draw
 from data.sets.pixels import Pixels
 from data.sets.registry import DataConfig, open_images
-from data.stores.shards import agree_on_settings, finish, write_shard
+from data.stores.shards import agree_on_settings, finish, shard_names, write_shard
 from data.stores.store import Store, read_manifest
 from tests.stores import encoded, noise, pixels, stored, write
 
@@ -230,3 +230,39 @@ def test_a_field_of_another_kind_of_images_is_named(settings, said):
 def test_another_size_in_the_same_folder_is_refused(files, folder):
     with pytest.raises(DataError, match=r"^size=24: .* was begun with size=16; set it back, or give another --out$"):
         pixels(files[0], folder / "pixels", image_size=24)
+
+
+def test_a_store_is_cut_in_two_by_keys_for_a_small_classifier(tmp_path, monkeypatch):
+    images = Pixels(str(make_halved(tmp_path, 400)), None, True, {})
+    train, heldout = images.halves()
+    assert len(train) + len(heldout) == 400 and 40 < len(heldout) < 120
+    every = np.concatenate([train.x, heldout.x]).reshape(400, -1)
+    whole = images.read(np.arange(400), Draws(np.empty(0), np.empty(0), np.empty(0), flip=np.zeros(400, bool)))
+    assert {row.tobytes() for row in every} == {row.tobytes() for row in whole.numpy().reshape(400, -1)}
+    again = Pixels(str(tmp_path / "pixels"), None, False, {}).halves()
+    assert all(
+        np.array_equal(a.x, b.x) and np.array_equal(a.label, b.label)
+        for a, b in zip(again, (train, heldout), strict=True)
+    )
+    monkeypatch.setattr("data.sets.pixels.MOST_IN_MEMORY", 100)
+    assert sum(len(part) for part in images.halves()) == 100
+
+
+def test_a_store_with_too_few_images_of_a_class_cannot_be_cut(tmp_path):
+    images = Pixels(str(make_halved(tmp_path, 6)), None, False, {})
+    with pytest.raises(DataError, match=r"^data\.pixels=.*: too few images of class \d to keep a fifth of them"):
+        images.halves()
+
+
+def make_halved(folder, number):
+    """A store of random pixels of three classes."""
+    rng = np.random.default_rng(number)
+    label = (np.arange(number) % 3).tolist()
+    agree_on_settings(folder / "pixels", {"size": 4})
+    for path, part in zip(shard_names("pixels", 2), np.array_split(np.arange(number), 2), strict=True):
+        pixels = rng.integers(256, size=(len(part), 3, 4, 4), dtype=np.uint8)
+        write_shard(
+            folder / "pixels" / path, [f"{i:05d}" for i in part], [label[i] for i in part], {"pixels": pixels}, []
+        )
+    finish(folder / "pixels", "pixels", 2, 3, 0)
+    return folder / "pixels"
