@@ -4,26 +4,26 @@ import argparse
 import json
 from pathlib import Path
 
-from command_line import positive, run_tool
+from command_line import HelpFormatter, add_weights_options, positive, run_tool
 from tqdm import tqdm
 
 from trainer.analysis import attention_plots as plots
 from trainer.analysis.attention import data_attention, draw_groups, load_grouped, one_group, sampling_attention
 from trainer.analysis.cross_attention import as_record
 from trainer.checkpoints.weights import WeightSource, find_checkpoint, place_in_run
-from trainer.config.tree import parse_config
+from trainer.config.tree import change_config
 from trainer.run_folder import read_config
 
 
 def main(arguments: list[str]) -> None:
     """Measure a checkpoint and write attention_score.json, .png, attention_images.png and attention_patch.png."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="a run folder (its newest checkpoint) or a checkpoint folder")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add_weights_options(parser)
     parser.add_argument("--during", choices=("data", "sampling"), default="data", help="noisy real groups, or sampling")
-    parser.add_argument("--query", choices=("similarity", "class", "random"), help="default: as trained")
     parser.add_argument(
-        "--groups", type=positive, default=256, metavar="N", help="at most so many groups; default: 256"
+        "--query", choices=("similarity", "class", "random"), help="what groups have in common; default: as trained"
     )
+    parser.add_argument("--groups", type=positive, default=256, metavar="N", help="at most so many groups")
     parser.add_argument(
         "--patch",
         type=int,
@@ -31,16 +31,14 @@ def main(arguments: list[str]) -> None:
         metavar=("GROUP", "IMAGE", "ROW", "COLUMN"),
         help="whose attention is shown; default: in the middle of the first image",
     )
-    parser.add_argument("--log-snr", type=float, default=0.0, help="at which the patch is shown; default: 0")
-    parser.add_argument("--out", type=Path, help="where to write; default: RUN/attention/QUERY, or /sampling")
-    parser.add_argument("--raw", action="store_true", help="the weights themselves instead of their EMA")
-    parser.add_argument("--weights", type=Path, help="those of this file, as tools/reconstruct_ema.py writes")
+    parser.add_argument("--log-snr", type=float, default=0.0, metavar="N", help="at which the patch is shown")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where to write; default: RUN/attention/QUERY, or /sampling"
+    )
     args = parser.parse_args(arguments)
 
     folder = find_checkpoint(args.run)
-    tree = read_config(folder).model_dump()
-    tree["groups"]["query"] = args.query or tree["groups"]["query"]
-    config = parse_config(tree)
+    config = change_config(read_config(folder), [f"groups.query={args.query}"] if args.query else [])
     query = config.groups.query
     out = args.out or place_in_run(folder, f"attention/{query if args.during == 'data' else 'sampling'}")
 

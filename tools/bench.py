@@ -10,14 +10,16 @@ import operator
 import sys
 from pathlib import Path
 
-BENCHMARKS = sorted(file.stem for file in Path(__file__).with_name("benchmarks").glob("[a-z]*.py"))
-BENCHMARKS.remove("pictures")  # what others need
+from command_line import HelpFormatter
+
+SHARED = {"network", "pictures"}  # what benchmarks need
+BENCHMARKS = sorted({file.stem for file in Path(__file__).with_name("benchmarks").glob("[a-z]*.py")} - SHARED)
 COMPARE = {">=": operator.ge, "<=": operator.le, "<": operator.lt, "==": operator.eq}
 
 
 def main(arguments: list[str]) -> int:
     """Run one benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("name", choices=BENCHMARKS, type=lambda name: name.replace("-", "_"))
     parser.add_argument("--json", action="store_true", help="the JSON line alone")
     args = parser.parse_args(arguments)

@@ -7,8 +7,8 @@ command goes on, in any number of processes.
 import argparse
 from pathlib import Path
 
-from command_line import positive, run_tool
-from preprocessing import add_process_options, report, run_in_processes, verify_against
+from command_line import HelpFormatter, add_cluster_options, positive, run_tool
+from preprocessing import report, run_in_processes, verify_against
 
 from data.neighbors.clusters import StoredKeys, cluster_latents
 from data.stores.store import Store, read_manifest
@@ -16,13 +16,19 @@ from data.stores.store import Store, read_manifest
 
 def main(arguments: list[str]) -> None:
     """Make the shards, or verify them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latents", type=Path, required=True, help="a folder of tools/precompute_latents.py")
-    parser.add_argument("--features", type=Path, required=True, help="a folder of tools/precompute_features.py")
-    parser.add_argument("--out", type=Path, required=True, help="where the shards go; on a shared file system")
-    parser.add_argument("--shard-size", type=positive, default=1024, help="images of a shard, about")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--latents", type=Path, required=True, metavar="FOLDER", help="a folder of tools/precompute_latents.py"
+    )
+    parser.add_argument(
+        "--features", type=Path, required=True, metavar="FOLDER", help="a folder of tools/precompute_features.py"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="where the shards go; on a shared file system"
+    )
+    parser.add_argument("--shard-size", type=positive, default=1024, metavar="N", help="images of a shard, about")
     parser.add_argument("--verify", action="store_true", help="only prove that all is there, once and unharmed")
-    add_process_options(parser)
+    add_cluster_options(parser)
     args = parser.parse_args(arguments)
     latents = args.latents.absolute()
     if args.verify:

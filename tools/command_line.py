@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -15,12 +16,13 @@ from trainer.errors import RunError
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Help with the default of every option that has one."""
+    """Help with the default of every option that takes a value and need not be given; its own words if it has some."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        default = action.default
-        said = default in (None, False, argparse.SUPPRESS) or default == [] or "default" in (action.help or "")
-        return action.help if said else f"{action.help}; default: %(default)s"
+        free = action.nargs != 0 and not action.required and action.option_strings
+        if not free or "default" in (action.help or ""):
+            return action.help
+        return f"{action.help}; default: {'none' if action.default in (None, []) else '%(default)s'}"
 
 
 def positive(text: str) -> int:
@@ -42,6 +44,38 @@ def not_negative(text: str) -> int:
 def numbers(text: str) -> tuple[float, ...]:
     """As 1,1.5,2; what is no number, argparse refuses."""
     return tuple(float(number) for number in text.split(","))
+
+
+def add_cluster_options(parser: argparse.ArgumentParser, gpus: bool = True) -> None:
+    """Add the options that say where a tool runs; `gpus`: whether it has a use for them."""
+    parser.add_argument("--nodes", type=positive, metavar="N", help="Slurm nodes; default: this machine, without Slurm")
+    parser.add_argument(
+        "--procs", type=positive, metavar="N", help="processes per node; default: one per GPU, on Slurm 8"
+    )
+    if gpus:
+        parser.add_argument("--cpu", action="store_true", help="ask Slurm for no GPUs")
+    else:
+        parser.set_defaults(cpu=True)
+    parser.add_argument(
+        "--site", metavar="FILE", help="options of the cluster, or a name in configs/cluster/; default: sbatch's own"
+    )
+    parser.add_argument(
+        "--slurm", action="append", default=[], metavar="field=value", help="option of the cluster, as partition=gpu"
+    )
+
+
+def add_weights_options(parser: argparse.ArgumentParser) -> None:
+    """Add the run and the options that say which of its weights are meant."""
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="a run folder (its newest checkpoint) or a checkpoint folder"
+    )
+    parser.add_argument("--raw", action="store_true", help="the weights themselves instead of their EMA")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="weights that reconstruct_ema.py or convert_weights.py wrote; default: the checkpoint's",
+    )
 
 
 def cluster_options(site: str | None, settings: list[str]) -> ClusterOptions:

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import yaml
-from command_line import run_tool
+from command_line import HelpFormatter, run_tool
 from torch import Tensor
 
 from data.sets.form import ImageForm
@@ -26,11 +26,13 @@ from trainer.errors import NOT_LOADED, RunError, first_line
 
 def main(arguments: list[str]) -> None:
     """Convert, write, and say what a user must set."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", metavar="IN", type=Path, help="a .pt, .pth or .safetensors file")
-    parser.add_argument("out", metavar="OUT", type=Path, help="a new .safetensors file; of diffusers: a new folder")
-    parser.add_argument("--from", dest="kind", choices=(*FORMATS, "ours"), help="[by names and values]")
-    parser.add_argument("--to", choices=("ours", "diffusers"), default="ours", help="[ours]")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("file", type=Path, metavar="IN", help="a .pt, .pth or .safetensors file")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new .safetensors file; of diffusers: a new folder")
+    parser.add_argument(
+        "--from", dest="kind", choices=(*FORMATS, "ours"), help="what IN has; default: told by names and values"
+    )
+    parser.add_argument("--to", choices=("ours", "diffusers"), default="ours", help="what OUT gets")
     args = parser.parse_args(arguments)
     if args.to == "ours":
         check_out(args.out)
@@ -88,7 +90,7 @@ def write_diffusers(weights: dict[str, Tensor], config: dict, out: Path, like: P
         side = open_data(parse_config(config)).shape[-1]  # a file of an older version
     settings, converted = to_diffusers(weights, model, path, side)
 
-    from diffusers import DiTTransformer2DModel  # slow to import
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel  # slow to import
 
     partial = out.with_name(f"{out.name}.partial")
     transformer = DiTTransformer2DModel(**settings)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from command_line import run_tool
+from command_line import HelpFormatter, run_tool
 from tqdm import tqdm
 
 from data.errors import UserError
@@ -31,18 +31,30 @@ from trainer.run_folder import read_config
 
 def main(arguments: list[str]) -> None:
     """Print the report; write RUN/report.json, or with a detector a line of RUN/evaluations.jsonl."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, nargs="?", help="a run folder with samples.npz")
-    parser.add_argument("overrides", nargs="*", metavar="sample.field=value", help="for --sweep: of all its samples")
-    parser.add_argument("--detector", help="TorchScript file as inception-2015-12-05.pt, or DINOv2 by folder or name")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="a run folder with samples.npz")
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="for --sweep: of all its samples")
     parser.add_argument(
-        "--reference", type=Path, help="ADM's .npz, or real images: .npz with arr_0, a folder, tar shards"
+        "--detector",
+        metavar="FILE",
+        help="TorchScript, as inception-2015-12-05.pt, or DINOv2 by folder or name; default: a small classifier",
     )
-    parser.add_argument("--metrics", help="as fid,sfid,is,kid,precision,recall; default: all that the detector offers")
-    parser.add_argument("--images", type=Path, help="what to measure instead of the run's samples: .npz or folder")
-    parser.add_argument("--cache", type=Path, help="for statistics of references; default: a folder beside each")
-    parser.add_argument("--sweep", action="append", metavar="FIELD=V,V", help="sample.field, or weights=ema,raw,FILE")
-    parser.add_argument("--out", type=Path, help="folder of a sweep; default: RUN/sweep")
+    parser.add_argument(
+        "--reference", type=Path, metavar="FILE", help="ADM's .npz, or real images: .npz with arr_0, folder, tar shards"
+    )
+    parser.add_argument(
+        "--metrics", metavar="NAME,NAME", help="as fid,sfid,is,kid,precision,recall; default: all of the detector"
+    )
+    parser.add_argument(
+        "--images", type=Path, metavar="FILE", help=".npz or folder to measure; default: the run's samples.npz"
+    )
+    parser.add_argument(
+        "--cache", type=Path, metavar="FOLDER", help="for statistics of references; default: a folder beside each"
+    )
+    parser.add_argument(
+        "--sweep", action="append", metavar="field=a,b,c", help="sample.field=..., or weights=ema,raw,FILE"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where a sweep is written; default: RUN/sweep")
     args = parser.parse_intermixed_args(arguments)
     _check(args)
     with process_group() as ranks:
@@ -94,10 +106,12 @@ def _by_classifier(evaluate: Callable[[np.ndarray, np.ndarray], dict], folder: P
 
 def _by_detector(args: argparse.Namespace, ranks: Ranks, images: Path | None, folder: Path | None) -> dict | None:
     """Of `images`, or of samples.npz in a folder."""
-    beside = images and images.parent / "samples.json"
-    record = json.loads(beside.read_text()) if images and images.name == "samples.npz" and beside.is_file() else None
-    if not images:
+    record = None
+    if images is None:
+        assert folder  # `_check` asks for one of them
         images, record = _samples(folder)
+    elif images.name == "samples.npz" and (beside := images.with_name("samples.json")).is_file():
+        record = json.loads(beside.read_text())
     detector = open_detector(args.detector, ranks)
     metrics = args.metrics.split(",") if args.metrics else None
     with tqdm(unit="img", desc="evaluate", disable=ranks.rank > 0) as bar:
@@ -116,7 +130,9 @@ def _sweep(args: argparse.Namespace, ranks: Ranks) -> None:
     evaluate = None if args.detector else _evaluator(args.run)
 
     def measure(folder: Path) -> dict:
-        return _by_classifier(evaluate, folder) if evaluate else _by_detector(args, ranks, None, folder)
+        report = _by_classifier(evaluate, folder) if evaluate else _by_detector(args, ranks, None, folder)
+        assert report is not None  # this is the only rank
+        return report
 
     with tqdm(unit="img", desc="sample") as bar:
         rows = run_sweep(checkpoint, axes, args.overrides, out, measure, bar.update)

@@ -6,33 +6,20 @@ same command goes on, in any number of processes.
 
 import argparse
 
-from command_line import positive, run_tool
-from preprocessing import add_image_options, add_process_options, report, run_in_processes, verify
+from command_line import HelpFormatter, add_cluster_options, positive, run_tool
+from preprocessing import add_image_options, make_store
 
 from trainer.precompute import precompute_pixels
 
 
 def main(arguments: list[str]) -> None:
     """Make the shards, or verify them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_image_options(parser, shard_size=512)
-    parser.add_argument("--size", type=positive, default=256, help="pixels a side of the centre crop")
-    add_process_options(parser, gpus=False)
+    parser.add_argument("--size", type=positive, default=256, metavar="N", help="pixels a side of the centre crop")
+    add_cluster_options(parser, gpus=False)
     args = parser.parse_args(arguments)
-    if args.verify:
-        verify(args.out, args.images)
-    run_in_processes(
-        args,
-        precompute_pixels,
-        images=args.images.absolute(),
-        out=args.out.absolute(),
-        image_size=args.size,
-        part_size=args.shard_size,
-        workers=args.workers,
-        max_rejects=args.max_rejects,
-    )
-    if not args.nodes:
-        report(args.out)
+    make_store(args, precompute_pixels, image_size=args.size)
 
 
 if __name__ == "__main__":

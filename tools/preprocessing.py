@@ -17,32 +17,42 @@ from data.stores.shards import MANIFEST
 from slurm.launch import call_share, follow, submit_array, submit_here
 
 
-def add_process_options(parser: argparse.ArgumentParser, gpus: bool = True) -> None:
-    """Where the tool runs, and whether it has a use for GPUs."""
-    parser.add_argument("--nodes", type=positive, help="Slurm nodes: a job array of as many jobs, which share the work")
-    parser.add_argument("--procs", type=positive, help="processes per node; default: one per GPU (on Slurm: 8)")
-    if gpus:
-        parser.add_argument("--cpu", action="store_true", help="ask Slurm for no GPUs")
-    else:
-        parser.set_defaults(cpu=True)
-    parser.add_argument("--site", help="a file of options of the cluster, or its name in configs/cluster/")
-    parser.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="as --slurm partition=gpu")
-
-
 def add_image_options(parser: argparse.ArgumentParser, shard_size: int = 2048) -> None:
     """Which images become which shards."""
-    parser.add_argument("--images", type=Path, required=True, help="a tree of class folders, or a folder of tar shards")
-    parser.add_argument("--out", type=Path, required=True, help="where the shards go; on a shared file system")
-    parser.add_argument("--workers", type=not_negative, default=4, help="processes that decode images, for each GPU")
-    parser.add_argument("--shard-size", type=positive, default=shard_size, help="images of a shard (of class folders)")
-    parser.add_argument("--max-rejects", type=not_negative, default=0, help="damaged images allowed: rejected.jsonl")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="a tree of class folders, or a folder of tar shards",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="where the shards go; on a shared file system"
+    )
+    parser.add_argument(
+        "--workers", type=not_negative, default=4, metavar="N", help="processes that decode images, for each GPU"
+    )
+    parser.add_argument(
+        "--shard-size",
+        type=positive,
+        default=shard_size,
+        metavar="N",
+        help="images of a shard, if IN has class folders",
+    )
+    parser.add_argument(
+        "--max-rejects",
+        type=not_negative,
+        default=0,
+        metavar="N",
+        help="damaged images allowed; rejected.jsonl lists them",
+    )
     parser.add_argument("--verify", action="store_true", help="only prove that all is there, once and unharmed")
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
     """How the network that encodes the images computes."""
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of the network's arithmetic")
-    parser.add_argument("--batch", type=positive, default=32, help="images the network takes at once")
+    parser.add_argument("--batch", type=positive, default=32, metavar="N", help="images the network takes at once")
 
 
 def run_in_processes(args: argparse.Namespace, function: Callable[..., Any], **arguments: Any) -> None:
@@ -64,19 +74,32 @@ def run_in_processes(args: argparse.Namespace, function: Callable[..., Any], **a
         follow(submit_here(logs, procs, gpus, shares[0]))
 
 
+def make_store(args: argparse.Namespace, function: Callable[..., Any], **arguments: Any) -> None:
+    """Make the store of images that the options of `add_image_options` ask for, or verify it."""
+    if args.verify:
+        verify_against(args.out, list_source(args.images, part_size=2048))
+    run_in_processes(
+        args,
+        function,
+        images=args.images.absolute(),
+        out=args.out.absolute(),
+        part_size=args.shard_size,
+        workers=args.workers,
+        max_rejects=args.max_rejects,
+        **arguments,
+    )
+    if not args.nodes:
+        report(args.out)
+
+
 def report(folder: Path) -> None:
     """Whether the work in a folder is complete."""
     path = folder / MANIFEST
     if not path.is_file():
-        print(f"{folder}: not complete yet; the same command goes on with it")
+        print(f"{folder}: not complete yet; the same command resumes")
         return
     manifest = json.loads(path.read_text())
     print(f"{folder}: complete, {manifest['images']} images, {manifest.get('rejected', 0)} rejected")
-
-
-def verify(folder: Path, images: Path) -> None:
-    """Print what is wrong with a store made of `images`, and exit."""
-    verify_against(folder, list_source(images, part_size=2048))
 
 
 def verify_against(folder: Path, source: Parts) -> None:

@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from command_line import numbers, positive, run_tool
+from command_line import HelpFormatter, add_weights_options, numbers, positive, run_tool
 from tqdm import tqdm
 
 from trainer.analysis.attention_plots import save
@@ -19,13 +19,11 @@ from trainer.run_folder import read_config
 
 def main(arguments: list[str]) -> None:
     """Probe a checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run folder (its newest checkpoint) or a checkpoint folder")
-    parser.add_argument("--log-snr", type=numbers, default="-4,-2,0,2,4", help="noise levels; default: -4,-2,0,2,4")
-    parser.add_argument("--images", type=positive, default=10_000, help="at most so many; default: 10,000")
-    parser.add_argument("--out", type=Path, help="where to write; default: RUN/probe")
-    parser.add_argument("--raw", action="store_true", help="the weights themselves instead of their EMA")
-    parser.add_argument("--weights", type=Path, help="those of this file, as tools/reconstruct_ema.py writes")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add_weights_options(parser)
+    parser.add_argument("--log-snr", type=numbers, default="-4,-2,0,2,4", metavar="N,N", help="noise levels")
+    parser.add_argument("--images", type=positive, default=10_000, metavar="N", help="at most so many")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: RUN/probe")
     args = parser.parse_args(arguments)
     folder, levels = find_checkpoint(args.run), list(args.log_snr)
     out, source = args.out or place_in_run(folder, "probe"), WeightSource(folder, args.raw, args.weights)

@@ -7,7 +7,7 @@ the same curves.
 import argparse
 from pathlib import Path
 
-from command_line import run_tool
+from command_line import HelpFormatter, run_tool
 
 from data.stores.files import appearing
 from trainer.analysis.report import render
@@ -15,9 +15,9 @@ from trainer.analysis.report import render
 
 def main(arguments: list[str]) -> None:
     """Write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folders, or --out of tools/ablate.py")
-    parser.add_argument("--out", type=Path, help="default: report.html in the first folder")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page; default: report.html in the first folder")
     args = parser.parse_args(arguments)
     out = args.out or args.folders[0] / "report.html"
     page = render(args.folders)

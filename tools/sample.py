@@ -7,8 +7,8 @@ for metrics, by any number of processes; kill it at any time, the same command r
 import argparse
 from pathlib import Path
 
-from command_line import positive, run_tool
-from preprocessing import add_process_options, run_in_processes
+from command_line import HelpFormatter, add_cluster_options, add_weights_options, positive, run_tool
+from preprocessing import run_in_processes
 from tqdm import tqdm
 
 from trainer.checkpoints.weights import WeightSource, find_checkpoint, place_in_run
@@ -23,15 +23,15 @@ from trainer.sampling.samples import make_samples, write_samples
 
 def main(arguments: list[str]) -> None:
     """Generate and write samples.npz (or image files), samples.json and, without --num, samples.png."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run folder (its newest checkpoint), a checkpoint or a .yaml")
-    parser.add_argument("overrides", nargs="*", metavar="sample.field=value", help="as sample.guidance=2")
-    parser.add_argument("--out", type=Path, help="where to write; default: the run folder, or samples-N in it")
-    parser.add_argument("--raw", action="store_true", help="the weights themselves instead of their EMA")
-    parser.add_argument("--weights", type=Path, help="a file, as tools/reconstruct_ema.py or convert_weights.py writes")
-    parser.add_argument("--num", type=positive, help="so many samples, the classes of their groups in turn")
-    parser.add_argument("--format", choices=["npz", "png"], help="with --num: one file (default), or one for each")
-    add_process_options(parser)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add_weights_options(parser)
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="as sample.guidance=2")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where to write; default: the run folder, or samples-N in it"
+    )
+    parser.add_argument("--num", type=positive, metavar="N", help="so many samples for metrics, of all classes in turn")
+    parser.add_argument("--format", choices=["npz", "png"], help="with --num: one file, or one for each; default: npz")
+    add_cluster_options(parser)
     args = parser.parse_intermixed_args(arguments)
 
     source, config = find(args)

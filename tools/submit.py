@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import submitit
-from command_line import HelpFormatter, cluster_options, places, positive, run_tool
+from command_line import HelpFormatter, add_cluster_options, cluster_options, places, positive, run_tool
 
 from data.sets.form import form_of
 from slurm.control import cancel, follow, lost_or_ended, runs_in, status
@@ -29,31 +29,24 @@ from trainer.run_folder import LOCK, check_folder
 
 DEFAULT_CONFIG = "configs/imagenet256/sit/sit-xl-2-light-4.yaml"
 
+JOB = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+JOB.add_argument("--job", choices=["train", "sample"], default="train", help="sample: what tools/sample.py does")
+
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("words", nargs="*", metavar="CONFIG FIELD=VALUE", help=f"default config: {DEFAULT_CONFIG}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, parents=[JOB])
+    parser.add_argument("words", nargs="*", metavar="CONFIG field=value", help=f"default config: {DEFAULT_CONFIG}")
     parser.add_argument(
         "--cluster", choices=["local", "debug", "slurm"], help="where to run; default: slurm with --nodes, else local"
     )
-    parser.add_argument("--nodes", type=positive, metavar="N", help="Slurm nodes; default: 1")
+    add_cluster_options(parser)
     parser.add_argument(
-        "--procs", type=positive, metavar="N", help="processes per node; default: one per GPU, on Slurm 8"
-    )
-    parser.add_argument("--cpu", action="store_true", help="ask Slurm for no GPUs")
-    parser.add_argument(
-        "--site", metavar="FILE", help="options of the cluster, or a name in configs/cluster/; default: sbatch's own"
-    )
-    parser.add_argument(
-        "--slurm", action="append", default=[], metavar="FIELD=VALUE", help="option of the cluster, as partition=gpu"
-    )
-    parser.add_argument(
-        "--sweep", action="append", default=[], metavar="FIELD=A,B,C", help="a run for each value, as groups.size=1,2,4"
+        "--sweep", action="append", default=[], metavar="field=a,b,c", help="a run for each value, as groups.size=1,2,4"
     )
     parser.add_argument("--parallel", type=positive, default=256, metavar="N", help="runs of a sweep at once")
     parser.add_argument(
-        "--fields", nargs="?", const="", metavar="FIELD", help="show what config fields are: one, a section, or all"
+        "--fields", nargs="?", const="", metavar="field", help="show what config fields are: one, a section, or all"
     )
     parser.add_argument("--dry-run", action="store_true", help="print config, script and estimate, and stop")
     parser.add_argument(
@@ -62,8 +55,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--utilisation", type=float, default=0.4, metavar="SHARE", help="of the peak arithmetic, for the estimate"
     )
-    for action in ("status", "follow", "cancel"):
-        parser.add_argument(f"--{action}", type=Path, metavar="RUN", help=f"{action} a run that was submitted")
+    for action, verb in {"status": "show the state of", "follow": "follow", "cancel": "cancel"}.items():
+        parser.add_argument(f"--{action}", type=Path, metavar="RUN", help=f"{verb} a run that was submitted")
     args = parser.parse_intermixed_args(arguments)
     args.overrides = [word for word in args.words if "=" in word and not Path(word).is_file()]
     configs = [word for word in args.words if word not in args.overrides]
@@ -163,9 +156,7 @@ def report(run: Path) -> str:
 
 def job(arguments: list[str]) -> None:
     """What --job says: train, or sample."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--job", choices=["train", "sample"], default="train")
-    chosen, rest = parser.parse_known_args(arguments)
+    chosen, rest = JOB.parse_known_args(arguments)
     if chosen.job == "sample":
         import sample
 

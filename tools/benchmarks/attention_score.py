@@ -7,8 +7,8 @@ import torch
 
 from benchmarks import Figures, Targets
 from benchmarks.group import step_seconds
+from benchmarks.network import dit
 from data.batches.batch import Batch
-from models.backbones.dit import DiT
 from models.paths.flows import LinearFlow
 from trainer.analysis.attention_plots import level_map, picture
 from trainer.analysis.cross_attention import step_attention
@@ -28,9 +28,13 @@ def measure() -> tuple[Figures, Targets]:
     images, size = (64, "XL") if gpu else (8, "S")
     seconds: dict[str, list[float]] = {"step": [], "attention": [], "picture": []}
     with process_group() as ranks:
-        network = DiT(DiT.Config(size=size), channels=4, side=32, num_classes=1000).to(ranks.device)
-        config = EngineConfig(engine="single", precision="bf16" if gpu else "fp32")
-        engine, path, batch = build_engine(config, OptimConfig(), network, ranks), LinearFlow(), _batch(images)
+        network = dit(size).to(ranks.device)
+        config = EngineConfig.model_validate({"engine": "single", "precision": "bf16" if gpu else "fp32"})
+        engine, path, batch = (
+            build_engine(config, OptimConfig.model_validate({}), network, ranks),
+            LinearFlow(),
+            _batch(images),
+        )
         for i in range(-1, ROUNDS):
             step = step_seconds(network, images, (1,), 1)[1][0]
             start = time.perf_counter()
@@ -42,7 +46,7 @@ def measure() -> tuple[Figures, Targets]:
             if i >= 0:  # the first turn warms up
                 for name, value in (("step", step), ("attention", measured - start), ("picture", drawn - measured)):
                     seconds[name].append(value)
-    train = TrainConfig()
+    train = TrainConfig.model_validate({})
     steps, larger = train.attention_every / train.global_batch, train.global_batch / images
     turns = zip(*seconds.values(), strict=True)
     shares = [(attention * larger + drawing) / (step * larger * steps) for step, attention, drawing in turns]

@@ -33,7 +33,10 @@ from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.engines.ema import local_shards
 from trainer.ranks import Ranks
 
-MODEL = DiT.Config(depth=12, width=1088, heads=17)  # as many tensors as DiT-B/2, of twice its size
+MODEL = DiT.Config.model_validate(
+    {"depth": 12, "width": 1088, "heads": 17}
+)  # as many tensors as DiT-B/2, of twice its size
+FORM = ImageForm((4, 32, 32), 1000, None)
 ROUNDS, KINDS = 9, ("ours", "plain", "torch")  # each kind is first, second and third as often
 FILLER = "filler"  # a file of a rank that is one hole, as large as its part of the state
 IMAGES = 1  # of a rank, in the gradients that are computed beside a save
@@ -64,8 +67,8 @@ def _rank(place: Ranks, folder: Path) -> tuple[dict[str, list[float]], float]:
     """Seconds of each turn, by kind, and the GB of the state."""
     network = DiT(MODEL, channels=4, side=32, num_classes=1000)
     gigabytes = 4 * 4 * sum(weight.numel() for weight in network.parameters()) / 1e9
-    config = EngineConfig(engine="single" if place.world_size == 1 else "fsdp")
-    engine = build_engine(config, OptimConfig(), network, place)
+    config = EngineConfig.model_validate({"engine": "single" if place.world_size == 1 else "fsdp"})
+    engine = build_engine(config, OptimConfig.model_validate({}), network, place)
     state = engine.state()
     tensors = local_shards({key: tensor.detach() for key, tensor in flatten_state_dict(state)[0].items()})
     list(map(torch.Tensor.normal_, tensors))  # the moments have no memory yet
@@ -89,9 +92,8 @@ def _turns(folder: Path, state: dict[str, dict], tensors: list[torch.Tensor]) ->
         with file.open("rb", buffering=0) as stream:
             list(map(stream.readinto, buffers))
 
-    form = ImageForm((1, 8, 8), 10, None)
     ways = {
-        "ours": (lambda: checkpoint.save(folder, 0, state, "", form), lambda: checkpoint.load(ours, state)),
+        "ours": (lambda: checkpoint.save(folder, 0, state, "", FORM), lambda: checkpoint.load(ours, state)),
         "plain": (lambda: write(lambda stream: stream.writelines(buffers)), read),
         "torch": (lambda: write(partial(torch.save, tensors)), lambda: torch.load(file)),
     }
@@ -110,12 +112,13 @@ def _beside_training(folder: Path, engine: Engine) -> dict[str, list[float]]:
     """Seconds of a synchronous save; of what an asynchronous one keeps training from going on, before next gradients
     and before the next update; of these gradients, with that save beside them and without."""
     seconds = {"sync": [], "blocked": [], "gradients_beside": [], "gradients": []}
-    savers = [Saver(folder, CheckpointConfig(keep=1, asynchronous=beside), 600) for beside in (False, True)]
+    configs = [CheckpointConfig.model_validate({"keep": 1, "asynchronous": beside}) for beside in (False, True)]
+    savers = [Saver(folder, config, 600) for config in configs]
     x, one = torch.randn(IMAGES, 4, 32, 32), torch.ones(IMAGES, dtype=torch.int64)
     batch = Batch(x, torch.randn_like(x), torch.rand(IMAGES), one, one, one.bool(), group_size=1, in_groups=False)
 
     def save(number: int) -> None:
-        savers[number % 2].save(number, {CHECKPOINTS: engine.state()}, "", "", {})
+        savers[number % 2].save(number, {CHECKPOINTS: engine.state()}, "", FORM, {})
 
     def gradients() -> None:
         engine.backward(denoising_loss(engine, PATHS["linear"](), batch).sum())

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import Figures, Targets
-from data.sets.registry import DataConfig, open_images
+from data.sets.registry import DataConfig, open_halves
 from trainer.checkpoints.weights import WeightSource, find_checkpoint
 from trainer.config.tree import load_config
 from trainer.evaluation.classifier import evaluate
@@ -22,7 +22,7 @@ SEEDS, PER_CLASS = 3, 100
 
 def measure() -> tuple[Figures, Targets]:
     """Train each variant with each seed as the demo does (two processes), sample 1,000 images, evaluate."""
-    splits = [open_images(DataConfig(), split) for split in ("train", "heldout")]
+    splits = open_halves(DataConfig.model_validate({}))
     figures: Figures = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, overrides in RUNS.items():

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import Figures, Targets
 from benchmarks.group import step_seconds
-from models.backbones.dit import DiT
+from benchmarks.network import dit, wait
 from trainer.engines.config import OptimConfig
 from trainer.engines.ema import EMA, make_averages
 
@@ -20,16 +20,15 @@ def measure() -> tuple[Figures, Targets]:
     updates take turns, each update the mean of several: the ratios are medians of those of a turn."""
     gpu = torch.cuda.is_available()
     images = 64 if gpu else 8
-    with torch.device("cuda" if gpu else "cpu"):
-        network = DiT(DiT.Config(size="S"), channels=4, side=32, num_classes=1000)
-    weights = dict(network.named_parameters())
-    averages = make_averages(weights, OptimConfig(power_ema=STDS))
+    network = dit("S")
+    weights: dict[str, torch.Tensor] = dict(network.named_parameters())
+    averages = make_averages(weights, OptimConfig.model_validate({"power_ema": STDS}))
     kinds = {"ema": [averages.pop("ema")], "posthoc": list(averages.values())}
     seconds: dict[str, list[float]] = {"step": [], "ema": [], "posthoc": []}
     for _ in range(ROUNDS):
         seconds["step"] += step_seconds(network, images, (1,), 1)[1]
         for kind, emas in kinds.items():
-            seconds[kind].append(_seconds(emas, gpu))
+            seconds[kind].append(_seconds(emas))
     figures: Figures = {f"{kind}_seconds": statistics.median(values) for kind, values in seconds.items()}
     moved = 3 * 4 * sum(weight.numel() for weight in weights.values())  # two read, one written
     figures["ema_gigabytes_per_second"] = moved / figures["ema_seconds"] / 1e9
@@ -39,18 +38,14 @@ def measure() -> tuple[Figures, Targets]:
     return figures, {"ema_over_step": ("<", 0.01), "posthoc_over_step": ("<", 0.02)}
 
 
-def _seconds(emas: list[EMA], gpu: bool) -> float:
+def _seconds(emas: list[EMA]) -> float:
     """Of one update of all of them, the mean of UPDATES after one that is not counted."""
+    start = 0.0
     for i in range(UPDATES + 1):
         if i == 1:
-            _wait(gpu)
+            wait()
             start = time.perf_counter()
         for ema in emas:
             ema.update(100_000 + i)
-    _wait(gpu)
+    wait()
     return (time.perf_counter() - start) / UPDATES
-
-
-def _wait(gpu: bool) -> None:
-    if gpu:
-        torch.cuda.synchronize()

@@ -38,6 +38,8 @@ class Dear(nn.Module):
 class Cheap(nn.Module):
     """As many features of a few pixels."""
 
+    weight: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("weight", torch.randn(192, 2048))

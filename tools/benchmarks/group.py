@@ -6,6 +6,7 @@ import time
 import torch
 
 from benchmarks import Figures, Targets
+from benchmarks.network import dit, wait
 from models.backbones.dit import DiT
 from models.backbones.flops import forward_multiply_adds
 
@@ -16,8 +17,7 @@ def measure() -> tuple[Figures, Targets]:
     """DiT-S/2 on 32 x 32 latents (DiT-XL/2 in bf16 on a GPU), a fixed number of images. Group sizes take turns."""
     gpu = torch.cuda.is_available()
     images, size = (64, "XL") if gpu else (8, "S")
-    with torch.device("cuda" if gpu else "cpu"):
-        network = DiT(DiT.Config(size=size), channels=4, side=32, num_classes=1000)
+    network = dit(size)
     seconds = step_seconds(network, images, SIZES, ROUNDS)
     flops = {n: forward_multiply_adds(network, images, 4, 32, n) for n in SIZES}
     figures: Figures = {f"seconds_N{n}": statistics.median(seconds[n]) for n in SIZES}
@@ -42,19 +42,14 @@ def step_seconds(network: DiT, images: int, sizes: tuple[int, ...], rounds: int)
     seconds: dict[int, list[float]] = {n: [] for n in sizes}
     for i in range(-1, rounds):
         for n in sizes:
-            _wait(gpu)
+            wait()
             start = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
                 loss = network(x, t, label, slot, n).float().square().mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            _wait(gpu)
+            wait()
             if i >= 0:  # the first turn warms up
                 seconds[n].append(time.perf_counter() - start)
     return seconds
-
-
-def _wait(gpu: bool) -> None:
-    if gpu:
-        torch.cuda.synchronize()

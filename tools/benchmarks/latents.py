@@ -5,10 +5,11 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from benchmarks import Figures, Targets
 from benchmarks.pictures import write_pictures
@@ -63,13 +64,14 @@ def measure() -> tuple[Figures, Targets]:
     return figures, {"over_bare": (">=", 0.9)}
 
 
-def _sd_vae(folder: Path, precision: str) -> VAE:
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-    ).save_pretrained(folder)
+def _sd_vae(folder: Path, precision: Literal["bf16", "fp32"]) -> VAE:
+    shape: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+    }
+    AutoencoderKL(**shape).save_pretrained(folder)
     vae = VAE(str(folder), torch.device("cuda" if torch.cuda.is_available() else "cpu"), precision)
     vae.moments(torch.zeros(2, 3, SIZE, SIZE, device=vae.device))
     return vae

@@ -11,7 +11,7 @@ from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import torch
-from torch.multiprocessing import spawn
+from torch.multiprocessing.spawn import spawn
 
 from benchmarks import Figures, Targets
 from data.batches.batch import Batch
@@ -24,8 +24,10 @@ from trainer.engines.build import build_engine
 from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.ranks import Ranks, process_group
 
-MODEL = DiT.Config(depth=28, width=512, heads=8)  # 134 M parameters, as deep as DiT-XL: a block is 1/28 of it
-SMALL = DiT.Config(depth=2, width=64, heads=2)
+MODEL = DiT.Config.model_validate(
+    {"depth": 28, "width": 512, "heads": 8}
+)  # 134 M parameters, as deep as DiT-XL: a block is 1/28 of it
+SMALL = DiT.Config.model_validate({"depth": 2, "width": 64, "heads": 2})
 CHANNELS, SIDE, CLASSES = 4, 4, 1000  # four tokens
 RANKS, STEPS = 4, 3
 ENGINES = {  # bytes a parameter: weights + gradients + moments + EMA
@@ -64,7 +66,7 @@ def measure() -> tuple[Figures, Targets]:
 
 def on_ranks(ranks: int, function: Callable, *arguments: object) -> list:
     """What function(Ranks, *arguments) returns on so many ranks: new processes, on CPUs. An error of one is raised."""
-    threads = max(1, os.cpu_count() // ranks)
+    threads = max(1, (os.cpu_count() or 1) // ranks)
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}  # for them
     answers = get_context("spawn").SimpleQueue()
     spawn(_on_rank, (ranks, free_port(), answers, function, arguments), ranks)
@@ -92,7 +94,7 @@ def _peaks(place: Ranks, config: dict) -> tuple[float, float]:
 def _train(model: DiT.Config, config: dict, place: Ranks, steps: int) -> Engine:
     torch.manual_seed(0)
     network = DiT(model, CHANNELS, SIDE, CLASSES)
-    engine = build_engine(EngineConfig(**config), OptimConfig(), network, place)
+    engine = build_engine(EngineConfig.model_validate(config), OptimConfig.model_validate({}), network, place)
     _train_on(engine, steps)
     return engine
 
@@ -117,4 +119,5 @@ def reset_peak() -> float:
 
 def megabytes(field: str) -> float:
     """A field of /proc/self/status, as VmRSS or VmHWM."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024 / 1e6
+    (kilobytes,) = re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kilobytes) * 1024 / 1e6

@@ -1,6 +1,7 @@
 """The exact neighbour graph: seconds, and how near it comes to the machine's matrix products."""
 
 import time
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ NEIGHBORS, BLOCK = 64, 1024
 def measure() -> tuple[Figures, Targets]:
     """100,000 x 512 on a CPU; with a GPU also ImageNet's 1,281,167 x 1024. Random unit vectors in float16."""
     figures: Figures = {}
-    for precision in ("fp32", "bf16"):
+    precisions: tuple[Literal["bf16", "fp32"], ...] = ("fp32", "bf16")
+    for precision in precisions:
         seconds, peak = _search(100_000, 512, torch.device("cpu"), precision)
         figures[f"{precision}_seconds"] = seconds
         figures[f"{precision}_share_of_matmul_peak"] = 2 * 100_000**2 * 512 / seconds / peak
@@ -23,7 +25,7 @@ def measure() -> tuple[Figures, Targets]:
     return figures, {"fp32_share_of_matmul_peak": (">=", 0.6)}
 
 
-def _search(images: int, width: int, device: torch.device, precision: str) -> tuple[float, float]:
+def _search(images: int, width: int, device: torch.device, precision: Literal["bf16", "fp32"]) -> tuple[float, float]:
     """Seconds for all neighbours, and FLOP/s of large products of that precision, the best of before and after."""
     rng = np.random.default_rng(0)
     features = rng.standard_normal((images, width), dtype=np.float32)

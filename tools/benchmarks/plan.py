@@ -9,10 +9,10 @@ import torch
 
 from benchmarks import Figures, Targets
 from benchmarks.group import step_seconds
+from benchmarks.network import dit
 from data.batches.loader import GroupSampler
 from data.batches.plan import GroupsConfig, Plan, plan_epoch, steps_per_epoch
 from data.neighbors.exact import NeighborGraph
-from models.backbones.dit import DiT
 
 IMAGES, CLASSES, NEIGHBORS, BATCH = 1_281_167, 1000, 32, 256
 
@@ -24,7 +24,7 @@ def measure() -> tuple[Figures, Targets]:
     graph = class_clusters(label, NEIGHBORS)
     figures: Figures = {"peak_gigabytes_of_the_graph": _peak_gigabytes() - before}
     for variant in ("light", "full"):
-        config = GroupsConfig(variant=variant, size=4, threshold=0.3, neighbors=NEIGHBORS)
+        config = _groups(variant)
         seconds = []
         for seed in range(3):
             start = time.perf_counter()
@@ -42,6 +42,11 @@ def measure() -> tuple[Figures, Targets]:
     }
     targets |= {name: ("==", 0.0) for name in figures if name.startswith("waiting_ours")}
     return figures, targets
+
+
+def _groups(variant: str) -> GroupsConfig:
+    fields = {"variant": variant, "size": 4, "threshold": 0.3, "neighbors": NEIGHBORS}
+    return GroupsConfig.model_validate(fields)
 
 
 def class_clusters(label: np.ndarray, neighbors: int, width: int = 32) -> NeighborGraph:
@@ -80,13 +85,12 @@ def _waiting(label: np.ndarray, graph: NeighborGraph) -> Figures:
     micro-batches that the sampler deals to each rank. At random: each rank's batch is of groups with probability 0.1.
     """
     gpu = torch.cuda.is_available()
-    with torch.device("cuda" if gpu else "cpu"):
-        network = DiT(DiT.Config(size="XL" if gpu else "S"), channels=4, side=32, num_classes=1000)
+    network = dit("XL" if gpu else "S")
     seconds = step_seconds(network, 64 if gpu else 8, (1, 4), rounds=5)
     ratio = statistics.median(b / a for a, b in zip(seconds[1], seconds[4], strict=True))
     figures: Figures = {"cost_of_groups_of_4": ratio}
     cost = {False: 1.0, True: ratio}
-    config = GroupsConfig(variant="light", size=4, threshold=0.3, neighbors=NEIGHBORS)
+    config = _groups("light")
     rng = np.random.default_rng(0)
     for world in (8, 64, 512):
         batch = 32 * world
@@ -99,7 +103,7 @@ def _waiting(label: np.ndarray, graph: NeighborGraph) -> Figures:
                 for sampler in [GroupSampler(lambda epoch, plan=plan: plan, epoch, 0, epoch, rank, world, None)]
             ]
         )
-        random = np.where(rng.random((world, 20_000)) < config.share, ratio, 1.0)
+        random = np.where(rng.random((world, 20_000)) < (config.share or 0.0), ratio, 1.0)
         for name, costs in (("ours", ours), ("random", random)):
             slowest = costs.max(axis=0)
             figures[f"waiting_{name}_{world}_ranks"] = float((slowest - costs).mean() / costs.mean())

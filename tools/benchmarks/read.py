@@ -2,7 +2,6 @@
 and the memory of a rank that trains on an index of ImageNet's size."""
 
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -13,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import webdataset
+from webdataset.compat import WebDataset
 
 from benchmarks import Figures, Targets
+from benchmarks.memory import megabytes
 from benchmarks.plan import IMAGES, class_clusters
 from data.batches.loader import BatchDataset, GroupSampler
 from data.batches.plan import GroupsConfig, plan_epoch, steps_per_epoch
@@ -84,7 +84,7 @@ def _reading(folder: Path) -> dict[str, float]:
         return batches * BATCH
 
     def sequence() -> int:
-        samples = webdataset.WebDataset(urls, shardshuffle=False).decode().to_tuple("moments.npy", "cls")
+        samples = WebDataset(urls, shardshuffle=False).decode().to_tuple("moments.npy", "cls")
         for _ in samples.batched(BATCH):
             pass
         return NUMBER
@@ -107,7 +107,7 @@ def _rate(read: Callable[[], int]) -> float:
 def _loader(folder: Path) -> float:
     """Images/s of one worker: reading, posterior sampling, noise, timesteps, slots."""
     images = Latents(str(folder / "latents"), None, None, True, {})
-    config = GroupsConfig(variant="light", query="random")
+    config = GroupsConfig.model_validate({"variant": "light", "query": "random"})
     plan = plan_epoch(config, images.label, None, BATCH, 0, 0)
     epoch = steps_per_epoch(NUMBER, BATCH)
     dataset = BatchDataset(images, config, max_group_size=16, seed=0)
@@ -149,7 +149,7 @@ def _memory(folder: Path, variant: str) -> float:
 
 def rank(folder: str, variant: str, steps: int) -> None:
     """Train so many steps (0: build the network alone) and print the peak memory in gigabytes."""
-    from models.backbones.dit import DiT
+    from models.backbones.registry import make_network
     from trainer.config.tree import parse_config
     from trainer.loop import train
 
@@ -166,6 +166,5 @@ def rank(folder: str, variant: str, steps: int) -> None:
     if steps:
         train(config)
     else:
-        DiT(config.model, 4, 32, 1000)
-    status = Path("/proc/self/status").read_text()  # getrusage would count the parent's memory as well
-    print(int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) / 1e6)
+        make_network(config.model, 4, 32, 1000, 4)
+    print(megabytes("VmHWM") / 1e3)  # getrusage would count the parent's memory as well

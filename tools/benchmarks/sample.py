@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks import Figures, Targets
+from benchmarks.network import wait
 from models.backbones.registry import make_network
 from trainer.config.tree import Config, parse_config
 from trainer.sampling.generate import generate_groups
@@ -80,7 +81,7 @@ def _seconds(network: nn.Module, config: Config, images: int) -> float:
     device = next(network.parameters()).device
     start = time.perf_counter()
     generate_groups(Networks(network), config, SHAPE, groups, groups % CLASSES, device)
-    _wait()
+    wait()
     return time.perf_counter() - start
 
 
@@ -93,10 +94,5 @@ def _bare_seconds(network: nn.Module) -> float:
     start = time.perf_counter()
     for _ in range(2 * STEPS):
         network(x, t, number, number)
-    _wait()
+    wait()
     return time.perf_counter() - start
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

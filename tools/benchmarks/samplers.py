@@ -12,11 +12,11 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks import Figures, Targets
+from data.sets.registry import open_halves
 from models.paths.registry import make_path, path_config
 from models.sampling.registry import SAMPLERS, fitting_samplers
-from trainer.build import open_data
 from trainer.checkpoints.weights import WeightSource, find_checkpoint
-from trainer.config.tree import load_config, parse_config
+from trainer.config.tree import change_config, load_config
 from trainer.evaluation.classifier import evaluate
 from trainer.loop import train
 from trainer.run_folder import read_config
@@ -62,15 +62,14 @@ def _train(path: str, run: Path) -> None:
 
 def _row(run: Path, sampler: str, budget: int) -> dict:
     """With about `budget` evaluations a sample; of dopri5, 0, as its tolerance asks."""
-    tree = read_config(run).model_dump()
+    config = read_config(run)
     steps = {"heun": budget // 2, "pseudo_corrector": budget - 1}.get(sampler, budget) or 1
-    sample = {**tree["sample"], "sampler": sampler, "steps": steps, "guidance": 1, "per_class": PER_CLASS}
-    config = parse_config({**tree, "sample": sample})
+    sample = {"sampler": sampler, "steps": steps, "guidance": 1, "per_class": PER_CLASS}
+    config = change_config(config, [f"sample.{name}={value}" for name, value in sample.items()])
     pixels, label, record = make_samples(WeightSource(find_checkpoint(run)), config)
-    splits = (open_data(config, split) for split in ("train", "heldout"))
-    report = evaluate(pixels.reshape(-1, *pixels.shape[2:]), label.ravel(), *splits)
+    report = evaluate(pixels.reshape(-1, *pixels.shape[2:]), label.ravel(), *open_halves(config.data))
     names = ("frechet", "class_accuracy", "frechet_train")
-    about = {"path": tree["path"]["name"], "sampler": sampler, "evaluations": record["evaluations"]}
+    about = {"path": config.path.name, "sampler": sampler, "evaluations": record["evaluations"]}
     print(about, report["frechet"], file=sys.stderr)
     return about | {name: report[name] for name in names}
 

@@ -7,6 +7,7 @@ import time
 import torch
 
 from benchmarks import Figures, Targets
+from benchmarks.network import wait
 from data.batches.batch import Batch
 from data.batches.steps import Steps
 from data.sets.form import form_of
@@ -45,7 +46,7 @@ def _trainer_seconds(config: Config) -> float:
 
     def tick() -> bool:
         if len(ticks) + 1 in (WARM_UP, STEPS):
-            _synchronize()
+            wait()
         ticks.append(time.perf_counter())
         return False
 
@@ -59,16 +60,16 @@ def _bare_seconds(config: Config) -> float:
     network = build_network(config, form_of(open_images(config.data))).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
     path = make_path(config.path)
-    steps = _batches(config, device)
+    steps, start = _batches(config, device), 0.0
     for i, batches in enumerate(steps):
         if i == WARM_UP:
-            _synchronize()
+            wait()
             start = time.perf_counter()
         for batch in batches:
             denoising_loss(network, path, batch).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    _synchronize()
+    wait()
     return (time.perf_counter() - start) / (STEPS - WARM_UP)
 
 
@@ -76,8 +77,3 @@ def _batches(config: Config, device: torch.device) -> list[list[Batch]]:
     steps = Steps(config.groups, config.train.global_batch, config.model.max_group_size, config.seed, 0, STEPS)
     batches_of_steps = open_images(config.data).batches(steps, lambda *plan: None)
     return [[batch.to(device) for batch in micro_batches] for micro_batches in batches_of_steps]
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import Figures, Targets
 from benchmarks.group import step_seconds
-from models.backbones.dit import DiT
+from benchmarks.network import dit
 from slurm.tasks import free_port
 from trainer.engines.stop_vote import StopVote
 from trainer.ranks import process_group
@@ -20,9 +20,7 @@ RANKS, VOTES, IMAGES = 2, 2000, 8
 
 def measure() -> tuple[Figures, Targets]:
     """Nothing is computed between the votes: none of their time is hidden, as it is in training."""
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        network = DiT(DiT.Config(size="S"), channels=4, side=32, num_classes=1000)
-    step = statistics.median(step_seconds(network, IMAGES, (1,), 7)[1])
+    step = statistics.median(step_seconds(dit("S"), IMAGES, (1,), 7)[1])
     context = get_context("spawn")
     answers, port = context.SimpleQueue(), free_port()
     ranks = [context.Process(target=_vote, args=(rank, port, answers)) for rank in range(RANKS)]
