@@ -1,7 +1,7 @@
 """Shards for streaming: `python tools/cluster_latents.py --latents IN --features IN --out OUT`.
 
 Writes latents and features of the same images as one store, similar images in one shard. Kill it at any time: the same
-command goes on, in any number of processes.
+command resumes, in any number of processes.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,14 @@ from trainer.errors import RunError
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Help with the default of every option that takes a value and need not be given; its own words if it has some."""
+    """Help with the default of every option that takes a value and need not be given, in the option's own words if it
+    has some; in the description, indented paragraphs keep their lines."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = text.strip().split("\n\n")
+        return "\n\n".join(
+            part if part.startswith(" ") else textwrap.fill(part, width, break_on_hyphens=False) for part in parts
+        )
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         free = action.nargs != 0 and not action.required and action.option_strings
@@ -64,11 +72,10 @@ def add_cluster_options(parser: argparse.ArgumentParser, gpus: bool = True) -> N
     )
 
 
-def add_weights_options(parser: argparse.ArgumentParser) -> None:
-    """Add the run and the options that say which of its weights are meant."""
-    parser.add_argument(
-        "run", type=Path, metavar="RUN", help="a run folder (its newest checkpoint) or a checkpoint folder"
-    )
+def add_weights_options(parser: argparse.ArgumentParser, also: str = "") -> None:
+    """Add the run and the options that say which of its weights are meant; `also`: what else RUN may be."""
+    about = f"a run folder (its newest checkpoint) or a checkpoint folder{also}"
+    parser.add_argument("run", type=Path, metavar="RUN", help=about)
     parser.add_argument("--raw", action="store_true", help="the weights themselves instead of their EMA")
     parser.add_argument(
         "--weights",

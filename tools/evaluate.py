@@ -1,9 +1,9 @@
-"""How good samples are.
+"""How good samples are: metrics of a run, of any images, or of a sweep.
 
-    evaluate.py RUN                                            digits, glyphs: by a small classifier of the real ones
-    evaluate.py RUN --detector FILE --reference PATH           FID and its kin, by the features of a network
-    evaluate.py --images PATH --detector FILE --reference PATH the same of any images
-    evaluate.py RUN --sweep sample.guidance=1,1.5,2 ...        samples and measures of every combination, and a plot
+    evaluate.py RUN                                            by a small classifier of real images
+    evaluate.py RUN --detector FILE --reference FILE           FID and its kin, by a network
+    evaluate.py --images FILE --detector FILE --reference FILE the same, of any images
+    evaluate.py RUN --sweep sample.guidance=1,1.5,2 ...        every combination, and a plot
 
 Run tools/sample.py first, but for --sweep. With a detector, `torchrun --nproc_per_node=N tools/evaluate.py ...` shares
 the work.

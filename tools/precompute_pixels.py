@@ -1,7 +1,7 @@
 """Pixels of an image set in WebDataset shards: `python tools/precompute_pixels.py --images IN --out OUT`.
 
 Keeps the centre crop of each image as uint8, for networks that train on pixels; needs no GPU. Kill it at any time: the
-same command goes on, in any number of processes.
+same command resumes, in any number of processes.
 """
 
 import argparse

@@ -24,7 +24,7 @@ from trainer.sampling.samples import make_samples, write_samples
 def main(arguments: list[str]) -> None:
     """Generate and write samples.npz (or image files), samples.json and, without --num, samples.png."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add_weights_options(parser)
+    add_weights_options(parser, "; with --weights also a config")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="as sample.guidance=2")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where to write; default: the run folder, or samples-N in it"

@@ -36,7 +36,12 @@ JOB.add_argument("--job", choices=["train", "sample"], default="train", help="sa
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, parents=[JOB])
-    parser.add_argument("words", nargs="*", metavar="CONFIG field=value", help=f"default config: {DEFAULT_CONFIG}")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="CONFIG field=value",
+        help=f"a config, and other values of its fields; default: {DEFAULT_CONFIG}",
+    )
     parser.add_argument(
         "--cluster", choices=["local", "debug", "slurm"], help="where to run; default: slurm with --nodes, else local"
     )
@@ -53,7 +58,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--classes", type=positive, default=1000, metavar="N", help="for --dry-run where the images are not available"
     )
     parser.add_argument(
-        "--utilisation", type=float, default=0.4, metavar="SHARE", help="of the peak arithmetic, for the estimate"
+        "--utilisation", type=float, default=0.4, metavar="N", help="share of the peak arithmetic, for the estimate"
     )
     for action, verb in {"status": "show the state of", "follow": "follow", "cancel": "cancel"}.items():
         parser.add_argument(f"--{action}", type=Path, metavar="RUN", help=f"{verb} a run that was submitted")

@@ -25,7 +25,7 @@ class DataConfig(
     """Which images, and how they are read. What stands in it of channels, side and scaling must be true of the latents
     or pixels; null accepts whatever they have."""
 
-    name: str = "digits"
+    name: str = Field("digits", json_schema_extra={"keys_of": "data.sets.registry:SETS"})
     """The kind of images: digits and glyphs are built in; latents and pixels are read from a folder."""
     latents: str | None = Field(None, json_schema_extra={"path": True})
     """Folder made by tools/precompute_latents.py or tools/cluster_latents.py. Required by name=latents."""

@@ -20,7 +20,7 @@ class BackboneConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
 
     sizes: ClassVar[dict[str, dict[str, int]]] = {}  # fields that each published size sets
 
-    backbone: str = "dit"
+    backbone: str = Field("dit", json_schema_extra={"keys_of": "models.backbones.registry:BACKBONES"})
     """The network's architecture. SiT is `dit` on the path `linear`."""
     size: str | None = None
     """A published size, which sets depth, width and heads: S, B, L or XL of dit; B, L or H of jit. null: set them."""

@@ -21,9 +21,9 @@ class PathConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
     default_timesteps: ClassVar[str] = "uniform"
     steps: ClassVar[int | None] = None  # the times are the numbers of so many steps; None: they are continuous
 
-    name: str = "linear"
+    name: str = Field("linear", json_schema_extra={"keys_of": "models.paths.registry:PATHS"})
     """The path between noise and data. linear, gvp and vp are SiT's, ddpm is DiT's, jit is JiT's."""
-    timesteps: Annotated[str, NameOf(TIMESTEPS)] = ""
+    timesteps: Annotated[str, NameOf(TIMESTEPS)] | None = None
     """Distribution of timesteps in training. null: as published for the path."""
     logit_mean: float = -0.8
     """Of timesteps=logit_normal: mean of logit(t), where t = 1 is data."""
@@ -99,7 +99,7 @@ class NoisePath:
 
     def timestep(self, u: Tensor, position: int = 0) -> Tensor:
         """Return times as training has them, from quantiles `u` (B,) and the images seen before the step."""
-        return self.time_at(TIMESTEPS[self.config.timesteps].share(u, position, self.config))
+        return self.time_at(TIMESTEPS[str(self.config.timesteps)].share(u, position, self.config))
 
     def time_at(self, share: Tensor) -> Tensor:
         """Return the time below which such a share (B,) of the path's times lies."""

@@ -24,7 +24,7 @@ def test_a_job_array_makes_the_table_that_one_process_makes(
 ):
     submitted = ablate(tmp_path / "there", "--nodes", 2, "--procs", 1, "--cpu", env=cluster)
     jobs, logs = re.match(r"jobs (\d+_0 \d+_1): logs in (.+)\n", submitted).groups()
-    assert submitted.endswith("4 of 4 runs are missing; the same command goes on with them\n")
+    assert submitted.endswith("4 of 4 runs are missing; the same command resumes them\n")
     for job in jobs.split():
         assert_completes(job, Path(logs))
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}

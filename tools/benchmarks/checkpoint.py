@@ -33,9 +33,8 @@ from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.engines.ema import local_shards
 from trainer.ranks import Ranks
 
-MODEL = DiT.Config.model_validate(
-    {"depth": 12, "width": 1088, "heads": 17}
-)  # as many tensors as DiT-B/2, of twice its size
+# as many tensors as DiT-B/2, of twice its size
+MODEL = DiT.Config.model_validate({"depth": 12, "width": 1088, "heads": 17})
 FORM = ImageForm((4, 32, 32), 1000, None)
 ROUNDS, KINDS = 9, ("ours", "plain", "torch")  # each kind is first, second and third as often
 FILLER = "filler"  # a file of a rank that is one hole, as large as its part of the state

@@ -24,9 +24,8 @@ from trainer.engines.build import build_engine
 from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.ranks import Ranks, process_group
 
-MODEL = DiT.Config.model_validate(
-    {"depth": 28, "width": 512, "heads": 8}
-)  # 134 M parameters, as deep as DiT-XL: a block is 1/28 of it
+# 134 M parameters, as deep as DiT-XL: a block is 1/28 of it
+MODEL = DiT.Config.model_validate({"depth": 28, "width": 512, "heads": 8})
 SMALL = DiT.Config.model_validate({"depth": 2, "width": 64, "heads": 2})
 CHANNELS, SIDE, CLASSES = 4, 4, 1000  # four tokens
 RANKS, STEPS = 4, 3

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ def _reading(folder: Path) -> dict[str, float]:
         return batches * BATCH
 
     def sequence() -> int:
-        samples = WebDataset(urls, shardshuffle=False).decode().to_tuple("moments.npy", "cls")
+        samples: Any = WebDataset(urls, shardshuffle=False).decode().to_tuple("moments.npy", "cls")
         for _ in samples.batched(BATCH):
             pass
         return NUMBER

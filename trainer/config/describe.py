@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from trainer.config.fields import ConfigField, walk
+from trainer.config.fields import ConfigField, walk, with_keys
 from trainer.config.parsing import closest
 from trainer.errors import RunError
 
@@ -36,7 +36,7 @@ def rows(fields: Iterable[ConfigField]) -> list[tuple[str, ...]]:
     for field in fields:
         if field.owner not in schemas:
             schemas[field.owner] = field.owner.model_json_schema()["properties"]
-        schema = schemas[field.owner][field.name.rpartition(".")[2]]
+        schema = with_keys(schemas[field.owner][field.name.rpartition(".")[2]])
         kind = type_text(schema, bool(field.marks.get("path")))
         default = "required" if field.info.is_required() else value_text(field.info.default)
         owners = f"Of {' and '.join(field.choices)}: " * bool(field.choices)

@@ -1,4 +1,4 @@
-"""configs/README.md and the JSON schemas of editors, from the fields; tools/describe_configs.py writes them."""
+"""configs/README.md and the JSON schemas of editors, from the fields; tools/describe.py writes them."""
 
 import json
 import math
@@ -7,10 +7,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from trainer.config.describe import markdown
-from trainer.config.fields import walk
+from trainer.config.fields import walk, with_keys
 from trainer.config.tree import Config
 
-HEAD = """<!-- Made by tools/describe_configs.py, from trainer/config/documents.py and the docstrings of fields. -->
+HEAD = """<!-- Made by tools/describe.py, from trainer/config/documents.py and the docstrings of fields. -->
 # Configs
 
 A config is one experiment: a YAML file with the fields below, all of which have a default. It makes a run:
@@ -33,7 +33,7 @@ A config is one experiment: a YAML file with the fields below, all of which have
 
 **To add a field**, write it into the class of its section, with its type, default and a docstring beneath; the
 docstring is what stands here, in `--fields` and in error messages. Marks in `json_schema_extra` say whether it may
-change when a run continues, and more (see trainer/config/fields.py). Then run `python tools/describe_configs.py`. A
+change when a run continues, and more (see trainer/config/fields.py). Then run `python tools/describe.py`. A
 field that is renamed or dropped gets a line in trainer/config/legacy.py, so that old runs can be read.
 
 Lengths (`train.images`, `optim.warmup`, `..._every`) are numbers of images, so that they hold for any batch size.
@@ -75,7 +75,9 @@ def _partial(schema: Any) -> Any:
         return [_partial(part) for part in schema]
     if isinstance(schema, dict):
         kept = {
-            key: value for key, value in schema.items() if key not in ("required", "title") or isinstance(value, dict)
+            key: value
+            for key, value in with_keys(schema).items()
+            if key not in ("required", "title") or isinstance(value, dict)
         }
         return {k: _partial(v) for k, v in kept.items() if not (isinstance(v, float) and not math.isfinite(v))}
     return schema

@@ -5,8 +5,10 @@ A mark is a key of `json_schema_extra`, of a field or of its whole class:
 - affects_results: false where no result depends on the value.
 - sampling: "only" where it describes sampling and nothing else, "also" where sampling may differ from training.
 - path: true where the value is the path of a file or folder.
+- keys_of: "module:NAME" of the dict whose keys the value, or each of its values, may be.
 """
 
+import importlib
 from collections.abc import Iterable, Iterator
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -64,6 +66,16 @@ def _of_choices(configs: dict[str, type[BaseModel]], prefix: str, marks: dict[st
 
 def _marks(extra: object) -> dict[str, Any]:
     return extra if isinstance(extra, dict) else {}
+
+
+def with_keys(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a field's JSON schema with the keys that its mark `keys_of` points at, as they are now, as its values."""
+    if "keys_of" not in schema:
+        return schema
+    module, _, name = schema["keys_of"].partition(":")
+    plain = {mark: value for mark, value in schema.items() if mark != "keys_of"}
+    values = {"type": "string", "enum": list(getattr(importlib.import_module(module), name))}
+    return plain | ({"items": values} if schema.get("type") == "array" else values)
 
 
 def field_names(model: type[BaseModel]) -> list[str]:

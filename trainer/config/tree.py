@@ -43,7 +43,8 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     attention_every: int = Field(1_280_000, ge=0, json_schema_extra={"may_change": True})
     """Images between two measurements of how much attention crosses images of a group. 0: none."""
     sinks: tuple[str, ...] = Field(
-        ("metrics", "tensorboard", "progress"), json_schema_extra={"may_change": True, "affects_results": False}
+        ("metrics", "tensorboard", "progress"),
+        json_schema_extra={"may_change": True, "affects_results": False, "keys_of": "trainer.sinks:SINKS"},
     )
     """What the run reports to: metrics (metrics.jsonl and measures.jsonl), tensorboard, progress (a bar)."""
     timeout: float = Field(1800, gt=0, json_schema_extra={"may_change": True, "affects_results": False})

@@ -11,7 +11,7 @@ class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     """How the network is laid over the ranks. None of it changes what is computed, but for rounding. `check_engine`
     (build.py) tells whether it fits together."""
 
-    engine: str = Field("fsdp", json_schema_extra={"may_change": True})
+    engine: str = Field("fsdp", json_schema_extra={"may_change": True, "keys_of": "trainer.engines.build:ENGINES"})
     """How training is spread over the ranks. single: one process; ddp: a copy of the weights on each rank; fsdp:
     weights sharded over all ranks; hsdp: sharded within copies; deepspeed: DeepSpeed's ZeRO."""
     zero: Literal[0, 1, 2, 3] = Field(2, json_schema_extra={"may_change": True})
@@ -41,14 +41,14 @@ class OptimConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """Learning rate after the warm-up."""
     warmup: int = Field(0, ge=0)
     """Images over which the learning rate rises from 0 to `lr`. 0: no warm-up."""
-    name: str = "adamw"
-    """The optimizer: a key of OPTIMIZERS in trainer/engines/optimizer.py."""
+    name: str = Field("adamw", json_schema_extra={"keys_of": "trainer.engines.optimizer:OPTIMIZERS"})
+    """The optimizer."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's decay rates of the first and the second moment, per step."""
     weight_decay: float = Field(0.01, ge=0)
     """AdamW's weight decay."""
-    decay: str = "all"
-    """Rule that says which parameters decay: a key of RULES in trainer/engines/optimizer.py. all: every one."""
+    decay: str = Field("all", json_schema_extra={"keys_of": "trainer.engines.optimizer:RULES"})
+    """Rule that says which parameters decay. all: every one."""
     clip: float | None = Field(3.0, gt=0)
     """Largest norm of the gradient; a larger one is scaled down to it. null: no clipping."""
     ema: float = Field(0.9999, ge=0, lt=1)

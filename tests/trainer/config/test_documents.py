@@ -6,19 +6,24 @@ from pathlib import Path
 import pytest
 from jsonschema import Draft202012Validator
 
+from data.sets.registry import SETS
+from models.paths.timesteps import TIMESTEPS
 from tests.in_process import call
-from tools.describe_configs import documents
-from trainer.config.describe import select, table, value_text
-from trainer.config.fields import field_names
+from tools.describe import DOCUMENTS
+from trainer.config.describe import rows, select, table, value_text
+from trainer.config.documents import schema
+from trainer.config.fields import field_names, walk
 from trainer.config.strict_yaml import parse
 from trainer.config.tree import Config
+from trainer.engines.build import ENGINES
+from trainer.sinks import SINKS
 
 FILES = sorted(Path("configs").rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", documents(), ids=str)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=str)
 def test_made_files_are_of_today(path):
-    assert path.read_text() == documents()[path], "run: python tools/describe_configs.py"
+    assert path.read_text() == DOCUMENTS[path](), "run: python tools/describe.py"
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -53,6 +58,18 @@ def test_the_table_fits_the_terminal_and_has_every_field(width, monkeypatch):
     assert max(map(len, lines)) <= width
     names = [line.split()[0] for line in lines if line[:1].strip()]
     assert [name for name in names if name in field_names(Config)] == field_names(Config)
+
+
+def test_a_field_that_holds_a_key_of_a_dict_shows_the_keys_of_now(monkeypatch):
+    monkeypatch.setitem(ENGINES, "toy", ENGINES["single"])
+    monkeypatch.setitem(SINKS, "radio", SINKS["progress"])
+    kinds = {name: kind for name, kind, *_ in rows(walk(Config))}
+    assert kinds["engine"].split(" | ") == [*ENGINES]
+    assert kinds["train.sinks"] == f"list of {' | '.join(SINKS)}"
+    assert kinds["data.name"].split(" | ") == [*SETS]
+    assert kinds["path.timesteps"] == f"{' | '.join(TIMESTEPS)} or null"
+    made = json.loads(schema(Config))
+    assert made["properties"]["engine"]["enum"] == [*ENGINES] and "keys_of" not in str(made)
 
 
 def test_a_section_or_a_field_can_be_asked_for(monkeypatch):
