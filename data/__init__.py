@@ -1,1 +1,1 @@
-"""What a batch is, and in which order batches come. Knows nothing of models; rank and world size are arguments."""
+"""What a batch is, and the order of batches. Knows nothing of models; rank and world size are arguments."""

@@ -1,8 +1,8 @@
-"""Errors that the user can fix: their message is one line with the field or file, its value, and what to do."""
+"""Errors that the user can fix: the message is one line with the field or file, its value, and what to do."""
 
 
 class UserError(Exception):
-    """Something that the user can fix. Tools print the message as it is and exit with code 1."""
+    """An error that the user can fix. Tools print only its message and exit with code 1."""
 
     final = True  # starting again would not help
 

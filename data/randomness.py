@@ -1,7 +1,7 @@
-"""Random numbers that belong to an image of the stream, not to a process: the same at any world size, after any resume.
+"""Random numbers tied to an image of the stream, not to a process: the same at any world size and after any resume.
 
-A counter-based generator (Philox; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3") keyed by the seed, with
-the position in the high word of its counter: every position has 2^192 numbers of its own.
+They come from a counter-based generator (Philox; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3") keyed by
+the seed, with the position in the high word of its counter: every position has 2^192 numbers of its own.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Purpose(IntEnum):
-    """What the numbers are for; those of one seed for two purposes are independent."""
+    """What the numbers are for. With one seed, the numbers for two purposes are independent."""
 
     TRAINING = 0
     SAMPLING = 1
@@ -20,11 +20,11 @@ class Purpose(IntEnum):
 
 @dataclass(frozen=True)
 class Draws:
-    """What is random about B images: noise (B, *shape) float32, standard normal; uniform (B, 3) float64 in [0, 1); and
-    slot (B,) int64, rows of the sample embedding: for each group without replacement, so that no slot is special.
+    """The random numbers of B images: noise (B, *shape) float32, standard normal; uniform (B, 3) float64 in [0, 1); and
+    slot (B,) int64, rows of the sample embedding, drawn without replacement in each group so that no slot is special.
 
-    For images drawn from a posterior also its noise, `posterior` like `noise`; for images that may be mirrored also
-    flip (B,) bool, true for half of them.
+    Images drawn from a posterior also have its noise, `posterior`, shaped like `noise`; images that may be mirrored
+    also have flip (B,) bool, true for half of them.
     """
 
     noise: np.ndarray
@@ -44,8 +44,8 @@ def draw(
     posterior: bool = False,
     mirrored: bool = False,
 ) -> Draws:
-    """The numbers of the images at `positions` (B,) of a stream, in groups of `group_size`: each from its position
-    alone, but for the slots, which come from the position of the group's first image."""
+    """Return the numbers of the images at `positions` (B,) of a stream, in groups of `group_size`. Each depends only on
+    the image's position, except for the slots, which depend on the position of the group's first image."""
     noise = np.empty((1 + posterior, len(positions), *shape), np.float32)
     uniform = np.empty((len(positions), 3 + max_group_size + mirrored))
     for i, rng in enumerate(generators(seed, purpose, positions)):
@@ -60,7 +60,8 @@ def draw(
 
 
 def step_noise(seed: int, positions: np.ndarray, shape: tuple[int, ...], step: int) -> np.ndarray:
-    """Standard normal noise (B, *shape) float32 that a sampler adds to the samples at `positions` in a step."""
+    """Return the standard normal noise (B, *shape) float32 that a sampler adds to the samples at `positions` in a
+    step."""
     noise = np.empty((len(positions), *shape), np.float32)
     for out, rng in zip(noise, generators(seed, Purpose.SAMPLING, positions, 1 + step), strict=True):
         rng.standard_normal(out=out, dtype=np.float32)
@@ -68,8 +69,8 @@ def step_noise(seed: int, positions: np.ndarray, shape: tuple[int, ...], step: i
 
 
 def generators(seed: int, purpose: Purpose, positions: Iterable[int], part: int = 0) -> Iterator[np.random.Generator]:
-    """The generator of each position (from 0) in turn; a position has many parts, of 2^128 numbers each. It is one
-    object that is moved on: to build one for every image would cost more than its numbers."""
+    """Yield the generator of each position (counted from 0) in turn. A position has many parts of 2^128 numbers each.
+    All are one object whose state is reset: building one for each image would cost more than drawing its numbers."""
     philox = np.random.Philox(key=np.array([seed, purpose], np.uint64), counter=0)
     rng, state = np.random.Generator(philox), philox.state
     for position in positions:

@@ -1,7 +1,7 @@
-"""A loader whose worker processes pass a DataError on as it is.
+"""A loader whose worker processes pass on a DataError unchanged.
 
-PyTorch raises what a worker raised anew, with the worker's traceback as its message. Here a DataError takes the place
-of an item on its way out of the worker, and is raised where the items arrive.
+PyTorch re-raises a worker's exception with the worker's traceback as its message. Here, the worker returns a DataError
+in place of an item, and the loader raises it in the main process.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from data.errors import DataError
 
 
 class Loader(DataLoader):
-    """The items of a dataset as they are, prepared by `workers` processes (0: this one); pinned if there is a GPU."""
+    """The unbatched items of a dataset, prepared by `workers` processes (0: this one); pinned if there is a GPU."""
 
     def __init__(self, dataset: Dataset, workers: int, **options: Any) -> None:
         guarded = _Stream(dataset) if isinstance(dataset, IterableDataset) else _Items(dataset)
@@ -22,7 +22,7 @@ class Loader(DataLoader):
         super().__init__(guarded, batch_size=None, num_workers=workers, pin_memory=pinned, **options)
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the items. Raise the DataError of a worker."""
+        """Yield the items. Raise DataError if a worker did."""
         for item in super().__iter__():
             if isinstance(item, DataError):
                 raise item

@@ -12,13 +12,13 @@ from data.batches.plan import GroupsConfig
 from data.batches.pool import Pool
 from data.randomness import Purpose, draw
 
-InWindow = Callable[[Tensor, int], Tensor]  # (quantiles of time (n,), position) -> does a group share there, (n,) bool
+InWindow = Callable[[Tensor, int], Tensor]  # (quantiles of time (n,), position) -> whether groups share, (n,) bool
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Where a batch is in the stream: images (b,) at positions `position`, `position` + 1, ..., of one kind, in a step
-    before which `step_position` images have been seen."""
+    """A batch's place in the stream: images (b,), all in groups or all single, at positions `position`,
+    `position` + 1, ..., in a step before which `step_position` images have been seen."""
 
     position: int
     images: np.ndarray
@@ -29,20 +29,20 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """B images in groups of `group_size`, each contiguous; all of one kind, so one call of the network takes them."""
+    """B images in contiguous groups of `group_size`; all in groups or all single, so one network call handles them."""
 
     x: Tensor  # (B, C, H, W) clean: latents, or pixels in [-1, 1]
     noise: Tensor  # (B, C, H, W) standard normal
-    u: Tensor  # (B,) in [0, 1]: quantiles of time, of which the path makes timesteps
+    u: Tensor  # (B,) in [0, 1]: quantiles of time, which the path maps to timesteps
     label: Tensor  # (B,) class numbers
     slot: Tensor  # (B,) rows of the sample embedding
     conditional: Tensor  # (B,) bool
     group_size: int
-    in_groups: bool  # of the group kind, also where groups are of one image
+    in_groups: bool  # true for groups, even groups of one image
     fallbacks: int = 0  # groups that the query could not fill
-    grouped: int | None = None  # the first so many, whole groups, share attention in their groups; None: all
+    grouped: int | None = None  # how many images, from the first, share attention in their (whole) groups; None: all
     position: int = 0  # images seen before its step: the same on all ranks and in all micro-batches of a step
-    extra: dict[str, Tensor] = field(default_factory=dict)  # (B, ...) each: what loss terms ask of the images
+    extra: dict[str, Tensor] = field(default_factory=dict)  # (B, ...) each: what loss terms ask for
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         changed: dict[str, Any] = {"extra": {name: change(tensor) for name, tensor in self.extra.items()}}
@@ -52,11 +52,12 @@ class Batch:
         return replace(self, **changed)
 
     def pin_memory(self) -> "Batch":
-        """Return it in page-locked memory, so that copies to a GPU overlap with its work. The loader calls this."""
+        """Return the batch in page-locked memory, so that copies to a GPU overlap with computation. The loader calls
+        this."""
         return self._map(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> "Batch":
-        """Return it on a device."""
+        """Return the batch on a device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
@@ -69,11 +70,11 @@ def make_batch(
     in_window: InWindow | None = None,
     extra: tuple[str, ...] = (),
 ) -> Batch:
-    """Draw each image's noise, time, slot and whether its class is dropped from the generator of its own position;
-    what a group has in common comes from its first image's.
+    """Return the batch of `micro`. Each image's noise, time, slot and class dropping come from the generator of its own
+    position; what a group has in common comes from that of its first image.
 
-    `in_window` tells where groups share attention. Those that do come first in the batch; the first image of a group
-    decides for it. `extra` names the further tensors of the images to read.
+    `in_window` tells whether a group shares attention, given the time of its first image. Groups that do come first in
+    the batch. `extra` names the extra tensors of the images to read.
     """
     size = config.size if micro.in_groups else 1
     number = len(micro.images)
@@ -109,7 +110,7 @@ def _sharing_first(batch: Batch, sharing: Tensor) -> Batch:
 
 
 def spread_quantiles(base: np.ndarray, uniform: np.ndarray, spread: float) -> np.ndarray:
-    """Return base + (2 uniform - 1) * spread, reflected at 0 and 1: for uniform `base` every quantile stays uniform
-    (cutting off instead would heap them up at both ends)."""
+    """Return base + (2 uniform - 1) * spread, reflected at 0 and 1: if `base` is uniform, so is every quantile
+    (clipping would pile them up at both ends)."""
     u = np.abs(base + (2 * uniform - 1) * spread)
     return np.where(u > 1, 2 - u, u)

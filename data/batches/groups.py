@@ -4,20 +4,22 @@ import numpy as np
 
 from data.neighbors.exact import NeighborGraph
 
-BLOCK = 2**16  # images whose neighbours are looked at together
+BLOCK = 2**16  # images whose neighbours are examined at once
 _NONE = np.uint32(2**32 - 1)
 
 
 def similar_groups(
     graph: NeighborGraph, threshold: float, size: int, count: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Up to `count` disjoint groups (m, size) of an anchor and size - 1 of its neighbours at or above `threshold`.
+    """Return up to `count` disjoint groups (m, size) of an anchor and size - 1 of its neighbours at or above
+    `threshold`.
 
-    The paper's query (arXiv 2512.10954): members are drawn at random from the anchor's candidates. Rounds of
-    proposals: in each, some anchors draw members among the images still free, and a group stands if no better-placed
-    proposal wants any of its images. When few groups are asked for, anchors come at random. When most images must
-    find a group, those go first that have the fewest ways into one (free neighbours, and free images whose neighbour
-    they are), because they would be left over else. It ends when no free image has enough free neighbours.
+    This is the paper's query (arXiv 2512.10954): members are drawn at random from the anchor's candidates. It proceeds
+    in rounds of proposals: in each, some anchors draw members from the images still free, and a group is formed if no
+    higher-ranked proposal wants any of its images. When few groups are needed, anchors are chosen at random. When most
+    images must be in a group, images with the fewest ways into one (free neighbours, plus free images whose neighbour
+    they are) go first, because they would otherwise be left over. It ends when no free image has enough free
+    neighbours.
     """
     n = len(graph.ids)
     least = _at_or_above(threshold, graph.similarities.dtype)
@@ -39,7 +41,7 @@ def similar_groups(
             chosen = pool
         else:
             ways = choices + wanted[pool]
-            draw = rng.integers(2**32, size=len(pool), dtype=np.uint64)  # among equals
+            draw = rng.integers(2**32, size=len(pool), dtype=np.uint64)  # breaks ties
             order = np.argsort(ways.astype(np.uint64) << np.uint64(32) | draw, kind="stable")
             chosen = pool[order[: max(len(order) // 5, 64)]]
         members = _draw(graph.ids[chosen], _usable(graph, chosen, free, least), size - 1, rng)
@@ -53,15 +55,16 @@ def similar_groups(
 
 
 def _usable(graph: NeighborGraph, images: np.ndarray, free: np.ndarray, least: np.floating) -> np.ndarray:
-    """Which neighbours of these images are free and similar enough, (m, k) bool."""
+    """Return which neighbours of these images are free and similar enough, (m, k) bool."""
     return free[graph.ids[images]] & (graph.similarities[images] >= least)
 
 
 def _choices(
     graph: NeighborGraph, pool: np.ndarray, free: np.ndarray, least: np.floating, least_choices: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(usable neighbours of each image of the pool (m,); of how many of those that have `least_choices` each image of
-    the set is a usable neighbour (n,)). By blocks: all at once, ImageNet would take a gigabyte."""
+    """Return the number of usable neighbours of each image of the pool (m,), and, for each image of the set, the number
+    of pool images with at least `least_choices` choices that it is a usable neighbour of (n,). Work in blocks: all at
+    once, ImageNet would take a gigabyte."""
     choices = np.empty(len(pool), np.int64)
     wanted = np.zeros(len(free), np.int64)
     for start in range(0, len(pool), BLOCK):
@@ -74,13 +77,13 @@ def _choices(
 
 
 def _at_or_above(value: float, dtype: np.dtype) -> np.floating:
-    """The least number of a type that is not below `value`: numpy would compare with the nearest."""
+    """Return the smallest number of a type that is not below `value`: numpy would compare with the nearest one."""
     nearest = dtype.type(value)
     return nearest if float(nearest) >= value else np.nextafter(nearest, dtype.type(np.inf))
 
 
 def _draw(candidates: np.ndarray, usable: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
-    """From each row `number` of its usable candidates, all subsets equally likely.
+    """Draw `number` usable candidates from each row, all subsets equally likely.
 
     Each candidate gets a random key with its column in the low bits, so keys differ and any sort finds the same ones.
     """
@@ -93,7 +96,7 @@ def _draw(candidates: np.ndarray, usable: np.ndarray, number: int, rng: np.rando
 
 
 def _uncontested(groups: np.ndarray, n: int) -> np.ndarray:
-    """Which rows hold only images that no earlier row wants, (m,) bool."""
+    """Return which rows hold only images that no earlier row wants, (m,) bool."""
     rank = np.arange(len(groups) - 1, -1, -1)
     owner = np.empty(n, np.int64)
     owner[groups[::-1].ravel()] = np.repeat(rank, groups.shape[1])  # the earliest row is written last
@@ -101,9 +104,10 @@ def _uncontested(groups: np.ndarray, n: int) -> np.ndarray:
 
 
 def class_groups(label: np.ndarray, pool: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-    """All of `pool` cut into groups (m, size), at random: first those of one class, then what classes left over.
+    """Cut `pool` into groups (m, size) at random: first groups of one class, then groups of what is left of the
+    classes.
 
-    Also how many are of one class. Fewer than `size` images of the pool remain out.
+    Return the groups and how many are of one class. Fewer than `size` images of the pool are left out.
     """
     pool = rng.permutation(pool)
     pool = pool[np.argsort(label[pool], kind="stable")]

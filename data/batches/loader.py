@@ -1,4 +1,4 @@
-"""Batches in order: a group-aware sampler deals each step's images to ranks, a dataset makes batches of them."""
+"""Batches in order: a group-aware sampler deals each step's images to ranks, a dataset turns them into batches."""
 
 from collections.abc import Callable, Iterator
 
@@ -14,9 +14,9 @@ from data.workers import Loader
 class GroupSampler(Sampler[list[MicroBatch]]):
     """This rank's part of the steps from `first_step` to before `last_step`, each a list of micro-batches.
 
-    A rank takes a contiguous slice of a step's group part and one of its single part, each cut into micro-batches of at
-    most `micro_batch` images. So a group never straddles ranks or micro-batches, and all ranks have the same kinds
-    and sizes in the same order: no rank waits for a dearer one.
+    A rank takes a contiguous slice of a step's group part and another of its single part, each cut into micro-batches
+    of at most `micro_batch` images. So a group never straddles ranks or micro-batches, and all ranks have micro-batches
+    of the same kinds and sizes in the same order: no rank waits for another with costlier ones.
     """
 
     def __init__(
@@ -60,7 +60,8 @@ class GroupSampler(Sampler[list[MicroBatch]]):
 
 
 def rank_pieces(begin: int, end: int, rank: int, world_size: int, micro_batch: int | None) -> Iterator[tuple[int, int]]:
-    """Return (start, stop) of a rank's micro-batches: it has a contiguous slice of the places `begin` to `end`."""
+    """Return (start, stop) of each micro-batch of a rank, which has a contiguous slice of the places `begin` to
+    `end`."""
     length = (end - begin) // world_size
     start = begin + rank * length
     stop = start + length
@@ -69,7 +70,8 @@ def rank_pieces(begin: int, end: int, rank: int, world_size: int, micro_batch: i
 
 
 class BatchDataset(Dataset[list[Batch]]):
-    """Batches of lists of micro-batches; they are made in the loader's workers."""
+    """A dataset whose keys are lists of micro-batches and whose items are lists of batches, made in the loader's
+    workers."""
 
     def __init__(
         self,
@@ -88,12 +90,13 @@ class BatchDataset(Dataset[list[Batch]]):
 
 
 def load_batches(dataset: BatchDataset, sampler: GroupSampler, workers: int) -> Loader:
-    """Return the batches of each of the sampler's steps, in order; pinned if there is a GPU."""
+    """Return a loader of the batches of each of the sampler's steps, in order; pinned if there is a GPU."""
     return Loader(dataset, workers, sampler=sampler)
 
 
 def planned_batches(images: Pool, steps: Steps, on_plan: OnPlan) -> Loader:
-    """Return the batches of a rank's steps by the plans of their epochs; `on_plan` is called when an epoch begins."""
+    """Return a loader of the batches of a rank's steps, by the plans of their epochs. Call `on_plan` when an epoch
+    begins."""
     plan_of_epoch = make_planner(steps.groups, images, steps.global_batch, steps.seed)
     epoch_steps = steps_per_epoch(len(images.label), steps.global_batch)
 

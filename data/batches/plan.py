@@ -1,6 +1,7 @@
-"""The group plan: which images come in which step of an epoch, alone or in which group.
+"""The group plan: which images each step of an epoch has, alone or in groups.
 
-It is made for the global batch, knows no world size, and is a pure function of (seed, epoch): all ranks make the same.
+It is made for the global batch, does not depend on the world size, and is a pure function of (seed, epoch): all ranks
+make the same one.
 """
 
 from collections.abc import Callable
@@ -22,8 +23,8 @@ SHARES = {"none": 0.0, "light": 0.1, "full": 1.0}
 class GroupsConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
     """Groups of Group Diffusion (arXiv 2512.10954).
 
-    none: plain diffusion. light (C=1, UC=N): `share` of the images in unconditional groups, the others alone with their
-    class. full (C=N, UC=N): groups with their class; the class is dropped for a whole group.
+    none: plain diffusion. light (C=1, UC=N): a `share` of the images in unconditional groups, the others alone with
+    their class. full (C=N, UC=N): groups with their class; the class is dropped for a whole group.
     """
 
     variant: Literal["none", "light", "full"] = "light"
@@ -72,15 +73,15 @@ class GroupsConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
 
 
 def needs_neighbors(config: GroupsConfig) -> bool:
-    """Return whether groups are formed by a neighbor graph."""
+    """Return whether groups are formed from a neighbor graph."""
     return config.variant != "none" and config.query == "similarity"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One epoch. Row i of `images` (steps, global batch) int32 is a step; its first `grouped[i]` images are groups of
-    `group_size`, each contiguous, and the others stand alone. `fallback` (number of groups,) bool marks, in the order
-    of the groups, those that the query could not fill: they hold images left over, of one class where possible."""
+    """One epoch. Row i of `images` (steps, global batch) int32 is a step; its first `grouped[i]` images are contiguous
+    groups of `group_size`, and the others are single. `fallback` (number of groups,) bool marks, in the order of the
+    groups, those that the query could not fill: they hold leftover images, of one class where possible."""
 
     images: np.ndarray
     grouped: np.ndarray
@@ -89,7 +90,7 @@ class Plan:
 
 
 def make_planner(config: GroupsConfig, images: Pool, global_batch: int, seed: int) -> Callable[[int], Plan]:
-    """Return a function from the number of an epoch to its plan. It remembers the last one."""
+    """Return a function from the number of an epoch to its plan. It caches the last plan."""
     graph = images.neighbors(config.neighbors) if needs_neighbors(config) else None
     return lru_cache(maxsize=1)(lambda epoch: plan_epoch(config, images.label, graph, global_batch, seed, epoch))
 
@@ -104,7 +105,7 @@ def plan_epoch(
 ) -> Plan:
     """Return the plan of one epoch over images with `label` (n,). Only the similarity query needs `graph`.
 
-    No image comes twice; n modulo the global batch images are left out, others in each epoch.
+    No image appears twice; n modulo the global batch images are left out, different ones in each epoch.
     """
     n = len(label)
     steps = steps_per_epoch(n, global_batch)
@@ -121,29 +122,30 @@ def plan_epoch(
 
 
 def steps_per_epoch(images: int, global_batch: int) -> int:
-    """Return the same number for every epoch, so that a position of the run tells its epoch and step."""
+    """Return the number of steps in an epoch, the same for every epoch, so that a position of the run determines its
+    epoch and step."""
     if images < global_batch:
         raise ValueError(f"train.global_batch={global_batch}: must not exceed the number of images, {images}")
     return images // global_batch
 
 
 def group_quantum(config: GroupsConfig, global_batch: int) -> int:
-    """Return of how many images the group part of a step is a multiple."""
+    """Return the number of images that the group part of a step is a multiple of."""
     return global_batch if config.mixing == "by_step" else config.size * config.splits
 
 
 def grouped_before(config: GroupsConfig, global_batch: int, step: int | np.ndarray) -> np.ndarray:
-    """Return the images in groups in all steps before `step`: the share of all images so far, met to less than one
+    """Return the number of images in groups in all steps before `step`: the share of all images so far, to within one
     quantum (a line drawn on a grid: multiples of the share, rounded down)."""
     quantum = group_quantum(config, global_batch)
     slope = (config.share or 0.0) * global_batch / quantum
-    return np.floor(step * slope + 1e-9).astype(np.int64) * quantum  # a whole number may come out below
+    return np.floor(step * slope + 1e-9).astype(np.int64) * quantum  # rounding may put a whole number just below
 
 
 def form_groups(
     config: GroupsConfig, label: np.ndarray, graph: NeighborGraph | None, count: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return `count` disjoint groups (count, size) in random order, and which are fallbacks, (count,) bool."""
+    """Return `count` disjoint groups (count, size) in random order, and which of them are fallbacks, (count,) bool."""
     if count == 0:
         return np.empty((0, config.size), np.int32), np.empty(0, dtype=bool)
     everyone = np.arange(len(label), dtype=np.int32)

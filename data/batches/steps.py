@@ -1,4 +1,4 @@
-"""Which batches a rank asks an image set for."""
+"""The batches that a rank requests from an image set."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ OnPlan = Callable[[int, int, Plan], None]  # (epoch, position at which it begins
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps from `first` to before `last` of a run, and this rank's part of them.
+    """The steps of a run from `first` up to but not including `last`, and this rank's part of them.
 
-    `in_window` and `extra` are those of make_batch; `workers` processes prepare the batches (0: the calling one).
+    `in_window` and `extra` are arguments of make_batch; `workers` processes prepare the batches (0: the calling one).
     """
 
     groups: GroupsConfig
@@ -24,7 +24,7 @@ class Steps:
     last: int
     rank: int = 0
     world_size: int = 1
-    micro_batch: int | None = None  # most images of a micro-batch; None: no limit
+    micro_batch: int | None = None  # most images in a micro-batch; None: no limit
     workers: int = 0
     in_window: InWindow | None = None
     extra: tuple[str, ...] = ()

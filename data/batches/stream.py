@@ -1,7 +1,7 @@
-"""Streaming: each rank reads whole shards in turn and forms its groups among the images of a few, its window.
+"""Streaming: each rank reads whole shards in turn and forms its groups among the images of a few shards, its window.
 
-For sets too large to index on every rank, or storage that is slow at random reads. What a rank does is a pure function
-of (seed, step, rank, world size), so a run resumes exactly at the same world size.
+It is for sets too large to index on every rank, or storage that is slow at random reads. What a rank does is a pure
+function of (seed, step, rank, world size), so a run resumes exactly at the same world size.
 """
 
 from collections.abc import Iterator
@@ -26,22 +26,22 @@ class ShardPool(Pool, Protocol):
     """The images of some shards, in memory."""
 
     def keep(self, numbers: np.ndarray, new: Self) -> Self:
-        """Return these images, and behind them those of `new`; for reading alone, not to look for neighbors."""
+        """Return these images followed by those of `new`, for reading only, not for finding neighbors."""
         ...
 
 
 class Shards(Protocol):
-    """Images in shards with `counts` images, each read as a whole."""
+    """Images in shards, which are read whole; shard i has `counts[i]` images."""
 
     counts: list[int]
 
     def read_shards(self, shards: tuple[int, ...], extra: tuple[str, ...]) -> ShardPool:
-        """Return all images of some shards, with the further tensors `extra`."""
+        """Return all images of some shards, with the extra tensors `extra`."""
         ...
 
 
 class StreamReader:
-    """Open one window after the other, the next one in the background, and hand out their images."""
+    """Open one window after another, the next one in the background, and hand out their images."""
 
     def __init__(
         self, shards: Shards, stream: Stream, first_step: int, background: Executor, extra: tuple[str, ...] = ()
@@ -58,8 +58,8 @@ class StreamReader:
         self.take(used[0] - first.total_grouped + first.grouped, used[1] - first.total_single + first.single)
 
     def take(self, grouped: int, single: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return so many images in groups, each contiguous, and single ones, as numbers in `pool` until the next call;
-        and which of the groups are fallbacks."""
+        """Return the numbers of `grouped` images in contiguous groups and of `single` single images, and which groups
+        are fallbacks. Numbers refer to `pool` and are valid until the next call."""
         while len(self._grouped) < grouped or len(self._single) < single:
             self._add(*self._next.result())
             self._next = self._background.submit(self._open, next(self._windows))
@@ -70,7 +70,7 @@ class StreamReader:
 
     @property
     def pool(self) -> ShardPool:
-        """The images that the numbers of the last `take` are of."""
+        """The images that the numbers of the last `take` refer to."""
         assert self._pool is not None, "nothing is taken yet"
         return self._pool
 
@@ -83,7 +83,7 @@ class StreamReader:
         self._fallback = np.concatenate([self._fallback, fallback])
 
     def _open(self, window: Window) -> tuple[ShardPool, np.ndarray, np.ndarray, np.ndarray]:
-        """Return (images, which are in groups, which are single, which groups are fallbacks), in order of use."""
+        """Return the images, which are in groups, which are single, and which groups are fallbacks, in order of use."""
         stream, config = self._stream, self._stream.config
         pool = self._shards.read_shards(window.shards, self._extra)
         count = window.grouped // config.size
@@ -126,10 +126,11 @@ class StreamDataset(IterableDataset[list[Batch]]):
 
 
 def stream_batches(shards: Shards, window: int, steps: Steps) -> Loader:
-    """Return the batches of a rank's steps, formed in windows of `window` shards. One worker reads the shards in turn;
-    more would not help it.
+    """Return a loader of the batches of a rank's steps, formed in windows of `window` shards. One worker reads the
+    shards in turn; more would not help.
 
-    It is no fork: matrix products of MKL, which finds the neighbors, may hang in a fork if its parent has made some.
+    The worker is spawned, not forked: it finds neighbors with MKL's matrix products, which may hang in a forked process
+    if its parent has computed some.
     """
     context = "spawn" if steps.workers else None
     return Loader(StreamDataset(shards, window, steps), min(steps.workers, 1), multiprocessing_context=context)

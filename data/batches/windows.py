@@ -1,7 +1,7 @@
-"""Which shards each rank reads in streaming, in windows, and what becomes of their images. Pure arithmetic.
+"""Which shards each rank reads when streaming, in windows, and how their images are used. Pure arithmetic.
 
-The shards come in a new order in each epoch, dealt to the ranks one by one without end, so every image comes once in
-every pass over them. All of it is a function of (seed, rank, world size).
+Each epoch has a new order of the shards, which are dealt to the ranks one by one forever, so every image appears once
+in every pass over them. All of it is a function of (seed, rank, world size).
 """
 
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ from data.batches.plan import GroupsConfig, grouped_before
 
 @dataclass(frozen=True)
 class Window:
-    """The next shards that a rank reads, and how many of their images it puts in groups, and leaves single. The totals
-    are of the stream up to its end."""
+    """The next shards that a rank reads, how many of their images it puts in groups, and how many it leaves single. The
+    totals count all images of the stream up to the end of the window."""
 
     number: int
     shards: tuple[int, ...]
@@ -28,7 +28,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Stream:
-    """A rank's part of a run over shards with `counts` images."""
+    """A rank's part of a run over shards; shard i has `counts[i]` images."""
 
     counts: list[int]
     config: GroupsConfig
@@ -39,22 +39,22 @@ class Stream:
     window: int
 
     def grouped_before(self, step: int) -> int:
-        """Images in groups that this rank has used before a step."""
+        """Return the number of images in groups that this rank has used before a step."""
         return int(grouped_before(self.config, self.global_batch, step)) // self.world_size
 
     def grouped_at(self, step: int) -> int:
-        """Images in groups in a step, over all ranks."""
+        """Return the number of images in groups in a step, over all ranks."""
         before, after = grouped_before(self.config, self.global_batch, np.array([step, step + 1]))
         return int(after - before)
 
     def single_before(self, step: int) -> int:
-        """Single images that this rank has used before a step."""
+        """Return the number of single images that this rank has used before a step."""
         return step * self.global_batch // self.world_size - self.grouped_before(step)
 
     def windows(self) -> Iterator[Window]:
-        """All windows, from the start of the run. Their images are shared out by what the steps need: when the images
-        so far are enough for t whole steps, these can be served (but for remainders less than a group), and the rest is
-        for step t."""
+        """Yield all windows, from the start of the run. Their images are allotted by what the steps need: when the
+        images so far are enough for t whole steps, those steps can be served (up to remainders smaller than a group),
+        and the rest are for step t."""
         shards = self._shards()
         shard = next(shards)
         images = total_grouped = total_single = 0
@@ -64,7 +64,7 @@ class Stream:
                 window.append(shard)
                 shard = next(shards)
             size = sum(self.counts[shard] for shard in window)
-            if self.config.share == 1:  # groups alone: what does not fill one is left out
+            if self.config.share == 1:  # groups only: images that do not fill one are left out
                 size -= size % self.config.size
             images += size
             step = images * self.world_size // self.global_batch
@@ -75,7 +75,7 @@ class Stream:
             yield Window(number, tuple(window), grouped, size - grouped, total_grouped, total_single)
 
     def _shards(self) -> Iterator[int]:
-        """Shards of this rank: every epoch has a new order, and shard number r, r + W, r + 2 W, ... of the endless
+        """Yield the shards of this rank. Every epoch has a new order; shards r, r + W, r + 2 W, ... of the endless
         sequence of all epochs go to rank r of W."""
         epoch, order = -1, np.empty(0, int)
         for place in count(self.rank, self.world_size):
@@ -83,5 +83,5 @@ class Stream:
                 epoch = place // len(self.counts)
                 order = np.random.default_rng([self.seed, epoch]).permutation(len(self.counts))
             shard = int(order[place % len(self.counts)])
-            if self.counts[shard]:  # else all its images were rejected
+            if self.counts[shard]:  # otherwise all its images were rejected
                 yield shard
