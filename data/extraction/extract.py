@@ -1,5 +1,5 @@
-"""From images to a store of arrays: read, prepare in worker processes, encode in batches, write shards. Any number of
-processes may do it at once, each may be killed at any time, and the same call goes on where they were."""
+"""Turn images into a store of arrays: read, prepare in worker processes, encode in batches, write shards. Any number of
+processes may do this at once, each may be killed at any time, and the same call resumes where they stopped."""
 
 from collections import deque
 from collections.abc import Callable
@@ -22,10 +22,11 @@ from data.stores.shards import agree_on_settings, begin, finish, shard_names, wr
 
 @dataclass(frozen=True)
 class Work:
-    """What to make of which images. `settings` are what makes the arrays what they are: a folder has one of them.
+    """What to make from which images. `settings` hold all that determines the arrays; a folder has only one set of
+    them.
 
-    prepare: an RGB image -> an array of one shape, in worker processes. encode: a batch (b, ...) of these -> for each
-    field of the store an array (b, ...).
+    prepare: an RGB image -> an array of fixed shape, in worker processes. encode: a batch (b, ...) of these -> an array
+    (b, ...) for each field of the store.
     """
 
     kind: str
@@ -41,16 +42,18 @@ class Work:
 
 
 def extract(work: Work, process: int = 0, processes: int = 1) -> dict | None:
-    """Make the shards that nobody else makes. Returns the manifest if all are there then, None if others are at work.
+    """Make the shards that no other process is making. Return the manifest if all shards then exist, or None if others
+    are still at work.
 
-    DataError if the folder has other settings, if more images than allowed cannot be read, or if the disk is full.
+    Raise DataError if the folder has other settings, if more images than allowed cannot be read, or if the disk is
+    full.
     """
     with disk_errors(work.out):
         return _extract(work, process, processes)
 
 
 def _extract(work: Work, process: int, processes: int) -> dict | None:
-    source = shared_source(work.images, work.part_size, work.out)  # first: nothing is begun if it cannot be used
+    source = shared_source(work.images, work.part_size, work.out)  # first: start nothing if it cannot be used
     agree_on_settings(work.out, {"shard_size": work.part_size, **work.settings})
     shards = [work.out / name for name in shard_names(work.kind, source.parts)]
     begin(work.out, shards)
@@ -80,7 +83,7 @@ def _written(part: int, writing: Future) -> int:
 
 @dataclass
 class _Part:
-    """The batches of a part so far."""
+    """The batches of a part that are done so far."""
 
     keys: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Images of claimed parts as batches of arrays, prepared in worker processes ahead of their use."""
+"""Prepare the images of claimed parts as batches of arrays, in worker processes, ahead of their use."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from data.workers import Loader
 
 @dataclass
 class PreparedBatch:
-    """Images of one part, the `last` of it or not; those that could not be read stand in `rejected`."""
+    """Images of one part; `last` marks its last batch, and `rejected` lists the images that could not be read."""
 
     part: int
     last: bool
@@ -27,19 +27,20 @@ class PreparedBatch:
     rejected: list[dict]
 
     def pin_memory(self) -> "PreparedBatch":
-        """The loader calls it where there is a GPU."""
+        """Return the batch with its inputs in page-locked memory. The loader calls this if there is a GPU."""
         return PreparedBatch(self.part, self.last, self.keys, self.labels, self.inputs.pin_memory(), self.rejected)
 
 
 def prepared_batches(
     source: Source, claims: Claims, prepare: Callable[[Image.Image], np.ndarray], batch: int, workers: int
 ) -> Loader:
-    """PreparedBatches of the parts that can be claimed, part by part; a part has at least one, be it empty."""
+    """Return a loader of PreparedBatches of the parts that can be claimed, part by part; a part has at least one, even
+    if it is empty."""
     return Loader(_Prepared(prepare), workers, sampler=_Batches(source, claims, batch))
 
 
 class _Batches:
-    """Claims parts one after the other, ahead of the workers, and cuts each into batches."""
+    """Claim parts one after another, ahead of the workers, and cut each into batches."""
 
     def __init__(self, source: Source, claims: Claims, batch: int) -> None:
         self.source, self.claims, self.batch = source, claims, batch
@@ -53,7 +54,7 @@ class _Batches:
 
 
 class _Prepared(Dataset[PreparedBatch]):
-    """Reads and prepares the images of a batch; those that cannot be are named."""
+    """Read and prepare the images of a batch, and name those that cannot be read."""
 
     def __init__(self, prepare: Callable[[Image.Image], np.ndarray]) -> None:
         self.prepare = prepare
@@ -74,7 +75,7 @@ class _Prepared(Dataset[PreparedBatch]):
         if item.label is None:
             raise _Rejected("no label: its .cls is missing or no number of a class")
         try:
-            content = item.read()  # other errors than these are the machine's fault, not the image's
+            content = item.read()  # errors other than these are the machine's fault, not the image's
         except (FileNotFoundError, PermissionError) as error:
             if not item.file.parent.is_dir():
                 raise DataError(f"{item.file.parent}: is gone since the work began; put it back") from None
@@ -83,7 +84,7 @@ class _Prepared(Dataset[PreparedBatch]):
             raise _Rejected("no image in it")
         try:
             return self.prepare(decode_rgb(content))
-        except Exception as error:  # Pillow raises nearly anything at damaged files
+        except Exception as error:  # Pillow raises almost anything for damaged files
             raise _Rejected(f"{type(error).__name__}: {error}") from None
 
 

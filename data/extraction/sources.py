@@ -1,4 +1,4 @@
-"""Images to be precomputed: a tree of class folders, or WebDataset tar shards, in parts that processes share."""
+"""Images to precompute from: a tree of class folders, or WebDataset tar shards, in parts that processes share."""
 
 import json
 import os
@@ -17,8 +17,8 @@ EXTENSIONS = {"bmp", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp"}
 
 @dataclass(frozen=True)
 class Item:
-    """One image: its bytes stand in `file` from `offset` on, `size` of them (None: to the end). `label` is None where
-    the source has none for it."""
+    """One image: `size` bytes of `file` starting at `offset` (None: to the end). `label` is None if the source has none
+    for it."""
 
     key: str
     label: int | None
@@ -27,7 +27,7 @@ class Item:
     size: int | None = None
 
     def read(self) -> bytes:
-        """Return the image file's content."""
+        """Return the content of the image file."""
         with self.file.open("rb") as file:
             file.seek(self.offset)
             return file.read() if self.size is None else file.read(self.size)
@@ -38,7 +38,7 @@ class Parts(Protocol):
 
     @property
     def parts(self) -> int:
-        """How many parts there are."""
+        """Number of parts."""
         ...
 
     def items(self, part: int) -> list[Item]:
@@ -47,25 +47,26 @@ class Parts(Protocol):
 
 
 class Source(Parts, Protocol):
-    """Image files to make a store of; a part becomes a shard."""
+    """Image files to make a store from; a part becomes a shard."""
 
     @property
     def images(self) -> int | None:
-        """How many images there are. None: known only when all parts have been read."""
+        """Number of images. None: known only once all parts have been read."""
         ...
 
     @property
     def num_classes(self) -> int | None:
-        """How many classes there are. None: as many as the labels need."""
+        """Number of classes. None: as many as the labels need."""
         ...
 
     def listing(self) -> dict:
-        """Return what `open_source` needs to have the same source again, as JSON."""
+        """Return what `open_source` needs to reopen the same source, as JSON."""
         ...
 
 
 class ClassFolders:
-    """`root/class/.../image.jpg`: labels number the sorted class folders, keys are paths without the extension."""
+    """Files `root/class/.../image.jpg`: a label is the number of a class folder in sorted order, a key is a path
+    without its extension."""
 
     def __init__(self, root: Path, classes: list[str], files: list[str], part_size: int) -> None:
         self.root, self.classes, self.files, self.part_size = root, classes, files, part_size
@@ -84,15 +85,15 @@ class ClassFolders:
 
 
 class TarShards:
-    """`root/*.tar` of samples `key.jpg` (or another image) and `key.cls`: a tar is a part. Its name goes before its
-    keys, which often start anew in each tar."""
+    """Files `root/*.tar` of samples `key.jpg` (or another image format) and `key.cls`: a tar file is a part. Its name
+    is prepended to its keys, which often start over in each tar file."""
 
     def __init__(self, root: Path, tars: list[str]) -> None:
         self.root, self.tars = root, tars
         self.parts, self.images, self.num_classes = len(tars), None, None
 
     def items(self, part: int) -> list[Item]:
-        """Return the images of a tar."""
+        """Return the images of a tar file."""
         path = self.root / self.tars[part]
         items = []
         try:
@@ -102,7 +103,7 @@ class TarShards:
                     if "cls" in members:
                         file.seek(members["cls"][0])
                         text = file.read(members["cls"][1]).strip()
-                        label = int(text) if text.isdigit() and len(text) < 10 else None  # of int32
+                        label = int(text) if text.isdigit() and len(text) < 10 else None  # fits in int32
                     image = min(EXTENSIONS & members.keys(), default=None)
                     place = members[image] if image else (0, 0)
                     items.append(Item(f"{path.stem}/{key}", label, path, *place))
@@ -118,13 +119,14 @@ class TarShards:
 
 
 def key_of(file: str) -> str:
-    """Return a path without its extension; other dots in its last part are escaped: webdataset ends a key at one."""
+    """Return a path without its extension; other dots in its last part are escaped, because webdataset ends a key at
+    the first dot."""
     folder, slash, name = file.rpartition("/")
     return folder + slash + name.rpartition(".")[0].replace("%", "%25").replace(".", "%2E")
 
 
 def list_source(root: Path, part_size: int) -> Source:
-    """Look through `root`. Raise DataError if it holds no images, or two of one key."""
+    """Return the source in `root`. Raise DataError if it holds no images, or two images with the same key."""
     if not root.is_dir():
         raise DataError(f"--images {root}: no such folder; give a tree of class folders, or a folder of tar shards")
     with os.scandir(root) as entries:
@@ -145,16 +147,17 @@ def list_source(root: Path, part_size: int) -> Source:
 
 
 def open_source(root: Path, listing: dict, part_size: int) -> Source:
-    """Return the source that had this `listing`, without looking through its folders again."""
+    """Return the source that had this `listing`, without searching its folders again."""
     if "tars" in listing:
         return TarShards(root, listing["tars"])
     return ClassFolders(root, listing["classes"], listing["files"], part_size)
 
 
 def shared_source(root: Path, part_size: int, folder: Path) -> Source:
-    """Return the source as it was when the work in `folder` began: the first process lists it, others wait and read.
+    """Return the source as it was when the work in `folder` began: the first process lists it, others wait and read the
+    list.
 
-    Raise DataError if that was another one, or if `folder` would be one of its classes.
+    Raise DataError if the work began with another source, or if `folder` would be one of its classes.
     """
     path, images = folder / "inputs.json", str(root.absolute())
     if folder.absolute().is_relative_to(images):

@@ -1,4 +1,4 @@
-"""Whether a store holds exactly the images that it was made of, each once and unharmed, proved from the files alone."""
+"""Check from the files alone that a store holds exactly the images that it was made from, each once and undamaged."""
 
 import json
 import tarfile
@@ -15,7 +15,7 @@ from data.stores.tar import tar_samples
 
 
 def verify_store(folder: Path, source: Parts) -> Iterator[str]:
-    """Yield a line for each thing that is wrong, none if all is well. Reads every byte of the shards."""
+    """Yield a line for each problem, none if there are no problems. Read every byte of the shards."""
     if not (folder / MANIFEST).is_file():
         yield f"{folder / MANIFEST}: not there: the store is not complete"
         return

@@ -1,4 +1,4 @@
-"""Shards for streaming: images that are alike stand in one shard, so that a window of few shards holds their groups."""
+"""Shards for streaming: similar images are in the same shard, so that a window of a few shards holds their groups."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +15,15 @@ from data.stores.shards import agree_on_settings, begin, finish, shard_names, wr
 from data.stores.store import Store, contents_digest, read_manifest
 
 ORDER = "order.npy"
-UNIT = 16  # shard sizes are multiples of it, hence of every group size up to it that is a power of two
+UNIT = 16  # shard sizes are multiples of this, hence of every power of two up to it as a group size
 SAMPLE = 16_384
 
 
 def cluster_latents(
     latents: Path, features: Path, out: Path, shard_size: int, process: int = 0, processes: int = 1
 ) -> dict | None:
-    """Write the images of two stores as one of latents with features, in shards of about `shard_size` similar images.
-    Processes share the shards. Returns the manifest, or None if others still make some."""
+    """Join two stores of the same images into one of latents with features, in shards of about `shard_size` similar
+    images. Processes share the shards. Return the manifest, or None if others are still making some."""
     with disk_errors(out):
         return _cluster_latents(latents, features, out, shard_size, process, processes)
 
@@ -67,7 +67,7 @@ def _cluster_latents(
 
 
 def shard_sizes(images: int, shard_size: int) -> list[int]:
-    """Sizes of about `shard_size`, in multiples of UNIT but for the last, which holds the rest."""
+    """Return shard sizes of about `shard_size`, in multiples of UNIT except for the last, which takes the remainder."""
     shards = max(1, min(round(images / shard_size), images // UNIT))
     units, more = divmod(images // UNIT, shards)
     sizes = [UNIT * (units + (i < more)) for i in range(shards)]
@@ -76,10 +76,11 @@ def shard_sizes(images: int, shard_size: int) -> list[int]:
 
 
 def balanced_clusters(features: np.ndarray, sizes: list[int]) -> np.ndarray:
-    """The numbers of the images (n,), cluster by cluster: clusters have the given sizes, and images of one are alike.
+    """Return the numbers of the images (n,), cluster by cluster: clusters have the given sizes, and their images are
+    similar.
 
-    The set is halved again and again, each time by 2-means with halves of fixed size: the images are ordered along the
-    line between the two means and cut at the place that the sizes ask for, which makes new means.
+    The set is halved repeatedly, each time by 2-means with halves of fixed size: the images are ordered along the line
+    between the two means and cut where the sizes require, which gives new means.
     """
     order = np.arange(len(features))
     rng = torch.Generator().manual_seed(0)
@@ -98,7 +99,7 @@ def balanced_clusters(features: np.ndarray, sizes: list[int]) -> np.ndarray:
 
 
 def _along_the_means(features: np.ndarray, images: np.ndarray, share: float, rng: torch.Generator) -> np.ndarray:
-    """Where each image lies on the line between the means of the two clusters, (m,)."""
+    """Return the position of each image on the line between the means of the two clusters, (m,)."""
     chosen = np.linspace(0, len(images) - 1, min(len(images), SAMPLE)).astype(np.intp)
     sample = torch.from_numpy(features[images[chosen]]).float()
     lower = min(max(round(share * len(sample)), 1), len(sample) - 1)
@@ -116,13 +117,13 @@ def _along_the_means(features: np.ndarray, images: np.ndarray, share: float, rng
 
 @dataclass(frozen=True)
 class StoredKeys:
-    """The images of a store as a source (data/extraction/sources.py) for data/extraction/verify.py to compare with."""
+    """The images of a store as a source (data/extraction/sources.py) for data/extraction/verify.py to compare to."""
 
     store: Store
     parts = 1
 
     def items(self, part: int) -> list[Item]:
-        """Return all of them."""
+        """Return all images."""
         rows = self.store.index
         return [
             Item(key.decode(), int(label), self.store.folder)

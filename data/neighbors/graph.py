@@ -1,8 +1,8 @@
 """The neighbour graph of a feature store, as a folder: two memory-mapped arrays and a manifest.
 
 ids.npy           (n, k) int32, nearest first
-similarities.npy  (n, k) float16, rounded down: what passes a threshold is truly at or above it
-manifest.json     which features, how many, how found
+similarities.npy  (n, k) float16, rounded down: a value that passes a threshold is truly at or above it
+manifest.json     which features, how many neighbours, found by which method
 """
 
 import shutil
@@ -36,7 +36,7 @@ def build_graph(
     process: int = 0,
     processes: int = 1,
 ) -> None:
-    """The `neighbors` nearest of every image, in parts that processes share; the last one to end puts them together."""
+    """Find the `neighbors` nearest to every image, in parts that processes share; the last one to finish joins them."""
     with disk_errors(out):
         _build_graph(features, out, neighbors, method, probes, precision, device, process, processes)
 
@@ -99,21 +99,21 @@ def _tidy(out: Path) -> None:
 
 
 def open_graph(folder: Path) -> tuple[NeighborGraph, dict]:
-    """A graph, memory-mapped, and its manifest. DataError if it is not there or not complete."""
+    """Return a memory-mapped graph and its manifest. Raise DataError if it is missing or incomplete."""
     manifest = read_manifest(folder, "neighbors", "tools/build_neighbors.py")
     return NeighborGraph(*(np.load(folder / name, mmap_mode="r") for name in (IDS, SIMILARITIES))), manifest
 
 
 def round_down(values: np.ndarray) -> np.ndarray:
-    """float64 -> float16, never above the value."""
+    """Return float64 values as float16, never above the value."""
     nearest = values.astype(np.float16)
     return np.where(nearest > values, np.nextafter(nearest, np.float16(-np.inf)), nearest)
 
 
 def _join(out: Path, n: int, neighbors: int, parts: list[str], exact: ExactSearch) -> float:
-    """Write the two arrays. Returns the recall: the share that is there of the true neighbours of some images."""
+    """Write the two arrays. Return the recall: the share of the true neighbours of some images that were found."""
     for name, entry, dtype in ((IDS, "ids", np.int32), (SIMILARITIES, "similarities", np.float16)):
-        with appearing(out / name) as file:  # not by a memory map, to which a full disk is a bus error
+        with appearing(out / name) as file:  # not a memory map, for which a full disk is a bus error
             header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (n, neighbors)}
             np.lib.format.write_array_header_1_0(file, header)
             for part in parts:

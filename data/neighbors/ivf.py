@@ -1,15 +1,15 @@
-"""Approximate neighbours by FAISS's inverted lists, for sites that have CPUs alone: fast, and some are missed."""
+"""Approximate neighbours by FAISS's inverted lists, for sites with only CPUs: fast, but misses some neighbours."""
 
 import numpy as np
 
 from data.errors import DataError
 from data.neighbors.exact import ExactSearch
 
-MORE = 16  # candidates besides those asked for: FAISS ranks in float32
+MORE = 16  # candidates beyond those requested: FAISS ranks in float32
 
 
 class IVFSearch:
-    """The images of `features` (n, d) in 4 sqrt(n) inverted lists (k-means), of which `probes` are looked through."""
+    """The images of `features` (n, d) in 4 sqrt(n) inverted lists (k-means); a search examines `probes` of them."""
 
     def __init__(self, features: np.ndarray, probes: int, exact: ExactSearch) -> None:
         try:
@@ -26,8 +26,8 @@ class IVFSearch:
         self._exact = exact
 
     def nearest(self, images: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids (b, k) int32, similarities (b, k) float64) of the nearest of those found, ranked as ExactSearch does.
-        Images whose lists hold fewer than k others are compared with all."""
+        """Return (ids (b, k) int32, similarities (b, k) float64) of the nearest images found, ranked as ExactSearch
+        does. Images whose lists hold fewer than k others are compared to all."""
         _, found = self._index.search(self._rows[images], k + 1 + MORE)
         found[found == images[:, None]] = -1
         found.sort(axis=1)

@@ -14,8 +14,8 @@ from data.sets.images import ByNumber
 
 @dataclass(frozen=True)
 class ArrayImages(ByNumber):
-    """x (n, C, H, W) float32 in [-1, 1], label (n,) int64; neighbors are alike in `features` (n, d). `further` are the
-    arrays (n, ...) that loss terms may ask for, by name."""
+    """x (n, C, H, W) float32 in [-1, 1], label (n,) int64; neighbors have similar `features` (n, d). `further` holds
+    the extra arrays (n, ...) that loss terms may ask for, by name."""
 
     x: np.ndarray
     label: np.ndarray
@@ -38,21 +38,21 @@ class ArrayImages(ByNumber):
 
     @property
     def extra(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the further arrays of an image."""
+        """Shapes of the extra arrays of an image."""
         return {name: array.shape[1:] for name, array in self.further.items()}
 
     def read(self, numbers: np.ndarray, draws: Draws) -> torch.Tensor:
-        """Return the images as they are."""
+        """Return the images unchanged."""
         return torch.from_numpy(self.x[numbers])
 
     def read_extra(self, numbers: np.ndarray, draws: Draws, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        """Return the further arrays as they are."""
+        """Return the extra arrays unchanged."""
         return {name: torch.from_numpy(self.further[name][numbers]) for name in names}
 
     def max_neighbors(self) -> int:
-        """Return the number of all others."""
+        """Return the number of other images."""
         return len(self) - 1
 
     def neighbors(self, k: int) -> NeighborGraph:
-        """Find the k nearest of each by cosine of their features."""
+        """Return the k nearest to each image by the cosine of their features."""
         return nearest_neighbors(self.features, k)

@@ -1,9 +1,9 @@
-"""Further fields of a store of images: each can be asked for by a loss term.
+"""Extra fields of a store of images, which loss terms may ask for.
 
-How a field goes with mirror images is declared in the store's settings, {"mirror": {NAME: HOW}}:
-both   its first axis, of length 2, has the values of the image and of its mirror image, as latents do
-width  its last axis is the width of the image, and is reversed
-Without a declaration the mirror image has the same values.
+The store's settings, {"mirror": {NAME: HOW}}, declare the values that a field has for a mirror image:
+both   the first axis, of length 2, holds the values of the image and of its mirror image, as for latents
+width  the last axis is the width of the image, and is reversed
+Without a declaration, the mirror image has the same values.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,14 @@ HOW = ("both", "width")
 
 
 class Field(NamedTuple):
-    """The shape that a field has for an image as training reads it, and how it goes with mirror images."""
+    """The shape of a field for one image as training reads it, and how it is mirrored."""
 
     shape: tuple[int, ...]
     mirror: str | None
 
 
 def extra_fields(folder: str, manifest: dict, main: str) -> dict[str, Field]:
-    """Return the fields of a store beside its `main` one. Raise DataError if one is not as its declaration says."""
+    """Return the fields of a store other than `main`. Raise DataError if one does not match its declaration."""
     declared = manifest["settings"].get("mirror", {})
     found = {}
     for name in manifest["fields"].keys() - {main}:
@@ -39,8 +39,8 @@ def extra_fields(folder: str, manifest: dict, main: str) -> dict[str, Field]:
 
 
 def read_field(field: Field, read: Callable[[np.ndarray | None], np.ndarray], flip: np.ndarray | None) -> torch.Tensor:
-    """Return a field of b images, as stored, and of the mirror image where `flip` (b,) says so. `read` returns it, and
-    if given an entry (b,), that of its first axis."""
+    """Return a field of b images as stored, or of the mirror image where `flip` (b,) is true. `read` returns the
+    field, or, given an entry (b,), that entry of its first axis."""
     if field.mirror == "both":
         return torch.from_numpy(read(flip))
     values = read(None)

@@ -1,4 +1,4 @@
-"""What a network must know of images to be built and to generate them; no data are needed to say it."""
+"""What a network must know about images to be built and to generate them, available without the data."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ from data.sets.images import Images
 
 @dataclass(frozen=True)
 class ImageForm:
-    """Shape (C, H, W) of an image, number of classes, the VAE that decodes them (None: they are pixels), and the
-    identity that tells the images from others ("": not known)."""
+    """Shape (C, H, W) of an image, number of classes, the VAE that decodes the images (None: they are pixels), and the
+    identity that distinguishes them from others ("": not known)."""
 
     shape: tuple[int, int, int]
     num_classes: int
@@ -16,7 +16,7 @@ class ImageForm:
     identity: str = ""
 
     def as_record(self) -> dict:
-        """Return it for JSON."""
+        """Return the form as a dict for JSON, without the identity."""
         return {"shape": list(self.shape), "num_classes": self.num_classes, "vae": self.vae}
 
 
@@ -26,5 +26,5 @@ def form_of(images: Images) -> ImageForm:
 
 
 def read_form(record: dict, identity: str = "") -> ImageForm:
-    """Return the form that `as_record` has described."""
+    """Return the form that a record of `as_record` describes."""
     return ImageForm(tuple(record["shape"]), record["num_classes"], record["vae"], identity)

@@ -1,7 +1,7 @@
-"""Capital letters and digits of the fonts in some packages of Debian: about 21,000 real 16x16 images of 36 classes.
+"""Capital letters and digits of the fonts in some Debian packages: about 21,000 real 16x16 images of 36 classes.
 
-Needs the packages of `PACKAGES` (31 MB), which no two have clones of one typeface; other fonts of the machine are not
-looked at. The same files and the same Pillow give the same images.
+Needs the packages in `PACKAGES` (31 MB), no two of which contain clones of one typeface; other fonts on the machine are
+ignored. The same files and the same version of Pillow give the same images.
 """
 
 import zlib
@@ -41,15 +41,15 @@ PACKAGES = {
     "fonts-yanone-kaffeesatz": "opentype/yanone-kaffeesatz",
 }  # and their folders in FONTS
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-UNMAPPED = "\uffff"  # no character in any font: what is drawn for those that a font lacks
+UNMAPPED = "\uffff"  # not a character in any font: drawn as the font draws characters that it lacks
 SIDE, MARGIN = 16, 1
-SIZE = 48  # pixels an em before glyphs are made smaller
+SIZE = 48  # pixels per em before glyphs are scaled down
 
 
 def load(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Return (x (n, 1, 16, 16) in [-1, 1], label (n,), features (n, 64), number of classes).
 
-    A fifth of the font families, chosen by their names, is held out: no family is in both splits, and no image is there
+    A fifth of the font families, chosen by their names, is held out: no family is in both splits, and no image appears
     twice. Raise DataError if packages are missing.
     """
     ink, label, families = _all_glyphs(FONTS)
@@ -59,14 +59,14 @@ def load(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
 
 
 def held_out(family: str) -> bool:
-    """Return whether the fonts of a family are kept from training."""
+    """Return whether the fonts of a family are held out from training."""
     return zlib.crc32(family.encode()) % 5 == 0
 
 
 def blocks(ink: np.ndarray) -> np.ndarray:
-    """Return the ink of each 2x2 pixels of images (n, h, w), as (n, h w / 4).
+    """Return the ink in each 2x2 block of pixels of images (n, h, w), as (n, h w / 4).
 
-    Strokes a pixel apart are alike, and these whole numbers give the same neighbors on every machine.
+    Strokes a pixel apart then look similar, and whole numbers give the same neighbors on every machine.
     """
     n, height, width = ink.shape
     return ink.astype(np.float32).reshape(n, height // 2, 2, width // 2, 2).sum(axis=(2, 4)).reshape(n, -1)
@@ -74,7 +74,7 @@ def blocks(ink: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _all_glyphs(fonts: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ink (n, 16, 16) uint8, label (n,), font family (n,)) in the order of the files' paths and CHARACTERS."""
+    """Return (ink (n, 16, 16) uint8, label (n,), font family (n,)) in the order of the files' paths and CHARACTERS."""
     drawn = {path: glyphs for path in _font_files(fonts) if (glyphs := draw_glyphs(path)) is not None}
     readable = are_letters(np.stack([ink for ink, _ in drawn.values()]))
     ink = np.concatenate([ink for (ink, _), good in zip(drawn.values(), readable, strict=True) if good])
@@ -100,7 +100,7 @@ def _font_files(fonts: Path) -> list[Path]:
 
 
 def draw_glyphs(path: Path) -> tuple[np.ndarray, str] | None:
-    """Return (ink (36, 16, 16) uint8, family: the first word of the font's name); None if it lacks a character."""
+    """Return (ink (36, 16, 16) uint8, family: the first word of the font's name), or None if it lacks a character."""
     font = ImageFont.truetype(path, SIZE, layout_engine=ImageFont.Layout.BASIC)
     lacking, *images = (_draw(font, character) for character in UNMAPPED + CHARACTERS)
     found = [image for image in images if image is not None and image != lacking]
@@ -110,7 +110,7 @@ def draw_glyphs(path: Path) -> tuple[np.ndarray, str] | None:
 
 
 def _draw(font: ImageFont.FreeTypeFont, character: str) -> Image.Image | None:
-    """Return a character, cut to its ink; None if there is none."""
+    """Return a character cropped to its ink, or None if there is no ink."""
     image = Image.new("L", (4 * SIZE, 4 * SIZE))
     ImageDraw.Draw(image).text((2 * SIZE, 2 * SIZE), character, 255, font, anchor="mm")
     box = image.getbbox()
@@ -118,7 +118,7 @@ def _draw(font: ImageFont.FreeTypeFont, character: str) -> Image.Image | None:
 
 
 def _fitted(image: Image.Image) -> np.ndarray:
-    """Return the image as large as the margin allows, in the middle of (SIDE, SIDE)."""
+    """Return the image scaled to the size that the margin allows, in the middle of (SIDE, SIDE)."""
     scale = (SIDE - 2 * MARGIN) / max(image.size)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     small = image.resize(size, Image.Resampling.BOX)
@@ -128,10 +128,10 @@ def _fitted(image: Image.Image) -> np.ndarray:
 
 
 def are_letters(ink: np.ndarray) -> np.ndarray:
-    """Return which fonts of (m, 36, 16, 16) show what they should, (m,) bool.
+    """Return which fonts of (m, 36, 16, 16) show the right characters, (m,) bool.
 
-    A third of their characters or more are nearest, by correlation, to the mean of all fonts for that character. Others
-    are pictures, other scripts, or unreadable.
+    At least a third of their characters are nearest, by correlation, to the mean of all fonts for that character. Other
+    fonts are pictures, other scripts, or unreadable.
     """
     glyphs = ink.reshape(*ink.shape[:2], -1).astype(np.float64)
     mean = glyphs.mean(axis=0)

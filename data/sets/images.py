@@ -1,6 +1,6 @@
-"""The contract of an image set: what a run asks of the images that it trains on.
+"""The contract of an image set: what a run requires of the images that it trains on.
 
-To add a set, return an ArrayImages (images in memory), or derive from ByNumber (any image can be read at any time), and
+To add a set, return an ArrayImages (images in memory) or derive from ByNumber (any image can be read at any time), and
 add a line to SETS in data/sets/registry.py.
 """
 
@@ -20,7 +20,7 @@ class Images(Protocol):
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
+        """Number of classes."""
         ...
 
     @property
@@ -30,41 +30,42 @@ class Images(Protocol):
 
     @property
     def vae(self) -> str | None:
-        """Folder or name of the VAE that decodes them. None: they are pixels."""
+        """Folder or name of the VAE that decodes the images. None: they are pixels."""
         ...
 
     @property
     def identity(self) -> str:
-        """What tells these images from others, wherever their files are: a run continues on the same ones only."""
+        """What distinguishes these images from others, wherever their files are: a run resumes only on the same
+        ones."""
         ...
 
     @property
     def extra(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of further tensors of an image, by name: what a loss term may ask for (see Batch.extra)."""
+        """Shapes of the extra tensors of an image, by name, which loss terms may ask for (see Batch.extra)."""
         ...
 
     def __len__(self) -> int: ...
 
     def max_neighbors(self) -> int:
-        """Return how many neighbors of each image are known. Raise DataError if none are."""
+        """Return the number of known neighbors of each image. Raise DataError if there are none."""
         ...
 
     def pool(self) -> Pool:
-        """Return images by number to form groups of: all, or as many as fit in memory."""
+        """Return images by number to form groups from: all, or as many as fit in memory."""
         ...
 
     def batches(self, steps: Steps, on_plan: OnPlan) -> Iterable[list[Batch]]:
-        """Return an iterable of the micro-batches of each step. `on_plan` is called with the plan of each epoch when it
-        begins, if there are plans."""
+        """Return an iterable of the micro-batches of each step. If there are plans, call `on_plan` with the plan of
+        each epoch when the epoch begins."""
         ...
 
     def resume_note(self, before: int, now: int) -> str | None:
-        """Return what there is to tell when a run of world size `before` continues on `now` ranks. None: nothing."""
+        """Return what the user should know when a run of world size `before` resumes on `now` ranks. None: nothing."""
         ...
 
 
 class ByNumber:
-    """What sets have in common that can read any image at any time: they are pools, and their batches are planned."""
+    """Base of sets that can read any image at any time: they are pools, and their batches are planned."""
 
     label: np.ndarray
 
@@ -76,7 +77,7 @@ class ByNumber:
         return self
 
     def batches(self: Pool, steps: Steps, on_plan: OnPlan) -> Iterable[list[Batch]]:
-        """Return the batches of the plans of the epochs."""
+        """Return the batches that the plans of the epochs determine."""
         return planned_batches(self, steps, on_plan)
 
     def resume_note(self, before: int, now: int) -> None:

@@ -1,4 +1,4 @@
-"""Latents as training sees them: drawn from the posteriors in a store, which lies in memory-mapped shards."""
+"""Latents as training sees them: drawn from the posteriors in a store of memory-mapped shards."""
 
 from pathlib import Path
 
@@ -11,11 +11,12 @@ from data.sets.stored import StoredImages, check_expected
 from data.stores.store import read_manifest
 
 MADE_BY = "tools/precompute_latents.py"
-MAIN = "moments"  # the field of the images
+MAIN = "moments"  # the field that holds the images
 
 
 class LatentFormat:
-    """What a store of latents holds. Raise DataError if it is not as `expected`: channels, side, scaling; None: any."""
+    """The contents of a store of latents. Raise DataError if they differ from `expected`: channels, side, scaling;
+    None: any."""
 
     def __init__(self, folder: str, expected: dict[str, float | None]) -> None:
         self.manifest = read_manifest(Path(folder), "latents", MADE_BY)
@@ -30,7 +31,7 @@ class LatentFormat:
         check_expected("latents", folder, expected, found)
 
     def drawn(self, moments: np.ndarray, draws: Draws) -> Tensor:
-        """Return (mean + std * noise - shift) * scaling, (b, C, h, w), of posteriors with moments (b, 2C, h, w)."""
+        """Return (mean + std * noise - shift) * scaling, (b, C, h, w), for posteriors with moments (b, 2C, h, w)."""
         assert draws.posterior is not None, "latents are drawn from a posterior"
         mean, logvar = torch.from_numpy(moments).float().chunk(2, dim=1)
         noise = torch.from_numpy(draws.posterior)

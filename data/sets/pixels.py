@@ -1,4 +1,4 @@
-"""Pixels as training sees them: centre crops in a store, which lies in memory-mapped shards."""
+"""Pixels as training sees them: centre crops in a store of memory-mapped shards."""
 
 import zlib
 from pathlib import Path
@@ -14,12 +14,12 @@ from data.sets.stored import StoredImages, check_expected
 from data.stores.store import read_manifest
 
 MADE_BY = "tools/precompute_pixels.py"
-MAIN = "pixels"  # the field of the images
-MOST_IN_MEMORY = 20_000  # images that a small classifier is trained on and compared with
+MAIN = "pixels"  # the field that holds the images
+MOST_IN_MEMORY = 20_000  # images to train a small classifier on and compare samples to
 
 
 class Pixels(StoredImages):
-    """The crops of a store, by number. Raise DataError if they are not as `expected` (channels, side; None: any)."""
+    """The crops of a store, by number. Raise DataError if they differ from `expected` (channels, side; None: any)."""
 
     posterior = False
     vae = None
@@ -40,8 +40,9 @@ class Pixels(StoredImages):
         return torch.from_numpy(pixels).float().div_(127.5).sub_(1)
 
     def halves(self) -> tuple[ArrayImages, ArrayImages]:
-        """Return four fifths of the images and the others, chosen by checksums of their keys, so the same for every run
-        on these images. Of more than MOST_IN_MEMORY, so many. Raise DataError if a part has no image of a class."""
+        """Return four fifths of the images and the remaining fifth, chosen by checksums of their keys and so the same
+        for every run on these images. Use at most MOST_IN_MEMORY images. Raise DataError if a part has no image of a
+        class."""
         place = np.array([zlib.crc32(key) for key in self._store.index["key"]], np.uint32)
         chosen = np.argsort(place, kind="stable")[:MOST_IN_MEMORY]
         heldout = place[chosen] % 5 == 0

@@ -1,6 +1,6 @@
-"""The image sets by name, and the config that chooses and opens one.
+"""The image sets by name, the config that chooses one, and functions that open it.
 
-To add a set, write a file that makes an Images (data/sets/images.py) and add a line to SETS.
+To add a set, write a file that returns an Images (data/sets/images.py) and add a line to SETS.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,8 @@ Split = Literal["train", "heldout"]
 class DataConfig(
     BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, json_schema_extra={"sampling": "also"}
 ):
-    """Which images, and how they are read. What stands in it of channels, side and scaling must be true of the latents
-    or pixels; null accepts whatever they have."""
+    """Which images to train on, and how to read them. Given `channels`, `side` and `scaling` must match the latents or
+    pixels; null accepts any."""
 
     name: str = Field("digits", json_schema_extra={"keys_of": "data.sets.registry:SETS"})
     """The kind of images: digits and glyphs are built in; latents and pixels are read from a folder."""
@@ -41,13 +41,13 @@ class DataConfig(
     scaling: float | None = Field(None, gt=0)
     """Factor by which the VAE's latents must be scaled. null: whatever the folder holds."""
     flip: bool = True
-    """Whether half of the latents or pixels, at random, are of the mirror image."""
+    """Whether to mirror half of the latents or pixels, chosen at random."""
     vae: str | None = Field(None, json_schema_extra={"path": True})
-    """Folder or name of the VAE that decodes samples. null: the one that the latents name."""
+    """Folder or name of the VAE that decodes samples. null: the one named by the latents."""
     streaming: bool = False
-    """Whether to read whole shards in turn instead of images at random, for storage that is slow at random reads."""
+    """Whether to read whole shards in turn instead of single images, for storage that is slow at random reads."""
     window: int = Field(8, ge=1)
-    """Of streaming: shards that a rank holds in memory and forms groups in."""
+    """Of streaming: number of shards that a rank holds in memory and forms groups in."""
     workers: int = Field(0, ge=0, json_schema_extra={"may_change": True, "affects_results": False})
     """Processes per rank that prepare batches. 0: the training process prepares them itself."""
 
@@ -67,13 +67,13 @@ class DataConfig(
 
 
 class ImageSet(NamedTuple):
-    """How to open an image set, and what its config says."""
+    """How to open an image set, and which config fields it has."""
 
     open: Callable[[DataConfig, Split], Images]
-    heldout: bool = False  # whether it has images that training never sees; they are read as arrays, by the evaluation
+    heldout: bool = False  # whether it has images that training never sees; the evaluation reads them as arrays
     halves: Callable[[DataConfig], tuple[ArrayImages, ArrayImages]] | None = None  # see open_halves; None: not possible
-    fields: tuple[str, ...] = ()  # of DataConfig, that only some sets have
-    made_by: str | None = None  # the tool that makes its folder, which the config gives by the name of the set
+    fields: tuple[str, ...] = ()  # fields of DataConfig that only some sets have
+    made_by: str | None = None  # the tool that makes its folder, which is in the config field named like the set
 
 
 def _open_latents(config: DataConfig, split: Split) -> Images:
@@ -90,7 +90,7 @@ def _open_pixels(config: DataConfig, split: Split = "train") -> Pixels:
 
 
 def in_memory(load: Callable[[Split], ArrayImages]) -> ImageSet:
-    """Return the set of images in memory that `load` returns for each split."""
+    """Return an image set in memory, given `load`, which returns the images of a split."""
     return ImageSet(
         lambda config, split: load(split), heldout=True, halves=lambda config: (load("train"), load("heldout"))
     )
@@ -114,7 +114,7 @@ SETS: dict[str, ImageSet] = {
 
 
 def open_images(config: DataConfig, split: Split = "train") -> Images:
-    """Open the images of a config; "heldout" are those that training never sees. Raise DataError if there are none."""
+    """Open the images of a config; "heldout": those that training never sees. Raise DataError if there are none."""
     chosen = SETS[config.name]
     if split == "heldout" and not chosen.heldout:
         raise DataError(f"data.name={config.name}: has no held-out images")
@@ -122,8 +122,8 @@ def open_images(config: DataConfig, split: Split = "train") -> Images:
 
 
 def open_halves(config: DataConfig) -> tuple[ArrayImages, ArrayImages]:
-    """Return real images to train a small classifier on, and others to compare samples with, in memory. Of a set with
-    held-out images these are the others; a store of pixels is cut in two. Raise DataError where neither is possible."""
+    """Return real images to train a small classifier on, and others to compare samples to, in memory. If a set has
+    held-out images, they are the others; a store of pixels is split in two. Raise DataError if neither is possible."""
     halves = SETS[config.name].halves
     if not halves:
         raise DataError(f"data.name={config.name}: has no held-out images")

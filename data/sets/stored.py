@@ -1,4 +1,4 @@
-"""What images in a store have in common, be they latents or pixels: numbers, labels, further fields and a graph."""
+"""What images in a store have in common, whether latents or pixels: numbers, labels, extra fields and a graph."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +16,8 @@ from data.stores.store import Store
 
 
 class StoredImages(ByNumber):
-    """The images of a store by number, of which `main` is the field that holds them. The kind of the store and the
-    config field that names its folder have one name, latents or pixels."""
+    """The images of a store by number; the field `main` holds them. The kind of the store and the config field for its
+    folder have the same name, latents or pixels."""
 
     mirrored = True
 
@@ -30,11 +30,11 @@ class StoredImages(ByNumber):
 
     @property
     def extra(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the further fields of the store."""
+        """Shapes of the extra fields of the store."""
         return {name: field.shape for name, field in self._fields.items()}
 
     def read_extra(self, numbers: np.ndarray, draws: Draws, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        """Return fields of the store as they are stored."""
+        """Return extra fields as they are stored."""
         flip = self.flipped(numbers, draws)
         return {
             name: read_field(self._fields[name], lambda entry, name=name: self._store.read(name, numbers, entry), flip)
@@ -42,15 +42,15 @@ class StoredImages(ByNumber):
         }
 
     def flipped(self, numbers: np.ndarray, draws: Draws) -> np.ndarray:
-        """Return which images are read as their mirror image, (b,) bool."""
+        """Return which images are read as mirror images, (b,) bool."""
         return draws.flip if self._flip and draws.flip is not None else np.zeros(len(numbers), bool)
 
     def max_neighbors(self) -> int:
-        """Return the number that the graph has. Raise DataError if it is missing, or of other images."""
+        """Return the number of neighbors in the graph. Raise DataError if it is missing, or of other images."""
         return self._graph().ids.shape[1]
 
     def neighbors(self, k: int) -> NeighborGraph:
-        """Return the first k of the graph, memory-mapped."""
+        """Return the first k neighbors in the graph, memory-mapped."""
         graph = self._graph()
         return NeighborGraph(graph.ids[:, :k], graph.similarities[:, :k])
 
@@ -71,7 +71,8 @@ class StoredImages(ByNumber):
 
 
 def check_expected(kind: str, folder: str, expected: Mapping[str, float | None], found: Mapping[str, float]) -> None:
-    """Raise DataError where the config expects, say, other `channels` than are `found` in a store; None: any."""
+    """Raise DataError if a value that the config expects (None: any), say `channels`, differs from the one `found` in a
+    store."""
     for name, value in expected.items():
         if value is not None and value != found[name]:
             raise DataError(

@@ -22,7 +22,7 @@ from data.stores.store import damaged, gone
 
 
 class StreamedLatents:
-    """An image set that reads only the manifest of a store of latents, and its shards in windows of `window`."""
+    """An image set that reads only the manifest of a store of latents, and then its shards in windows of `window`."""
 
     def __init__(self, folder: str, vae: str | None, flip: bool, expected: dict, window: int = 8) -> None:
         self.format = LatentFormat(folder, expected)
@@ -38,11 +38,12 @@ class StreamedLatents:
 
     @property
     def extra(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the further fields of the store."""
+        """Shapes of the extra fields of the store."""
         return {name: field.shape for name, field in self.fields.items()}
 
     def max_neighbors(self) -> int:
-        """Return the number of all others; those in the window are found. Raise DataError without features."""
+        """Return the number of other images; only those in the window are searched. Raise DataError if the store has no
+        features."""
         if not self.has_features:
             raise DataError(
                 f"data.streaming=true: {self.folder} holds no features, which groups.query=similarity needs; make it"
@@ -51,7 +52,7 @@ class StreamedLatents:
         return len(self) - 1
 
     def pool(self) -> "LatentPool":
-        """Return all images of the first window of shards."""
+        """Return all images in the first window of shards."""
         return self.read_shards(tuple(range(min(self.window, len(self.counts)))))
 
     def batches(self, steps: Steps, on_plan: OnPlan) -> Iterable[list[Batch]]:
@@ -59,7 +60,7 @@ class StreamedLatents:
         return stream_batches(self, self.window, steps)
 
     def resume_note(self, before: int, now: int) -> str | None:
-        """Return what becomes of the stream at another world size."""
+        """Return how another world size affects the stream; None if it is the same."""
         if before == now:
             return None
         return (
@@ -68,7 +69,7 @@ class StreamedLatents:
         )
 
     def read_shards(self, shards: tuple[int, ...], extra: tuple[str, ...] = ()) -> "LatentPool":
-        """Return all images of some shards, with the fields `extra`, read from start to end by webdataset."""
+        """Return all images of some shards, with the fields `extra`, read sequentially by webdataset."""
         needed = [MAIN, *(["feature"] if self.has_features else []), *extra]
         samples = [sample for shard in shards for sample in self._samples(shard, needed)]
         arrays = {name: np.stack([sample[f"{name}.npy"] for sample in samples]) for name in needed}
@@ -86,7 +87,7 @@ class StreamedLatents:
             raise gone(path) from error
         except (OSError, MemoryError):  # the machine's fault, not the file's
             raise
-        except Exception as error:  # readers raise nearly anything at damaged files
+        except Exception as error:  # readers raise almost anything for damaged files
             raise damaged(path, f"cannot be read ({type(error).__name__})") from error
         if len(samples) != self.counts[shard]:
             raise damaged(path, f"holds {len(samples)} images, should be {self.counts[shard]}")
@@ -95,8 +96,8 @@ class StreamedLatents:
 
 @dataclass(frozen=True)
 class LatentPool:
-    """Images in memory: moments (n, 2, 2C, h, w) of each and of its mirror image, label (n,), features (n, d), and
-    `further` fields (n, ...) of the store."""
+    """Images in memory: moments (n, 2, 2C, h, w) of each image and its mirror image, label (n,), features (n, d), and
+    `further`, the extra fields (n, ...) of the store."""
 
     source: StreamedLatents
     moments: np.ndarray
@@ -112,7 +113,7 @@ class LatentPool:
 
     @property
     def extra(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the further fields."""
+        """Shapes of the extra fields."""
         return {name: self.source.fields[name].shape for name in self.further}
 
     def read(self, numbers: np.ndarray, draws: Draws) -> Tensor:
@@ -120,7 +121,7 @@ class LatentPool:
         return self.source.format.drawn(self.moments[numbers, self._entry(draws)], draws)
 
     def read_extra(self, numbers: np.ndarray, draws: Draws, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        """Return further fields as they are stored."""
+        """Return extra fields as they are stored."""
 
         def read(name: str, entry: np.ndarray | None) -> np.ndarray:
             array = self.further[name]
@@ -131,13 +132,13 @@ class LatentPool:
         return {name: read_field(fields[name], lambda entry, name=name: read(name, entry), flip) for name in names}
 
     def neighbors(self, k: int) -> NeighborGraph:
-        """Find the k nearest of each among these images, or all others if they are fewer."""
+        """Return the k nearest to each among these images, or all others if there are fewer."""
         if self.features is None:
             raise DataError(f"{self.source.folder}: holds no features; make it with tools/cluster_latents.py")
         return nearest_neighbors(self.features, min(k, len(self.label) - 1))
 
     def keep(self, numbers: np.ndarray, new: "LatentPool") -> "LatentPool":
-        """Return these images, and behind them those of `new`, without features."""
+        """Return these images followed by those of `new`, without features."""
 
         def joined(mine: np.ndarray, others: np.ndarray) -> np.ndarray:
             return np.concatenate([mine[numbers], others])
@@ -146,5 +147,5 @@ class LatentPool:
         return LatentPool(self.source, joined(self.moments, new.moments), joined(self.label, new.label), None, further)
 
     def _entry(self, draws: Draws) -> np.ndarray | int:
-        """The entry of moments' second axis to read of each image."""
+        """Return the index on the second axis of the moments to read for each image."""
         return draws.flip.astype(np.intp) if self.source.flip and draws.flip is not None else 0

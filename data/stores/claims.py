@@ -1,7 +1,7 @@
-"""Processes on any number of nodes share the parts of a piece of work; one that dies gives up what it held.
+"""Share the parts of a piece of work among processes on any number of nodes; one that dies releases what it held.
 
-A claim is a POSIX lock on a file, which the system frees when its process ends, however that happens. On a file system
-without locks there is a warning: let one process at a time work there.
+A claim is a POSIX lock on a file, which the system releases when its process ends, for whatever reason. A file system
+without locks gives a warning: let one process at a time work there.
 """
 
 import fcntl
@@ -16,10 +16,11 @@ from data.stores.files import WORK
 
 
 class Claims:
-    """Iterate to claim parts: numbers of `results` (files of `folder`) that are not there and that nobody else makes.
+    """Iterate to claim parts: numbers of `results` (files in `folder`) that do not exist and that no other process is
+    making.
 
-    It starts at part `start` and ends when nothing is left to claim, or when the file `complete` appears, for which
-    the results are only parts. Call `release` once the result is there.
+    Iteration starts at part `start` and ends when nothing is left to claim, or when the file `complete` appears, which
+    is made from the results. Call `release` once the result exists.
     """
 
     def __init__(self, folder: Path, results: list[str], start: int = 0, complete: Path | None = None) -> None:
@@ -28,7 +29,7 @@ class Claims:
 
     def __iter__(self) -> Iterator[int]:
         claimed = True
-        while claimed:  # once more: another process may have died meanwhile
+        while claimed:  # look again: another process may have died meanwhile
             claimed = False
             for i in range(len(self.results)):
                 part = (self.start + i) % len(self.results)
@@ -37,7 +38,7 @@ class Claims:
                     yield part
 
     def release(self, part: int) -> None:
-        """Give a part up."""
+        """Release a part."""
         self._held.pop(part).close()
 
     def _done(self, part: int) -> bool:
@@ -48,17 +49,17 @@ class Claims:
         lock = _open_lock(self.folder, name)
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: somebody has it
+        except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: another process has it
             lock.close()
             return False
         except OSError as error:
             _warn(self.folder, error)
         else:
-            with suppress(FileNotFoundError):  # it was tidied away
+            with suppress(FileNotFoundError):  # another process cleaned up
                 for left in (self.folder / WORK).glob(f"{name}.*"):
                     if left.suffix != ".lock":
-                        left.unlink()  # by a process that was killed
-        if self._done(part):  # between the look and the lock
+                        left.unlink()  # left by a process that was killed
+        if self._done(part):  # finished between the check and the lock
             lock.close()
             return False
         self._held[part] = lock
@@ -67,7 +68,7 @@ class Claims:
 
 @contextmanager
 def wait_for_lock(folder: Path, name: str) -> Iterator[None]:
-    """One process at a time."""
+    """Let one process at a time into the block."""
     with _open_lock(folder, name) as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX)
@@ -83,8 +84,8 @@ def _open_lock(folder: Path, name: str) -> TextIO:
         except FileExistsError as error:
             if error.filename != str(folder / WORK):
                 raise DataError(f"{error.filename}: a link to nothing; give another folder") from None
-            # here, and gone a moment later: another process that is done tidied it away
-        with suppress(FileNotFoundError):  # just so
+            # it existed, and a moment later did not: another process finished and cleaned up
+        with suppress(FileNotFoundError):  # likewise
             return (folder / WORK / f"{name}.lock").open("w")
 
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after a power failure."""
+"""Write files that exist whole or not at all, even after a power failure."""
 
 import errno
 import hashlib
@@ -11,12 +11,12 @@ from typing import IO, BinaryIO
 
 from data.errors import DataError
 
-WORK = ".work"  # what is being written stands here, inside the folder where it will appear
+WORK = ".work"  # holds what is being written, inside the folder where it will appear
 
 
 @contextmanager
 def appearing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write, which gets its name when the block ends well and is removed when it does not."""
+    """Open a file for writing. It gets its name if the block succeeds and is removed if the block fails."""
     partial = partial_of(path)
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -30,7 +30,7 @@ def appearing(path: Path) -> Iterator[BinaryIO]:
 
 
 def partial_of(path: Path) -> Path:
-    """Return where this process writes what will become `path`; other processes write elsewhere."""
+    """Return the path where this process writes what will become `path`; other processes write elsewhere."""
     return path.parent / WORK / f"{path.name}.{os.uname().nodename}-{os.getpid()}"
 
 
@@ -47,24 +47,24 @@ def write_json(path: Path, content: object) -> None:
 
 @contextmanager
 def disk_errors(out: Path) -> Iterator[None]:
-    """Raise DataError where the disk of a tool's output is full, or something may not be read or written."""
+    """Raise DataError if the disk of a tool's output is full, or something may not be read or written."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOTDIR):
             raise
         raise DataError(
-            f"{error.filename or f'--out {out}'}: {error.strerror}; what is complete stays: mend that and start again"
+            f"{error.filename or f'--out {out}'}: {error.strerror}; what is complete stays: fix that and start again"
         ) from None
 
 
 def sync(file: IO) -> None:
-    """Put on the disk what was written to an open file."""
+    """Flush what was written to an open file to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sha256(path: Path) -> str:
-    """Return the checksum of a file's content."""
+    """Return the SHA-256 checksum of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""How far a store is, over all processes that make it."""
+"""Progress of a store, over all processes that make it."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from data.stores.shards import record_of
 
 
 class Progress:
-    """A bar over the images of all processes: one's own as they come, those of others by whole shards."""
+    """A progress bar over the images of all processes: this one's as they come, those of others by whole shards."""
 
     def __init__(self, kind: str, images: int | None, shards: list[Path]) -> None:
         self._images, self._shards, self._waiting = images, len(shards), set(shards)
@@ -20,12 +20,12 @@ class Progress:
         self.done(None, 0)
 
     def done(self, shard: Path | None, images: int) -> None:
-        """So many images more of a shard that this process makes."""
+        """Count more images of a shard that this process is making."""
         if shard:
             self._mine[shard] = self._mine.get(shard, 0) + images
         ready = self._shards - len(self._waiting)
         if self._images is None and ready:
-            self._bar.total = round(self._ready / ready * self._shards)  # tar shards tell their size when they are read
+            self._bar.total = round(self._ready / ready * self._shards)  # the size of tar shards is known once read
         self._bar.set_postfix(rejected=self._rejected, refresh=False)
         self._bar.update(self._ready + sum(self._mine.values()) - self._bar.n)
 
@@ -38,7 +38,7 @@ class Progress:
             self._waiting.remove(shard)
 
     def shard_written(self) -> None:
-        """Count what is there."""
+        """Count the shards that now exist."""
         self._look_for_shards()
         self.done(None, 0)
 

@@ -1,10 +1,10 @@
-"""Writing a store: WebDataset tar shards of fixed-size arrays, an index, and a manifest that says what they are.
+"""Write a store: WebDataset tar shards of fixed-size arrays, an index, and a manifest that describes them.
 
-settings.json     what makes the arrays what they are; a second set of settings is refused
-NAME-000012.tar   per sample `key.FIELD.npy` for each field, and `key.cls`
+settings.json     all that determines the arrays; other settings are refused
+NAME-000012.tar   per sample, `key.FIELD.npy` for each field, and `key.cls`
 NAME-000012.json  keys, labels and byte offsets of that shard, its checksum, and images that could not be read
-index.npy         the same of all shards, in order: an image's number is its row
-manifest.json     settings, counts, checksums: appears when all is there
+index.npy         keys, labels and byte offsets of all shards, in order: an image's number is its row
+manifest.json     settings, counts, checksums; appears once all shards exist
 rejected.jsonl    images that could not be read
 """
 
@@ -26,19 +26,19 @@ SETTINGS, INDEX, MANIFEST, REJECTED = "settings.json", "index.npy", "manifest.js
 
 
 def shard_names(kind: str, parts: int) -> list[str]:
-    """The shards of a store of `kind` (as latents), in order."""
+    """Return the names of the shards of a store of `kind` (say, latents), in order."""
     return [f"{kind}-{part:06d}.tar" for part in range(parts)]
 
 
 def agree_on_settings(folder: Path, settings: dict) -> None:
-    """DataError if the folder was begun with other settings; else they are noted in it."""
+    """Record the settings in the folder. Raise DataError if it was begun with others."""
     path = folder / SETTINGS
     if not path.exists():
         with wait_for_lock(folder, SETTINGS):
             if not path.exists():
                 write_json(path, settings)
     before, now = json.loads(path.read_text()), json.loads(json.dumps(settings))
-    for name in (before | now).keys() - {"name"}:  # what the network is called matters less than its weights
+    for name in (before | now).keys() - {"name"}:  # a network is identified by its weights, not its name
         if before.get(name) != now.get(name):
             raise DataError(
                 f"{name}={now.get(name)}: {folder} was begun with {name}={before.get(name)}; set it back, or give"
@@ -49,7 +49,8 @@ def agree_on_settings(folder: Path, settings: dict) -> None:
 def write_shard(
     path: Path, keys: list[str], labels: list[int], arrays: Mapping[str, np.ndarray], rejected: list[dict]
 ) -> None:
-    """A shard of samples with `arrays[field][i]` each, and its record. The shard appears last, whole."""
+    """Write a shard, whose sample i has `arrays[field][i]` for each field, and its record. The shard appears last,
+    whole."""
     if len(set(keys)) < len(keys):
         raise DataError(f"{path}: key {max(keys, key=keys.count)} comes more than once in the input")
     with appearing(path) as file:
@@ -76,18 +77,19 @@ def write_shard(
 
 
 def record_of(shard: Path) -> Path:
-    """Where the record of a shard stands."""
+    """Return the path of the record of a shard."""
     return shard.with_suffix(".json")
 
 
 def array_offsets(members: dict[str, tuple[int, int]], sizes: dict[str, int]) -> dict[str, int]:
-    """Where in the tar the numbers of each field begin: its file is a header, then the array of `sizes` bytes."""
+    """Return the offset in the tar file at which the numbers of each field begin: the member for a field is a header,
+    then an array of `sizes[field]` bytes."""
     places = {name: members[f"{name}.npy"] for name in sizes}
     return {name: offset + length - sizes[name] for name, (offset, length) in places.items()}
 
 
 def begin(folder: Path, shards: list[Path]) -> None:
-    """While shards are missing there must be no manifest: somebody would read by it."""
+    """Remove the manifest if shards are missing, so that nobody reads an incomplete store."""
     if (folder / MANIFEST).exists() and not all(shard.exists() for shard in shards):
         with wait_for_lock(folder, MANIFEST):
             if not all(shard.exists() for shard in shards):
@@ -95,9 +97,9 @@ def begin(folder: Path, shards: list[Path]) -> None:
 
 
 def finish(folder: Path, kind: str, parts: int, num_classes: int | None, max_rejects: int) -> dict | None:
-    """Write index and manifest and return the manifest, if all shards are there; None if some are not.
+    """Write the index and the manifest and return the manifest, if all shards exist; return None otherwise.
 
-    `num_classes` None: as many as the labels need. DataError if more than `max_rejects` images could not be read.
+    `num_classes` None: as many as the labels need. Raise DataError if more than `max_rejects` images could not be read.
     """
     shards = [folder / name for name in shard_names(kind, parts)]
     if not all(shard.exists() for shard in shards):
@@ -118,14 +120,14 @@ def _finish(folder: Path, kind: str, shards: list[Path], num_classes: int | None
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["shards"] == listed:
             return manifest
-        (folder / MANIFEST).unlink()  # of shards that were made again since
+        (folder / MANIFEST).unlink()  # of shards that have been remade since
     rejected = [{"shard": s.name, **row} for s, r in zip(shards, records, strict=True) for row in r["rejected"]]
     with appearing(folder / REJECTED) as file:
         file.writelines((json.dumps(row) + "\n").encode() for row in rejected)
     if len(rejected) > max_rejects:
         raise DataError(
             f"{folder / REJECTED}: {len(rejected)} images could not be read, more than --max-rejects {max_rejects};"
-            " allow them, or mend them, remove the shards named there, and start again"
+            " allow them, or fix them, remove the shards named there, and start again"
         )
     fields = next((record["fields"] for record in records if record["images"]), None)
     if fields is None:
@@ -149,12 +151,12 @@ def _finish(folder: Path, kind: str, shards: list[Path], num_classes: int | None
 
 
 def keys_digest(keys: np.ndarray) -> str:
-    """A checksum of the images' keys in their order: two stores with one digest number their images alike."""
+    """Return a checksum of the images' keys in their order: stores with the same digest number their images alike."""
     return new_hash(b"\n".join(keys.tolist())).hexdigest()
 
 
 def _index(records: list[dict], fields: list[str]) -> np.ndarray:
-    """A row per image: key, label, shard, and the byte offset of each field."""
+    """Return a row per image: key, label, shard, and the byte offset of each field."""
     keys = np.array([key.encode() for record in records for key in record["keys"]])
     columns = [("key", keys.dtype), ("label", np.int32), ("shard", np.int32), *((name, np.int64) for name in fields)]
     index = np.empty(len(keys), columns)

@@ -1,4 +1,4 @@
-"""Read a store that data/stores/shards.py wrote, at random, through memory maps: the tar shards are the storage
+"""Random access to a store that data/stores/shards.py wrote, through memory maps: the tar shards are the storage
 format."""
 
 import json
@@ -13,7 +13,7 @@ from data.stores.shards import INDEX, MANIFEST
 
 
 def read_manifest(folder: Path, kind: str, made_by: str) -> dict:
-    """The manifest of a complete store of `kind`. DataError if there is none."""
+    """Return the manifest of a complete store of `kind`. Raise DataError if there is none."""
     path = folder / MANIFEST
     if not path.is_file():
         raise DataError(f"{folder}: no {MANIFEST} in it, so not (yet) complete; make it with {made_by}")
@@ -24,22 +24,22 @@ def read_manifest(folder: Path, kind: str, made_by: str) -> dict:
 
 
 def contents_digest(manifest: dict) -> str:
-    """A checksum of all that the shards of a store hold."""
+    """Return a checksum of the contents of all shards of a store."""
     return new_hash(json.dumps(manifest["shards"]).encode()).hexdigest()
 
 
 def damaged(shard: Path, wrong: str) -> DataError:
-    """The error about a shard that is not as it was written."""
+    """Return the error for a shard that is not as it was written."""
     return DataError(f"{shard}: {wrong}; remove it, and start what made {shard.parent} again")
 
 
 def gone(shard: Path) -> DataError:
-    """The error about a shard that is not there."""
+    """Return the error for a missing shard."""
     return DataError(f"{shard}: is gone; put it back, or start what made {shard.parent} again")
 
 
 class Store:
-    """Arrays of images by number. Nothing is in memory but what the system keeps of the files."""
+    """Arrays of images by number. Nothing is in memory except what the system caches of the files."""
 
     def __init__(self, folder: Path, manifest: dict) -> None:
         self.folder, self.manifest = folder, manifest
@@ -50,7 +50,8 @@ class Store:
         return len(self.index)
 
     def read(self, field: str, numbers: np.ndarray, entry: np.ndarray | None = None) -> np.ndarray:
-        """The arrays of images `numbers` (b,), stacked. With `entry` (b,), of each that entry of its first axis."""
+        """Return the arrays of images `numbers` (b,), stacked; given `entry` (b,), only that entry of the first axis of
+        each."""
         shape, dtype = (self.manifest["fields"][field][name] for name in ("shape", "dtype"))
         out = np.empty((len(numbers), *(shape if entry is None else shape[1:])), dtype)
         rows = out.reshape(len(numbers), -1)
@@ -76,7 +77,7 @@ class Store:
             if not path.is_file():
                 raise gone(path)
             size = path.stat().st_size // dtype.itemsize
-            # numpy's memory maps keep a file open each, and there may be more shards than files that may be open
+            # each of numpy's memory maps keeps a file open, and there may be more shards than the limit on open files
             mapped = torch.from_file(str(path), shared=False, size=size, dtype=getattr(torch, dtype.name))
             found = self._maps[field, shard] = mapped.numpy()
         return found

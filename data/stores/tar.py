@@ -1,4 +1,4 @@
-"""Where the members of a tar shard are, so that they can be read at their offsets."""
+"""The places of the members of a tar shard, so that they can be read at their offsets."""
 
 import tarfile
 from collections.abc import Iterator
@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """(key, {extension: (offset in bytes, size)}) of each sample, in the file's order. As webdataset has it, the key is
-    a member's name up to the first dot of its last part, and neighbours with one key are one sample.
+    """Yield (key, {extension: (offset in bytes, size)}) of each sample, in the file's order. As in webdataset, the key
+    is a member's name up to the first dot of its last part, and adjacent members with the same key are one sample.
 
-    tarfile.TarError if the file was cut off or a header is damaged.
+    Raise tarfile.TarError if the file was cut off or a header is damaged.
     """
     key, members = "", {}
     with tarfile.open(path, "r:") as tar:
@@ -23,7 +23,7 @@ def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
                     yield key, members
                 key, members = folder + slash + stem, {}
             members[extension.lower()] = (member.offset_data, member.size)
-        with path.open("rb") as file:  # at a header that is damaged or not there, tarfile ends without a word
+        with path.open("rb") as file:  # at a damaged or missing header, tarfile ends silently
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
