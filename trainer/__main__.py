@@ -8,7 +8,7 @@ from trainer.loop import train
 
 
 def main(arguments: list[str]) -> None:
-    """Train as the arguments say."""
+    """Train with the config and overrides in `arguments`."""
     if not arguments:
         sys.exit(__doc__)
     try:

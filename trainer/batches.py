@@ -27,7 +27,8 @@ def make_batches(
 ) -> Iterable[list[Batch]]:
     """Return the micro-batches of each step from `first` to before `last`. All ranks call it and iterate together.
 
-    `on_plan` is called with the plan of each epoch when it begins. `extra` names what loss terms ask of the images.
+    `on_plan` is called with each epoch's plan when the epoch begins. `extra` names the fields that loss terms request
+    of the images.
     """
     checked = False
 
@@ -56,7 +57,7 @@ def make_batches(
 
 
 def _check_same_plan(plan: Plan) -> None:
-    """Raise RunError unless all ranks have made the same plan. Another library version on one node may change it."""
+    """Raise RunError unless all ranks have made the same plan. Another library version on a node may change it."""
     mine = zlib.crc32(plan.images.tobytes() + plan.grouped.tobytes())
     lowest = torch.tensor([mine, -mine])
     dist.all_reduce(lowest, dist.ReduceOp.MIN)

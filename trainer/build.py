@@ -1,4 +1,4 @@
-"""From a config to the plan and the network, and whether the config fits its data."""
+"""Build the data, the network and the loss of a config, and check that the config fits its data."""
 
 from dataclasses import replace
 from functools import partial
@@ -26,7 +26,7 @@ from trainer.ranks import from_rank_0
 
 
 def open_data(config: Config, split: Split = "train") -> Images:
-    """Return the images of a config. DataError if they are not there, RunError if they do not fit it."""
+    """Return the images of a config. Raise DataError if they are missing, RunError if they do not fit the config."""
     images = open_images(config.data, split)
     known = images.max_neighbors() if needs_neighbors(config.groups) else None
     n, side = len(images), images.shape[-1]
@@ -40,8 +40,8 @@ def open_data(config: Config, split: Split = "train") -> Images:
 
 
 def find_form(config: Config, source: WeightSource) -> ImageForm:
-    """Return the form of the images that these weights generate: as their checkpoint or file says, and where it does
-    not, as the data are. `data.vae` replaces the VAE. Raise DataError if data are needed and missing."""
+    """Return the form of the images that these weights generate: from their checkpoint or file or, if it does not say,
+    from the data. `data.vae` replaces the VAE. Raise DataError if data are needed and missing."""
     form = source.form()
     vae = config.data.vae or (form.vae if form else None)
     if form is None or (config.data.name == "latents" and vae is None):
@@ -56,7 +56,7 @@ def data_are_here(config: Config) -> bool:
 
 
 def form_from_config(config: Config, num_classes: int) -> ImageForm:
-    """Return the form that a config states of images that are not here. Raise RunError if it does not."""
+    """Return the form that a config states for images that are not here. Raise RunError if it states none."""
     data = config.data
     if data.channels is None or data.side is None:
         field = "channels" if data.channels is None else "side"
@@ -65,18 +65,18 @@ def form_from_config(config: Config, num_classes: int) -> ImageForm:
 
 
 def shares_attention(config: Config) -> InWindow | None:
-    """Return where groups share attention, of quantiles of time and the images seen; None: everywhere."""
+    """Return where groups share attention, a function of quantiles of time and the images seen; None: everywhere."""
     return partial(_in_window, make_path(config.path), config.groups.window) if config.groups.window else None
 
 
 def _in_window(path: NoisePath, window: Interval, u: Tensor, position: int) -> Tensor:
-    """Whether the log-SNRs at quantiles of time `u`, with `position` images seen, are in the window."""
+    """Return whether the log-SNRs at quantiles of time `u` are in the window, with `position` images seen."""
     log_snr = path.log_snr(path.timestep(u, position)).tolist()
     return torch.tensor([inside(value, window) for value in log_snr], dtype=torch.bool)
 
 
 def build_network(config: Config, images: ImageForm) -> Backbone:
-    """The network for these images, initialised by the run's seed alone."""
+    """Return the network for these images, initialised from the run's seed alone."""
     channels, side, _ = images.shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -84,18 +84,18 @@ def build_network(config: Config, images: ImageForm) -> Backbone:
 
 
 def initial_network(config: Config, images: ImageForm) -> nn.Module:
-    """The network of a run that starts: from the weights `init_from`, if the config has some. All ranks call it."""
+    """Return the network of a new run, with the weights `init_from` if the config has them. All ranks call it."""
     network = build_network(config, images)
     if config.init_from:
-        # one answer for all: that run may still be going on, and have a newer checkpoint every while
+        # one answer for all ranks: that run may still be training and keep writing newer checkpoints
         source = from_rank_0(lambda: find_weights(config.init_from))
         start_from(network, read_weights(source), str(source))
     return network
 
 
 def build_objective(config: Config, network: nn.Module, images: Images) -> Objective:
-    """Return the loss terms of a run, made for its network as it is before it is laid over the ranks. RunError if one
-    does not fit the network, or the images lack what it needs."""
+    """Return the loss terms of a run, built for its network before that is laid over the ranks. Raise RunError if a
+    term does not fit the network, or the images lack what it needs."""
     try:
         return make_objective(config.loss, network, images.extra, config.seed)
     except ValueError as error:
@@ -103,7 +103,7 @@ def build_objective(config: Config, network: nn.Module, images: Images) -> Objec
 
 
 def check_start(config: Config, images: ImageForm) -> None:
-    """RunError if the run is to start from weights that are not there or of another model. Reads their shapes alone."""
+    """Raise RunError if the weights to start from are missing or of another model. Read only their shapes."""
     started, _ = checkpoint.find(Path(config.run) / checkpoint.CHECKPOINTS)
     if config.init_from and not started:
         with torch.device("meta"):

@@ -1,15 +1,15 @@
-"""What a run will take, before it is submitted: network, memory, communication, time.
+"""Estimate what a run will need, before it is submitted: network, memory, communication, time.
 
 - FLOPs: multiply-adds of a forward pass counted by fvcore (attention of the groups included), times 2 for FLOPs, times
   3 for forward and backward (Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1).
 - Model states: AdamW in fp32 keeps 4 bytes each of parameter, gradient and two moments (Rajbhandari et al. 2020,
-  "ZeRO", section 3.1), each average of the weights 4 more. What an engine shards is divided by its ranks: all of it
-  with fsdp, hsdp (by `shard_size`, here the whole world if null) and ZeRO-3, of ZeRO-1 the optimizer's part, of ZeRO-2
-  that and gradients. The gathered blocks come on top. With `offload` the states are in the host's memory.
+  "ZeRO", section 3.1), each average of the weights 4 more. What an engine shards is divided by its ranks: everything
+  with fsdp, hsdp (by `shard_size`, here the whole world if null) and ZeRO-3, the optimizer's part with ZeRO-1, that and
+  gradients with ZeRO-2. The gathered blocks are extra. With `offload` the states are in host memory.
 - Activations: 34 bytes per token, channel and block in bf16, without the attention matrix, which fused attention does
   not keep (Korthikanti et al. 2022, "Reducing Activation Recomputation", equation 2); twice that in fp32. It counts
-  dropout masks, which we lack, and not the adaptive norm's copies, which we have: the least exact line. A block that is
-  recomputed keeps its input alone (2 bytes), and one at a time the rest.
+  dropout masks, which we lack, and omits the adaptive norm's copies, which we have: the least exact line. A recomputed
+  block keeps only its input (2 bytes); the rest is kept for one such block at a time.
 - Communication: a ring all-reduce moves 2 (P - 1) / P of the gradients per rank and step, as ZeRO-1 and 2 do in two
   halves; FSDP and ZeRO-3 gather the weights for forward and backward and reduce the gradients: 3 (P - 1) / P ("ZeRO",
   section 7); HSDP does so inside a copy, and all-reduces shards of gradients between copies.
@@ -28,8 +28,8 @@ PEAK_FLOPS = {"bf16": 989e12, "fp32": 67e12}  # of an H100 SXM
 
 
 def estimate(config: Config, images: ImageForm, world_size: int, utilisation: float) -> dict[str, float]:
-    """parameters, flops_per_step, and per rank: bytes of states, gathered weights, activations and communication;
-    images_per_second, days. A rank's memory is of its largest micro-batch."""
+    """Return parameters, flops_per_step, per rank the bytes of states, gathered weights, activations and communication,
+    and images_per_second, days. A rank's memory is that of its largest micro-batch."""
     with torch.device("meta"):
         network = build_network(config, images)
     parameters = sum(p.numel() for p in network.parameters())
@@ -57,7 +57,8 @@ def estimate(config: Config, images: ImageForm, world_size: int, utilisation: fl
 
 
 def _layout(config: Config, ranks: int) -> tuple[int, float, float]:
-    """(ranks that share one copy of the weights, bytes of states a parameter on a rank, numbers sent a parameter)."""
+    """Return (ranks that share a copy of the weights, a rank's bytes of states per parameter, numbers sent for
+    each)."""
     weights, gradients, moments = ENGINES[config.engine].shards(config, ranks)
     averages = 1 + len(config.optim.power_ema)
     states = 4 * (1 + averages) / weights + 4 / gradients + 8 / moments
@@ -66,14 +67,14 @@ def _layout(config: Config, ranks: int) -> tuple[int, float, float]:
 
 
 def _kept_of_blocks(config: Config) -> float:
-    """Numbers kept per token and channel: 17 a block, or 1 and the 17 of one at a time."""
+    """Return the numbers kept per token and channel: 17 per block; if recomputed, 1 per block and 17 for one."""
     depth, every = config.model.depth, config.activation_checkpointing
     recomputed = -(-depth // every) if every else 0
     return 17 * (depth - recomputed) + (recomputed + 17 if recomputed else 0)
 
 
 def estimate_table(config: Config, images: ImageForm, world_size: int, utilisation: float) -> str:
-    """The estimate for people."""
+    """Return the estimate as a readable table."""
     e = estimate(config, images, world_size, utilisation)
     memory = e["states"] * (not config.offload) + e["gathered"] + e["activations"]
     place = ", in the host's memory" if config.offload else ""

@@ -27,9 +27,9 @@ from trainer.run_folder import check_folder, sole_user, write_config
 
 
 def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) -> Literal["finished", "stopped"]:
-    """Train on all ranks of the environment, from the newest checkpoint of the run folder if there is one.
+    """Train on all ranks of the environment, resuming from the run folder's newest checkpoint if there is one.
 
-    `stop_requested` is asked in every step; where it holds on any rank, the run saves after the step and ends.
+    `stop_requested` is called at every step; if it is true on any rank, the run saves after that step and ends.
     """
     with process_group(config.train.timeout) as ranks, ExitStack() as closing:
         check_world(config, ranks.world_size)
@@ -89,18 +89,18 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
             saving = stopping or ending or has_passed(keep.every, before, position)
             snapping = keep.snapshot_every and (ending or has_passed(keep.snapshot_every, before, position))
             if saving or snapping or has_passed(config.train.log_every, before, position):
-                monitor.flush()  # raises if a loss is not finite, so that no such state is saved
+                monitor.flush()  # raises if a loss is not finite, so that such a state is never saved
             if saving or snapping:
                 state = engine.state()
-                states = {SNAPSHOTS: power_averages(state)} if snapping else {}  # first: what follows a checkpoint is
-                states |= {CHECKPOINTS: state} if saving else {}  # not done again by a run that goes on from it
+                states = {SNAPSHOTS: power_averages(state)} if snapping else {}  # first: a run that resumes from
+                states |= {CHECKPOINTS: state} if saving else {}  # a checkpoint does not redo what follows it
                 metrics = {"loss": monitor.loss_since_last_save()} if saving else {}
                 saver.save(position, states, to_yaml(config), form, metrics)
-                del state, states  # copies, with some engines
+                del state, states  # with some engines, they are copies
             if stopping:
                 break
             if periodic.due(before, position):
-                saver.wait_for_copy()  # the averages take the weights' place
+                saver.wait_for_copy()  # because the averages are about to replace the weights
                 periodic.run(engine, path, before, position, micro_batches, monitor)
 
         saver.wait()

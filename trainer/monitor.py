@@ -1,4 +1,4 @@
-"""What a run reports: losses of each step, summed over the ranks, and that one is not finite. Sinks take it."""
+"""Report the losses of each step, summed over the ranks, to sinks; stop at a loss that is not finite."""
 
 import math
 import sys
@@ -19,8 +19,8 @@ from trainer.sinks import SINKS, has_evaluation
 
 
 class Monitor:
-    """Notes steps without waiting for the device; `flush` sums over the ranks and reports. All ranks have one, and call
-    `note` and `flush` alike; only that of rank 0 has sinks."""
+    """Notes steps without waiting for the device; `flush` sums over the ranks and reports. Each rank has one and calls
+    `note` and `flush` like the others; only rank 0's has sinks."""
 
     def __init__(
         self, folder: Path, sinks: Iterable[str], ranks: Ranks, first_step: int, position: int, images: int
@@ -79,7 +79,7 @@ class Monitor:
             )
 
     def loss_since_last_save(self) -> float:
-        """Return the mean over the steps flushed since this was last asked."""
+        """Return the mean loss over the steps flushed since the last call."""
         mean = sum(self._unsaved) / len(self._unsaved)
         self._unsaved = []
         return mean
@@ -115,18 +115,18 @@ class Monitor:
             sink.scalars({name: value}, position)
 
     def evaluation(self, record: dict, position: int) -> None:
-        """Report the metrics of samples, with whatever else the record says of them."""
+        """Report the metrics of samples, with the rest of their record."""
         numbers = {f"evaluate/{name}": value for name, value in record.items() if isinstance(value, float)}
         for sink in self._sinks:
             sink.evaluation({"position": position, **record})
             sink.scalars(numbers, position)
 
     def has_evaluation(self, position: int) -> bool:
-        """Whether the run has an evaluation of this position."""
+        """Return whether the run has an evaluation at this position."""
         return has_evaluation(self._folder, position)
 
     def say(self, message: str) -> None:
-        """Write a line to stderr, above the progress bar where there is one."""
+        """Write a line to stderr, above the progress bar if there is one."""
         if self.writes:
             tqdm.write(message, sys.stderr)
         for sink in self._sinks:

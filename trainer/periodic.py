@@ -1,4 +1,4 @@
-"""What is done now and then while training, with the averaged weights: samples, their metrics, attention in groups."""
+"""Periodic work while training, with the averaged weights: samples, their metrics, attention in groups."""
 
 import threading
 from collections.abc import Callable
@@ -29,9 +29,8 @@ from trainer.sampling.samples import describe
 
 
 class Periodic:
-    """Samples, evaluations and attention scores at their intervals. All ranks take part, and training does not notice:
-    nothing is drawn from a random stream of training, no gradient computed. What would fail later fails when this is
-    made, before hours have passed."""
+    """Samples, evaluations and attention scores at their intervals. All ranks take part. Training is unaffected:
+    nothing is drawn from its random streams, no gradient computed. What would fail hours later fails at creation."""
 
     def __init__(self, config: Config, images: Images, ranks: Ranks) -> None:
         self._config, self._images, self._ranks = config, form_of(images), ranks
@@ -43,14 +42,14 @@ class Periodic:
         self._compute_metrics = make_evaluation(config, images, ranks) if config.evaluate.every else None
 
     def catch_up(self, engine: Engine, batch: int, position: int, monitor: Monitor) -> None:
-        """Before the first step, evaluate at `position` if that was due and the run ended before it was done."""
+        """Before the first step, evaluate at `position` if that was due but the run ended first."""
         every = self._config.evaluate.every
         due = every and position and has_passed(every, position - batch, position)
         if due and from_rank_0(lambda: not monitor.has_evaluation(position)):
             self._evaluate(engine, position, monitor)
 
     def due(self, before: int, position: int) -> bool:
-        """Whether something may be due as the images seen go from `before` to `position`."""
+        """Return whether something may be due as the images seen go from `before` to `position`."""
         train, evaluate = self._config.train, self._config.evaluate
         intervals = (train.sample_every, evaluate.every, train.attention_every)
         return self._attention_due or any(every and has_passed(every, before, position) for every in intervals)
@@ -105,19 +104,19 @@ def _show_attention(attention: CrossAttention, group_size: int, position: int, m
 
 
 def has_passed(every: int, before: int, position: int) -> bool:
-    """Whether a multiple of `every` images lies in (before, position]."""
+    """Return whether a multiple of `every` images lies in (before, position]."""
     return position // every > before // every
 
 
 def evaluation_config(config: Config) -> Config:
-    """Return the config of the samples to evaluate: as the sample grids, but `evaluate.per_class` of each class."""
+    """Return the config of the samples to evaluate: as for the sample grids, but `evaluate.per_class` of each class."""
     sample = config.sample.model_copy(update={"per_class": config.evaluate.per_class})
     return config.model_copy(update={"sample": sample})
 
 
 def make_evaluation(config: Config, images: Images, ranks: Ranks) -> Callable[[Tensor], dict | None]:
-    """Return a function of samples (classes, per_class, C, H, W), the same on all ranks, that returns their metrics on
-    rank 0: by evaluate.detector, or by a small classifier of the images. All ranks call both."""
+    """Return a function that takes samples (classes, per_class, C, H, W), the same on all ranks, and returns their
+    metrics on rank 0: by evaluate.detector, or by a small classifier of the images. All ranks call both."""
     settings, number = config.evaluate, images.num_classes * config.evaluate.per_class
     if number <= NEIGHBOURS:
         raise RunError(f"evaluate.per_class={settings.per_class}: {number} images; set more than {NEIGHBOURS}")
@@ -146,7 +145,7 @@ def make_evaluation(config: Config, images: Images, ranks: Ranks) -> Callable[[T
 
 
 class Generated:
-    """An ImageSet of samples (n, C, H, W), latents or in [-1, 1], decoded as they are read."""
+    """An ImageSet of samples (n, C, H, W), latents or pixels in [-1, 1], decoded when they are read."""
 
     def __init__(self, samples: Tensor, decode: Callable[[Tensor], Tensor]) -> None:
         self._samples, self._decode, self._lock = samples, decode, threading.Lock()
@@ -156,6 +155,6 @@ class Generated:
         return len(self._samples)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """As ImageSet.read; one thread at a time, because the decoder has the device's memory."""
+        """Implement ImageSet.read; one thread at a time, because decoding takes the device's memory."""
         with self._lock:
             return to_uint8(self._decode(self._samples[start:stop]))

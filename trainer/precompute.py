@@ -1,4 +1,4 @@
-"""Latents and features of an image set: what each process of tools/precompute_latents.py and _features.py does."""
+"""Compute latents, features and pixels of an image set: the work of each process of tools/precompute_*.py."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -37,8 +37,8 @@ def precompute_latents(
     process: int = 0,
     processes: int = 1,
 ) -> dict | None:
-    """Posterior moments of every image and of its mirror image, (2, 2C, h, w): mean and log-variance along the second
-    axis, not scaled. Returns the manifest, or None if other processes still make shards."""
+    """Store the posterior moments of every image and of its mirror image, (2, 2C, h, w): mean and log-variance along
+    the second axis, not scaled. Return the manifest, or None if other processes are still making shards."""
     network = _load("--vae", vae, lambda: VAE(vae, local_device(), precision))
     if image_size % network.factor:
         raise RunError(f"--size {image_size}: must be a multiple of the VAE's factor, {network.factor}")
@@ -57,7 +57,7 @@ def latents_work(
     workers: int,
     max_rejects: int,
 ) -> Work:
-    """How this VAE makes latents of images."""
+    """Return the work of encoding images with this VAE."""
     settings = {
         "name": vae.name,
         "vae_weights": fingerprint(vae.network),
@@ -93,7 +93,7 @@ def precompute_features(
     process: int = 0,
     processes: int = 1,
 ) -> dict | None:
-    """A float16 vector of length 1 per image. Returns the manifest, or None if other processes still make shards."""
+    """Store a float16 unit vector per image. Return the manifest, or None if other processes still make shards."""
     network = _load("--encoder", encoder, lambda: Encoder(encoder, local_device(), precision))
     settings = {
         "name": encoder,
@@ -120,7 +120,7 @@ def _load(option: str, name: str, load: Callable[[], T]) -> T:
 
 
 def build_neighbors(precision: Precision | None, **arguments: Any) -> None:
-    """data.neighbors.graph.build_graph on this process's device; `precision` None: the one that is fast there."""
+    """Call data.neighbors.graph.build_graph on this process's device; `precision` None: the one that is fast there."""
     device = local_device()
     precision = precision or ("bf16" if device.type == "cuda" else "fp32")
     build_graph(precision=precision, device=device, **arguments)
@@ -136,8 +136,8 @@ def precompute_pixels(
     process: int = 0,
     processes: int = 1,
 ) -> dict | None:
-    """uint8 (3, size, size) of every image; not of its mirror image, which is the same numbers in another order.
-    Returns the manifest, or None if other processes still make shards."""
+    """Store uint8 (3, size, size) of every image; its mirror image has the same numbers in another order, and is not
+    stored. Return the manifest, or None if other processes are still making shards."""
     settings = {"size": image_size, "transform": "ADM centre crop"}
 
     def prepare(image: Image.Image) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Who this process is among the ranks of the run: torch.distributed from torchrun's standard environment."""
+"""This process's place among the ranks of the run: torch.distributed from torchrun's standard environment."""
 
 import os
 import re
@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 from data.errors import UserError
 from trainer.errors import RunError, add_facts, first_line
 
-GRACE = 3.0  # seconds that ranks have to notice a failure before they count as absent
+GRACE = 3.0  # seconds in which ranks must notice a failure, or else count as absent
 T = TypeVar("T")
 _BROKEN = re.compile(r"Connection|gloo|monitoredBarrier|NCCL|[Tt]imed? ?out|Broken pipe")
 _kept: dict[str, dist.ProcessGroup | None] = {}
@@ -29,7 +29,7 @@ _kept: dict[str, dist.ProcessGroup | None] = {}
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's rank of `world_size`, its device, and how many ranks its machine has."""
+    """This process's rank out of `world_size`, its device, and the number of ranks on its machine."""
 
     rank: int
     world_size: int
@@ -51,9 +51,9 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
     """Join the ranks named by torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
     MASTER_PORT); without them, a world of one.
 
-    On GPUs where there is one for each rank of the machine, else on its CPUs; NCCL for tensors on GPUs, else gloo.
-    A rank that waits for another for more than `timeout` seconds raises. An error of communication says by its
-    attributes who is at fault (see `trainer.errors.add_facts`).
+    Use GPUs if there is one for each rank of the machine, else its CPUs; NCCL for tensors on GPUs, else gloo. A rank
+    that waits for another for more than `timeout` seconds raises. The attributes of a communication error say who is at
+    fault (see `trainer.errors.add_facts`).
     """
     rank, world_size, local_world_size = (
         int(os.environ.get(name, default))
@@ -67,7 +67,7 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
         seen = f"{torch.cuda.device_count()} GPUs for {local_world_size} ranks"
         warnings.warn(f"CPUs are used: this process sees {seen}; let each see all of its machine", stacklevel=3)
     limit = timedelta(seconds=timeout)
-    # NCCL would end the process where gloo, by which the ranks vote in each step, raises and says who does not answer
+    # NCCL would kill the process, while gloo, used for the vote at each step, raises and names ranks that do not answer
     longer = 2 * limit if device.type == "cuda" else limit
     store: Store = HashStore()
     ended = False
@@ -75,7 +75,7 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
         if world_size > 1:
             store, _, _ = next(rendezvous("env://", rank, world_size, timeout=limit))
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=longer)
-        # so that DDP has not the last one: it frees it with the GIL held, and waits for threads that may wait for it
+        # keep one: DDP would free the last one with the GIL held, and wait for threads that may wait for the GIL
         _kept["group"] = dist.group.WORLD
         ones = torch.ones((), device=device)
         dist.all_reduce(ones)
@@ -94,9 +94,9 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
     finally:
         deepspeed = sys.modules.get("deepspeed")
         if device.type == "cuda" and world_size > 1 and not ended:
-            pass  # NCCL would wait for ranks that are still running, and this rank's error would never be seen
+            pass  # NCCL would wait for ranks that are still running, and this rank's error would never show
         elif deepspeed and deepspeed.comm.is_initialized():
-            deepspeed.comm.destroy_process_group()  # and forget the groups that it remembers
+            deepspeed.comm.destroy_process_group()  # so that DeepSpeed forgets the groups that it remembers
         elif dist.is_initialized():
             dist.destroy_process_group()
 
@@ -104,8 +104,8 @@ def process_group(timeout: float = 1800) -> Iterator[Ranks]:
 def _at_fault(error: Exception) -> Literal["peer", "port"] | None:
     """Return whether an error comes from another rank's end or silence, or from a port that was taken.
 
-    torch gives some of these errors a class, but no code; gloo's are RuntimeErrors that differ in their text alone.
-    This is the one place that reads it.
+    torch gives some of these errors a class, but no code; gloo's are RuntimeErrors that differ only in their text. This
+    is the only place that reads it.
     """
     message = first_line(error)
     if getattr(error, "final", False):
@@ -118,13 +118,13 @@ def _at_fault(error: Exception) -> Literal["peer", "port"] | None:
 
 
 def _allow_files() -> None:
-    """Raise this process's limit of open files: gloo opens one for each other rank, in each of several groups."""
+    """Raise this process's limit on open files: gloo opens one for each other rank in each of several groups."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _absent(store: Store, rank: int, world_size: int) -> list[int]:
-    """Return the ranks that do not notice, a moment after this one, that something is wrong."""
+    """Return the ranks that do not notice the failure within a moment of this one."""
     found = [[0]]  # rank 0 keeps the store: if the store does not answer, nor does rank 0
 
     def ask() -> None:
@@ -133,7 +133,7 @@ def _absent(store: Store, rank: int, world_size: int) -> list[int]:
             time.sleep(GRACE)
             found.append([other for other in range(world_size) if not store.check([f"failed/{other}"])])
 
-    asking = threading.Thread(target=ask, daemon=True)  # the store knows no time limit
+    asking = threading.Thread(target=ask, daemon=True)  # the store has no time limit
     asking.start()
     asking.join(2 * GRACE)
     return found[-1]
@@ -142,7 +142,7 @@ def _absent(store: Store, rank: int, world_size: int) -> list[int]:
 def from_rank_0(function: Callable[[], T]) -> T:
     """Call `function` on rank 0 alone and return its result on all ranks; its UserError is a RunError on all of them.
 
-    So what depends on files, which ranks may see at different times, has one answer.
+    So anything that depends on files, which ranks may see at different times, has one answer.
     """
     box: list = [None, None]
     if dist.get_rank() == 0:

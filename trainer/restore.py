@@ -1,4 +1,4 @@
-"""Continuing a run from its newest checkpoint."""
+"""Resume a run from its newest checkpoint."""
 
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,11 @@ from trainer.ranks import from_rank_0
 
 
 def restore(folder: Path, engine: Engine, images: Images, batch: int, fallback: bool) -> tuple[int, list[str]]:
-    """Load the newest complete checkpoint of a run's folder into the engine: its position (0: there is none), and what
-    there is to say. All ranks call it.
+    """Load the newest complete checkpoint of a run's folder into the engine. Return its position (0: there is none),
+    and notes for the user. All ranks call it.
 
-    RunError if it is of another model, or of other images, or damaged, unless `fallback` allows the one before it.
+    Raise RunError if it is of another model or of other images, or if it is damaged and `fallback` does not allow the
+    one before it.
     """
     notes, state = from_rank_0(lambda: _remove_incomplete(folder)), {}
     while newest := from_rank_0(lambda: next(reversed(checkpoint.find(folder)[0]), None)):
@@ -42,7 +43,7 @@ def restore(folder: Path, engine: Engine, images: Images, batch: int, fallback: 
 def _set_aside(damaged: Path) -> Path:
     aside = damaged.with_suffix(DAMAGED)
     number = 1
-    while aside.exists():  # of another time at this position
+    while aside.exists():  # set aside earlier at this position
         number += 1
         aside = damaged.with_suffix(f"{DAMAGED}-{number}")
     return damaged.rename(aside)
@@ -56,7 +57,7 @@ def _remove_incomplete(folder: Path) -> list[str]:
 
 
 def _all_find_whole(newest: Path) -> None:
-    """Damaged, on all ranks, if one of them finds the index damaged, or one of its share of the files missing."""
+    """Raise Damaged on all ranks if one of them finds the index damaged, or a file in its share missing."""
     try:
         checkpoint.check_index(newest)
         checkpoint.check_sizes(newest, dist.get_rank(), dist.get_world_size())

@@ -16,13 +16,13 @@ CONFIG, LOCK = "config.yaml", "lock"
 
 
 def check_folder(config: Config) -> None:
-    """RunError if the run folder holds a run of another config; a folder without a run is fine."""
+    """Raise RunError if the run folder holds a run of another config; a folder without a run is fine."""
     stored = Path(config.run) / CONFIG
     if not stored.is_file():
         return
     free = marked(Config, "may_change", True)
     before, now = dotted(read_config(config.run).model_dump()), dotted(config.model_dump())
-    for name in {**now, **before}:  # a loss term that is gone is only in what was before
+    for name in {**now, **before}:  # a loss term that was removed is only in the old config
         value = now.get(name)
         if value != before.get(name) and not matches(name, free):
             raise RunError(
@@ -32,7 +32,7 @@ def check_folder(config: Config) -> None:
 
 
 def read_config(folder: str | Path) -> Config:
-    """The resolved config of a run folder or of a checkpoint."""
+    """Return the resolved config of a run folder or of a checkpoint."""
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise RunError(f"{folder}: no {CONFIG} in it; give a run folder, as runs/digits")
@@ -44,12 +44,12 @@ def read_config(folder: str | Path) -> Config:
 
 @contextmanager
 def sole_user(folder: Path) -> Iterator[None]:
-    """RunError if another process writes this run; else it is ours until we leave or die."""
+    """Reserve this run for us until we leave or die. Raise RunError if another process is writing it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a") as lock:
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process, so loader workers do not inherit it
-        except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: somebody has it
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # per process: loader workers do not inherit it
+        except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: somebody holds it
             raise RunError(f"run={folder}: another job is writing this run; wait for its end or cancel it") from None
         except OSError as error:
             warnings.warn(f"{folder}: cannot be locked ({error}); let one job at a time write it", stacklevel=2)
@@ -57,5 +57,5 @@ def sole_user(folder: Path) -> Iterator[None]:
 
 
 def write_config(config: Config) -> None:
-    """Make the run folder and put the resolved config there, whole or not at all. One rank calls it."""
+    """Create the run folder and write the resolved config to it, whole or not at all. One rank calls it."""
     write_text(Path(config.run) / CONFIG, to_yaml(config))

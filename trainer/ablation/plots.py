@@ -1,4 +1,4 @@
-"""Pictures of an ablation."""
+"""Plots of an ablation."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ from trainer.ablation.runs import with_cross_attention
 
 
 def plot_ablation(rows: list[dict], r: dict[str, float], path: Path) -> None:
-    """For each axis the guidance curves, and by value their best Frechet distance and that at the class accuracy of
-    real images, with standard deviations over seeds; below, at each weight of guidance, S_cross against
-    distance, whose correlations are `r`."""
+    """Plot, for each axis, the guidance curves and, by value, the Frechet distance at its best and at the class
+    accuracy of real images, with standard deviations over seeds; below, S_cross against distance at each guidance
+    weight, with the correlations `r`."""
     axes = list(dict.fromkeys(row["axis"] for row in rows))
     figure = Figure(figsize=(11, 3.4 * (len(axes) + 1)), layout="constrained")  # without pyplot: needs no display
     panels = figure.subplots(len(axes) + 1, 2, squeeze=False)
@@ -44,5 +44,5 @@ def plot_ablation(rows: list[dict], r: dict[str, float], path: Path) -> None:
     if r:
         left.legend(fontsize=8)
     right.axis("off")
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": ""}):  # text as text, and the same file each time
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": ""}):  # text stays text, the file is reproducible
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

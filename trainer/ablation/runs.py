@@ -1,4 +1,4 @@
-"""Claims of the method, run again: for each value of an axis and each seed a run, its guidance curve, and how much the
+"""Rerun the method's claims: one run for each value of an axis and each seed, with its guidance curve and how much the
 images of its groups attend to one another (S_cross)."""
 
 import itertools
@@ -27,12 +27,12 @@ from trainer.loop import train
 from trainer.ranks import local_device
 from trainer.sampling.samples import make_samples
 
-ATTENTION_GROUPS = 64  # over which S_cross of a run is measured
+ATTENTION_GROUPS = 64  # groups over which a run's S_cross is measured
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A run: the value of an axis, a seed, and the run's name, which equal runs of two axes share."""
+    """A run: the value of an axis, a seed, and the run's name; identical runs of two axes share a name."""
 
     axis: str
     value: str
@@ -43,8 +43,8 @@ class Cell:
 def plan_cells(
     path: Path, overrides: list[str], axes: list[str], seeds: int, out: Path
 ) -> tuple[list[Cell], dict[str, Config]]:
-    """All runs that `axes` (as `groups.size=1,2,4`) ask for, each axis on its own, the rest as in the config; and the
-    configs by the runs' names."""
+    """Return all runs for `axes` (for example `groups.size=1,2,4`), each axis varied on its own and the rest as in the
+    config; and the configs by run name."""
     cells: list[Cell] = []
     configs: dict[str, Config] = {}
     known: dict[str, str] = {}
@@ -64,7 +64,7 @@ def plan_cells(
 
 
 def check_results(configs: dict[str, Config], guidance: tuple[float, ...], out: Path) -> None:
-    """RunError if a result that is there already was made with other settings: one table is of one setting."""
+    """Raise RunError if an existing result was made with other settings: a table must not mix settings."""
     for name, config in configs.items():
         path = out / f"{name}.json"
         if not path.exists():
@@ -81,7 +81,7 @@ def check_results(configs: dict[str, Config], guidance: tuple[float, ...], out: 
 
 
 def _settings(config: Config, guidance: tuple[float, ...]) -> dict:
-    """Those that a result depends on, as JSON gives them back."""
+    """Return the settings that a result depends on, as they come back from JSON."""
     fields = dotted(config.model_dump(mode="json"))
     free = marked(Config, "affects_results", False)
     return {name: fields[name] for name in fields if not matches(name, free)} | {"--guidance": list(guidance)}
@@ -90,15 +90,15 @@ def _settings(config: Config, guidance: tuple[float, ...]) -> dict:
 def run_cells(
     configs: dict[str, Config], guidance: tuple[float, ...], out: Path, process: int = 0, processes: int = 1
 ) -> None:
-    """Train, sample and measure the runs that nobody else does; each leaves NAME.json in `out`. What was killed goes on
-    from its newest checkpoint."""
+    """Train, sample and measure the runs that no other process has claimed; each leaves NAME.json in `out`. A killed
+    run resumes from its newest checkpoint."""
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")  # a run in this process alone
-    if local_device().type == "cpu":  # sums depend on the number of threads, which depends on that of processes
+    if local_device().type == "cpu":  # sums depend on the number of threads, and that on the number of processes
         torch.set_num_threads(1)
-        threadpool_limits(1)  # of NumPy and scikit-learn, which evaluate
+        threadpool_limits(1)  # for NumPy and scikit-learn, which evaluate
     names = list(configs)
     claims = Claims(out, [f"{name}.json" for name in names], process * len(names) // processes)
-    evaluators: dict[DataConfig, Callable] = {}  # which take longer to make than to ask
+    evaluators: dict[DataConfig, Callable] = {}  # kept: making one takes longer than calling it
     for number in claims:
         config = configs[names[number]]
         if config.data not in evaluators:
@@ -111,7 +111,7 @@ def run_cells(
 def measure_run(
     config: Config, guidance: tuple[float, ...], evaluate: Callable[[np.ndarray, np.ndarray], dict[str, float]]
 ) -> dict:
-    """Return {"curve": metrics of trainer/evaluation/classifier.py at each weight of guidance, "s_cross": S_cross or
+    """Return {"curve": metrics of trainer/evaluation/classifier.py at each guidance weight, "s_cross": S_cross or
     None}."""
     train(config)
     checkpoint = find_checkpoint(Path(config.run))
@@ -124,7 +124,7 @@ def measure_run(
 
 
 def s_cross(source: WeightSource, config: Config) -> float | None:
-    """Return S_cross of groups of the data with noise as in training, over layers and levels; None without groups."""
+    """Return S_cross of groups of the data, noised as in training, over layers and levels; None without groups."""
     if config.groups.size < 2 or config.model.group_layers == ():
         return None
     loaded = attention.load_grouped(source, config)
@@ -132,9 +132,9 @@ def s_cross(source: WeightSource, config: Config) -> float | None:
 
 
 def summarise(cells: list[Cell], out: Path) -> list[dict]:
-    """A row per axis and value: each measure as (mean, standard deviation) over the seeds, at every weight of guidance
-    (`curve`) and at the weight that is best by Frechet distance for each seed (`best`); the Frechet distance where the
-    curve has the class accuracy of real images (`matched`; None if one does not); and S_cross."""
+    """Return a row per axis and value: each measure as (mean, standard deviation) over the seeds, at every guidance
+    weight (`curve`) and at each seed's best weight by Frechet distance (`best`); the Frechet distance where the curve
+    reaches the class accuracy of real images (`matched`; None if any curve does not); and S_cross."""
     rows = []
     for axis, value in dict.fromkeys((cell.axis, cell.value) for cell in cells):
         runs = [_read_result(out / f"{c.name}.json") for c in cells if (c.axis, c.value) == (axis, value)]
@@ -157,8 +157,8 @@ def summarise(cells: list[Cell], out: Path) -> list[dict]:
 
 
 def at_real_accuracy(curve: list[dict]) -> float | None:
-    """The Frechet distance, by linear interpolation, where class accuracy first passes that of held-out real images as
-    guidance grows: samples of one weight may be nearer to the real ones only because guidance is weaker there."""
+    """Return the Frechet distance, linearly interpolated, where class accuracy first passes that of held-out real
+    images as guidance grows: at a fixed weight, samples may be nearer to real ones just because guidance is weaker."""
     for low, high in itertools.pairwise(curve):
         below, above = (point["class_accuracy"] - point["heldout_accuracy"] for point in (low, high))
         if below <= 0 < above:
@@ -168,8 +168,8 @@ def at_real_accuracy(curve: list[dict]) -> float | None:
 
 
 def correlations(rows: list[dict]) -> dict[str, float]:
-    """Return Pearson's r of S_cross and Frechet distance at each weight of guidance, over the rows with groups of 3 or
-    more, where S_cross says something, each run counted once; none of fewer than three."""
+    """Return Pearson's r of S_cross and Frechet distance at each guidance weight, over the rows with groups of 3 or
+    more, where S_cross is informative, counting each run once; leave out an r of fewer than three runs."""
     found = {}
     for place, point in enumerate(rows[0]["curve"]):
         points = {(row["s_cross"][0], row["curve"][place]["frechet"][0]) for row in with_cross_attention(rows)}
@@ -179,12 +179,12 @@ def correlations(rows: list[dict]) -> dict[str, float]:
 
 
 def with_cross_attention(rows: list[dict]) -> list[dict]:
-    """Return those whose S_cross is not 0, as it is for groups of 2."""
+    """Return the rows whose S_cross is not 0; for groups of 2 it always is."""
     return [row for row in rows if row["s_cross"] and row["s_cross"][0] > 0]
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: the best point of each guidance curve, and the distance at the accuracy of real images."""
+    """Return a Markdown table: each guidance curve's best point, and the distance at the accuracy of real images."""
     head = [
         "axis",
         "value",
@@ -219,7 +219,7 @@ def table(rows: list[dict]) -> str:
 
 def _read_result(path: Path) -> dict:
     result = json.loads(path.read_text())
-    return {"s_cross": result.get("score"), **result}  # which older versions called so
+    return {"s_cross": result.get("score"), **result}  # the key in older versions
 
 
 def _statistics(points: Iterable[dict]) -> dict[str, tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""The attention between the images of groups in a checkpoint: on noisy groups of its run's data, or while sampling."""
+"""Attention between the images of a group, for a checkpoint: on noisy groups of its run's data, or while sampling."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +29,7 @@ LEVELS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # log-SNR at which the attentio
 
 
 class Groups(NamedTuple):
-    """Numbers (groups, N) of images of `source`, and how many of the groups the query could not fill."""
+    """Image numbers (groups, N) in `source`, and how many of the groups the query could not fill."""
 
     source: Pool
     numbers: np.ndarray
@@ -38,8 +38,8 @@ class Groups(NamedTuple):
 
 class OneGroup(NamedTuple):
     """A group of N images, clean, and their attention. `mass` (levels, N, N) is P at log-SNRs `levels` (levels,),
-    averaged over layers; `patch` (layers, N, cells, cells) what one patch sends to each at the log-SNR `level`. NaN
-    where groups share no attention."""
+    averaged over layers; `patch` (layers, N, cells, cells) is what one patch sends to each patch at the log-SNR
+    `level`. NaN where groups share no attention."""
 
     pixels: np.ndarray
     label: np.ndarray
@@ -59,7 +59,7 @@ def load_grouped(source: WeightSource, config: Config) -> Loaded:
 
 
 def draw_groups(config: Config, number: int) -> Groups:
-    """Return at most so many groups of a pool of the config's images, as its query forms them."""
+    """Return at most `number` groups of a pool of the config's images, formed by its query."""
     pool = open_data(config).pool()
     number = min(number, len(pool.label) // config.groups.size)
     graph = pool.neighbors(config.groups.neighbors) if config.groups.query == "similarity" else None
@@ -71,7 +71,7 @@ def draw_groups(config: Config, number: int) -> Groups:
 def data_attention(
     loaded: Loaded, groups: Groups, progress: Callable[[int], object] = lambda images: None
 ) -> CrossAttention:
-    """Measure groups with noise, timesteps, slots and classes as training draws them."""
+    """Measure the attention in `groups` with noise, timesteps, slots and classes drawn as in training."""
     config, path, sums = loaded.config, make_path(loaded.config.path), []
     network = watched(loaded.networks.network, path, sums)
     numbers = np.arange(len(groups.numbers))
@@ -86,7 +86,7 @@ def data_attention(
 def sampling_attention(
     loaded: Loaded, number: int, progress: Callable[[int], object] = lambda images: None
 ) -> CrossAttention:
-    """Measure so many groups, of each class in turn, while they are sampled as the config says: in all calls."""
+    """Measure `number` groups, of each class in turn, in all network calls while they are sampled by the config."""
     config, sums = loaded.config, []
     network, weaker, small = loaded.networks
     networks = Networks(watched(network, make_path(config.path), sums), weaker, small)
@@ -105,7 +105,7 @@ def sampling_attention(
 
 
 def one_group(loaded: Loaded, groups: Groups, chosen: tuple[int, int, int, int], log_snr: float) -> OneGroup:
-    """Look at the chosen (group, image in it, row and column of a patch), at about this log-SNR; P at LEVELS too."""
+    """Measure the `chosen` (group, image in it, row and column of a patch) at about this log-SNR; P also at LEVELS."""
     config, path, network = loaded.config, make_path(loaded.config.path), loaded.networks.network
     size, cells = config.groups.size, loaded.images.shape[-1] // config.model.patch
     for name, value, limit in zip(
@@ -122,7 +122,7 @@ def one_group(loaded: Loaded, groups: Groups, chosen: tuple[int, int, int, int],
         if len(q) == size:
             return maps.append(torch.full((size, cells, cells), torch.nan, device=q.device))
         tokens = q.shape[2] // size
-        context = tokens - cells**2  # tokens of the class come before the patches
+        context = tokens - cells**2  # class tokens come before the patches
         token = image * tokens + context + row * cells + column
         maps.append(token_attention(q, k, size, token)[0, :, context:].unflatten(-1, (cells, cells)))
 
@@ -142,7 +142,7 @@ def one_group(loaded: Loaded, groups: Groups, chosen: tuple[int, int, int, int],
 
 
 def _batch(loaded: Loaded, groups: Groups, chosen: np.ndarray) -> Batch:
-    """Successive groups, on the device."""
+    """Return the `chosen` groups, one after another, as a batch on the device."""
     config = loaded.config
     numbers = groups.numbers[chosen].ravel()
     where = MicroBatch(int(chosen[0]) * config.groups.size, numbers, in_groups=True)

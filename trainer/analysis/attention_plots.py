@@ -1,4 +1,4 @@
-"""Pictures of the attention between the images of a group."""
+"""Plots of the attention between the images of a group."""
 
 import math
 from pathlib import Path
@@ -12,14 +12,14 @@ from matplotlib.patches import Rectangle
 from trainer.analysis.attention import OneGroup
 from trainer.analysis.cross_attention import EDGES, CrossAttention
 
-MOST_LAYERS = 6  # of which the attention of a patch is shown
+MOST_LAYERS = 6  # for which the attention of a patch is shown
 MOST_NUMBERED = 8  # images in a group for which there is room for numbers
 GRID = {"aspect": "auto", "origin": "lower"}
 
 
 def level_map(attention: CrossAttention, group_size: int) -> Figure:
-    """Layer x noise level: S_cross, and the share of attention that leaves an image beside that of uniform attention;
-    blank where no groups share attention."""
+    """Plot, by layer and noise level, S_cross and the share of attention that leaves an image, relative to uniform
+    attention; blank where no groups share attention."""
     uniform = 1 - 1 / group_size
     figure = _figure(10, 1.6 + 0.25 * len(attention.s_cross))
     left, right = figure.subplots(1, 2)
@@ -41,7 +41,7 @@ def level_map(attention: CrossAttention, group_size: int) -> Figure:
 
 
 def image_map(group: OneGroup, name: str) -> Figure:
-    """The images of a group and, at each noise level, image x image what they send to one another, in percent."""
+    """Plot the images of a group and, at each noise level, the attention that each sends to each, in percent."""
     size, levels = len(group.label), len(group.levels)
     figure = _figure(2.2 * levels, 4.4)
     figure.suptitle(
@@ -68,8 +68,8 @@ def image_map(group: OneGroup, name: str) -> Figure:
 
 
 def patch_map(group: OneGroup, image: int, row: int, column: int) -> Figure:
-    """What the framed patch sends to every patch of its group: an image per column, some of the layers below one
-    another, under each image its part of the whole."""
+    """Plot what the framed patch sends to every patch of its group: an image per column, a layer per row (some of the
+    layers), and each image's share of the total below it."""
     size, cells = len(group.label), group.patch.shape[-1]
     sharing = np.flatnonzero(np.isfinite(group.patch).all(axis=(1, 2, 3)))
     layers = sharing[np.unique(np.linspace(0, len(sharing) - 1, MOST_LAYERS).round().astype(int))]
@@ -93,24 +93,24 @@ def patch_map(group: OneGroup, image: int, row: int, column: int) -> Figure:
 
 
 def picture(figure: Figure) -> np.ndarray:
-    """(height, width, 3) uint8."""
+    """Return the figure as uint8 (height, width, 3)."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As PNG."""
+    """Save the figure as PNG."""
     FigureCanvasAgg(figure).print_png(path)
 
 
 def _figure(width: float, height: float) -> Figure:
-    """In inches; without pyplot, which would keep it."""
+    """Return a figure of this size in inches, made without pyplot, which would keep it alive."""
     return Figure((width, height), dpi=100, layout="constrained")
 
 
 def _around(middle: float, values: np.ndarray) -> dict:
-    """Colours of `imshow` that are white at the middle and reach as far to both sides."""
+    """Return colours for `imshow` that are white at `middle` and extend equally to both sides."""
     reach = max(float(np.nanmax(np.abs(values - middle))), 1e-3 * middle)
     return {"cmap": "RdBu_r", "vmin": middle - reach, "vmax": middle + reach}
 
@@ -122,6 +122,6 @@ def _image(axes: Axes, group: OneGroup, number: int) -> None:
 
 
 def _frame(column: int, row: int, scale: float) -> Rectangle:
-    """Around a patch of `scale` pixels a side."""
+    """Return a frame around a patch whose side is `scale` pixels."""
     corner = scale * column - 0.5, scale * row - 0.5
     return Rectangle(corner, scale, scale, fill=False, edgecolor="red", linewidth=2)

@@ -15,13 +15,13 @@ from models.paths.base import NoisePath
 from models.sampling.guidance import Network
 from trainer.engines.base import Engine
 
-EDGES = (-5.0, -3.0, -1.0, 1.0, 3.0, 5.0)  # of log-SNR, between buckets of noise levels
+EDGES = (-5.0, -3.0, -1.0, 1.0, 3.0, 5.0)  # log-SNRs that separate the buckets of noise levels
 BUCKETS = len(EDGES) + 1
 
 
 class CrossAttention(NamedTuple):
-    """S_cross of the paper and the share of attention that leaves an image, each (layers, buckets): means over groups,
-    NaN where none shares attention. `groups` (buckets,) counts them. The other two are means over all groups and
+    """The paper's S_cross and the share of attention that leaves an image, each (layers, buckets): means over groups,
+    NaN where none shares attention. `groups` (buckets,) counts the groups. The other two are means over all groups and
     layers."""
 
     s_cross: Tensor
@@ -32,8 +32,8 @@ class CrossAttention(NamedTuple):
 
 
 def step_attention(engine: Engine, path: NoisePath, micro_batches: list[Batch], device: torch.device) -> CrossAttention:
-    """Measure the groups of a training step, some of whose micro-batches are of groups, with the noise that they were
-    trained with; over all ranks. All ranks call it; it computes no gradients and leaves everything as it is."""
+    """Measure the groups of a training step over all ranks, with the noise they were trained with; micro-batches
+    without groups are skipped. All ranks call it; it computes no gradients and changes nothing."""
     sums: list[Tensor] = []
     with torch.no_grad():
         for micro in (micro for micro in micro_batches if micro.group_size > 1):
@@ -44,9 +44,9 @@ def step_attention(engine: Engine, path: NoisePath, micro_batches: list[Batch], 
 
 
 def watched(network: Network, path: NoisePath, sums: list[Tensor], module: nn.Module | None = None) -> Network:
-    """Return the network, each of whose calls with groups adds to `sums` what `mean_attention` takes. In such a call
-    all groups share attention, but those beyond the first `grouped` images, which should not, do not count. `module`
-    is what computes; None: the network itself."""
+    """Return the network, wrapped so that each call with groups adds the input of `mean_attention` to `sums`. In such a
+    call all groups share attention, but those beyond the first `grouped` images, which should not, do not count.
+    `module` does the computing; None: the network itself."""
     module = network if module is None else module
 
     def forward(
@@ -66,7 +66,7 @@ def watched(network: Network, path: NoisePath, sums: list[Tensor], module: nn.Mo
 
 
 def keep_masses(masses: list[Tensor], images: int, group_size: int) -> Callable[[int, Tensor, Tensor], None]:
-    """Return what puts P (groups, N, N) of each layer into `masses`, for `observing`; NaN without shared attention."""
+    """Return a callback for `observing` that adds each layer's P (groups, N, N) to `masses`; NaN if none is shared."""
 
     def see(layer: int, q: Tensor, k: Tensor) -> None:
         if len(q) == images:
@@ -78,8 +78,8 @@ def keep_masses(masses: list[Tensor], images: int, group_size: int) -> Callable[
 
 
 def _sums(mass: Tensor, log_snr: Tensor, counted: Tensor) -> Tensor:
-    """(3, layers, buckets) float64: S_cross, cross shares and number of groups; P (layers, groups, N, N), log-SNR and
-    whether it counts (groups,). A group goes into one bucket."""
+    """Return (3, layers, buckets) float64, S_cross, cross shares and number of groups, given P (layers, groups, N, N)
+    and, for each group, its log-SNR and whether it counts (groups,). A group falls into one bucket."""
     bucket = torch.bucketize(log_snr, torch.tensor(EDGES, dtype=log_snr.dtype, device=log_snr.device))
     chosen = torch.nn.functional.one_hot(bucket, BUCKETS).double() * counted[:, None]
     of_groups = torch.stack([s_cross(mass), cross_share(mass), torch.ones_like(mass[..., 0])]).mean(dim=-1)
@@ -95,7 +95,7 @@ def mean_attention(sums: Tensor) -> CrossAttention:
 
 
 def as_record(attention: CrossAttention, group_size: int) -> dict:
-    """Return it for JSON; null where groups share no attention, or there are none."""
+    """Return the means as JSON values: null where groups share no attention, or there are none."""
     return {
         "s_cross": _or_null(attention.mean_s_cross),
         "cross_share": _or_null(attention.mean_cross_share),

@@ -1,5 +1,5 @@
-"""Linear probe: how much of an image's class a linear classifier reads from features inside of the network, by layer
-and noise level (as in Yu et al., REPA, arXiv 2410.06940, sec. 3)."""
+"""Linear probe: how well a linear classifier tells an image's class from features inside the network, by layer and
+noise level (as in Yu et al., REPA, arXiv 2410.06940, sec. 3)."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -26,11 +26,11 @@ from trainer.config.tree import Config
 from trainer.errors import RunError
 from trainer.sampling.networks import Loaded, load
 
-TEST_SHARE = 0.2  # of images without held-out ones, to test on
+TEST_SHARE = 0.2  # share of the images to test on where none are held out
 
 
 class Probe(NamedTuple):
-    """Share of test images whose class is found, (layers, levels), by features after each layer; and the log-SNRs."""
+    """Share of test images classified correctly from features after each layer, (layers, levels); and the log-SNRs."""
 
     accuracy: np.ndarray
     levels: np.ndarray
@@ -47,8 +47,8 @@ def linear_probe(
 ) -> Probe:
     """Probe a network on at most `number` images of its run's data at these log-SNRs.
 
-    Each image alone, without its class: nothing but its own noisy pixels can tell it. Tested on the held-out images, or
-    on a fifth of the images, where there are none. RunError if there are too few.
+    Each image is passed alone and without its class, so nothing but its own noisy pixels can reveal it. Test on the
+    held-out images, or on a fifth of the images where there are none. Raise RunError if there are too few.
     """
     images, rng = open_data(config), np.random.default_rng([config.seed, 1])
     loaded = load(source, config)
@@ -79,14 +79,14 @@ def features(
     share: float,
     progress: Callable[[int], object] = lambda images: None,
 ) -> np.ndarray:
-    """Return (layers, n, width) float32: after each block the mean over an image's patches, of images `numbers` (n,)
-    at this share of the path's timesteps. An image's noise belongs to its place among them."""
+    """Return (layers, n, width) float32: the mean over an image's patches after each block, for images `numbers` (n,)
+    at this share of the path's timesteps. An image's noise depends on its place in `numbers`."""
     network, config = loaded.networks.network, loaded.config
     path, patches = make_path(config.path), (images.shape[-1] // config.model.patch) ** 2
     found: list[list[Tensor]] = [[] for _ in network.blocks]
 
     def keep(layer: int, tokens: Tensor) -> None:
-        found[layer].append(tokens[:, -patches:].float().mean(dim=1).cpu())  # without tokens of the class
+        found[layer].append(tokens[:, -patches:].float().mean(dim=1).cpu())  # without class tokens
 
     settings = config.groups, config.model.max_group_size, config.seed
     with ExitStack() as hooks, loaded.inference():
@@ -107,7 +107,7 @@ def _accuracy(train_label: np.ndarray, test_label: np.ndarray, train: np.ndarray
 
 
 def probe_map(probe: Probe) -> Figure:
-    """Layer x noise level."""
+    """Plot the accuracies by layer and noise level."""
     figure = Figure((1.2 + 0.8 * len(probe.levels), 1.6 + 0.3 * len(probe.accuracy)), dpi=100, layout="constrained")
     axes = figure.subplots()
     shown = axes.imshow(100 * probe.accuracy, aspect="auto", origin="lower")

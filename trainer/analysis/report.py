@@ -1,4 +1,4 @@
-"""One HTML page of runs and ablations that needs no other file: curves, samples, measures, attention, config."""
+"""A self-contained HTML page of runs and ablations: curves, samples, measures, attention, config."""
 
 import base64
 import html
@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from trainer.errors import RunError
 from trainer.run_folder import CONFIG
 
-POINTS = 400  # of a curve; each is a mean of steps
-CURVES = {"loss": "log", "grad_norm": "log", "lr": "linear"}  # of metrics.jsonl, and their scales
+POINTS = 400  # per curve, each the mean of several steps
+CURVES = {"loss": "log", "grad_norm": "log", "lr": "linear"}  # columns of metrics.jsonl, and the scales of their axes
 PICTURES = {
     "samples.png": "Samples",
     "sweep/sweep.png": "Sweep of sampling",
@@ -39,7 +39,7 @@ pre { background: #f6f6f6; padding: 1em; overflow-x: auto; } figure { margin: 1e
 
 
 def render(folders: list[Path]) -> str:
-    """The page of these run folders and folders of ablations. RunError for a folder that is neither."""
+    """Return the page of these run folders and ablation folders. Raise RunError for a folder that is neither."""
     runs, ablations = [], []
     for folder in folders:
         if (folder / "ablation.json").is_file():
@@ -96,8 +96,8 @@ def _ablation(folder: Path) -> str:
 
 
 def read_records(path: Path) -> list[dict]:
-    """Rows of plain values of a file of JSON, or of one JSON a line, the last of which may be half written; none if it
-    is not there."""
+    """Return rows of plain values from a JSON file, or a file of one JSON object a line, whose last line may be half
+    written; none if there is no file."""
     if not path.is_file():
         return []
     text = path.read_text()
@@ -110,7 +110,7 @@ def read_records(path: Path) -> list[dict]:
 
 
 def _plain(record: dict) -> dict:
-    """Numbers and names of a record; of what it was made with, what was chosen or differs from row to row."""
+    """Return a record's numbers and names; of its settings, only those that were chosen or differ from row to row."""
     row = {name: value for name, value in record.items() if isinstance(value, int | float | str)}
     row |= record.get("axes", {})
     made = record.get("samples", {})
@@ -124,7 +124,7 @@ def _value(value: object) -> object:
 
 
 def table(rows: list[dict]) -> str:
-    """An HTML table; a column for each name in any row."""
+    """Return an HTML table with a column for each name in any row."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
     lines = ("".join(f"<td>{html.escape(_text(row.get(name, '')))}</td>" for name in names) for row in rows)
@@ -136,7 +136,7 @@ def _text(value: object) -> str:
 
 
 def _curves(runs: list[Path]) -> str:
-    """Of all runs in one figure: of training, and of measures while training."""
+    """Return one figure with the curves of all runs: of training, and of the measures taken while training."""
     trained = {run: read_records(run / "metrics.jsonl") for run in runs}
     measured = {run: read_records(run / "measures.jsonl") for run in runs}
     found = {n for rows in measured.values() for row in rows for n, v in row.items() if isinstance(v, float)}
@@ -155,7 +155,7 @@ def _curves(runs: list[Path]) -> str:
 
 
 def thinned(points: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """x and y of at most POINTS points, each the mean of successive ones; where x is the last of theirs."""
+    """Return x and y of at most POINTS points, each the mean of successive ones, at the last x among them."""
     parts = [part for part in np.array_split(np.array(points).reshape(-1, 2), POINTS) if len(part)]
     return np.array([part[-1, 0] for part in parts]), np.array([part[:, 1].mean() for part in parts])
 

@@ -19,13 +19,13 @@ class CheckpointConfig(
     keep: int = Field(3, ge=1)
     """Number of newest checkpoints to keep."""
     keep_every: int = Field(0, ge=0)
-    """Also keep, for good, the first checkpoint after each multiple of this many images. 0: none."""
+    """Also keep forever the first checkpoint after each multiple of this many images. 0: none."""
     keep_best: Literal["loss"] | None = None
-    """Also keep the checkpoint with the lowest mean loss since the one before it. null: no such one."""
+    """Also keep the checkpoint with the lowest mean loss since the one before it. null: do not."""
     snapshot_every: int = Field(0, ge=0)
     """Images between two snapshots of the averages of optim.power_ema, all of which are kept. 0: none."""
     asynchronous: bool = True
-    """Whether to write while training continues, from a copy in the host's memory."""
+    """Whether to write while training continues, from a copy in host memory."""
 
 
 class ResumeConfig(

@@ -1,7 +1,7 @@
-"""The files of a checkpoint: written and summed in one pass, and read and summed in one.
+"""The files of a checkpoint: each is written, or read, and checksummed in a single pass.
 
-Threads write, past the page cache where the file system can: no core is then busy with it, and the cache keeps what the
-training reads. Reading goes through it, in long pieces, as file systems read ahead better than we.
+Threads write, bypassing the page cache where the file system can: that keeps no core busy, and leaves the cache to what
+training reads. Reading goes through the cache, in long pieces, because file systems read ahead better than we do.
 """
 
 import errno
@@ -22,17 +22,17 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from trainer.errors import RunError
 
-PIECE = 1 << 24  # bytes that are written at once: a disk that ranks share likes long pieces
-AHEAD = 3  # pieces: one is summed while the others are written
+PIECE = 1 << 24  # bytes written at once: a disk shared by ranks is fastest with long pieces
+AHEAD = 3  # pieces: one is checksummed while the others are written
 Sums = dict[str, list[int]]  # name -> [bytes, CRC-32]
 
 
 class Damaged(RunError):
-    """A checkpoint is not as it was written: its message names the file."""
+    """A checkpoint is not as it was written. The message names the file."""
 
 
 def damaged(file: Path, wrong: str) -> Damaged:
-    """The error about a file of a checkpoint."""
+    """Return the error about a file of a checkpoint."""
     mend = f"remove {file.parent}, or set resume.fallback=true, to continue from the one before it"
     return Damaged(f"{file}: {wrong}; it is damaged: {mend}")
 
@@ -41,7 +41,7 @@ def damaged(file: Path, wrong: str) -> Damaged:
 
 
 class _Stream:
-    """What is written to it is copied into a buffer, summed there, and written to a file by the threads of `disk`."""
+    """A stream that copies into a buffer, checksums there, and has the threads of `disk` write the file."""
 
     def __init__(self, handle: int, disk: ThreadPoolExecutor) -> None:
         self.size, self.checksum, self._start = 0, 0, 0
@@ -61,11 +61,11 @@ class _Stream:
                 self._hand_over(memoryview(self._buffers[0]))
                 self._buffers.rotate(-1)
                 if len(self._writes) == AHEAD:
-                    self._writes.popleft().result()  # of the buffer that is next
+                    self._writes.popleft().result()  # the write from the next buffer
         return memoryview(content).nbytes
 
     def finish(self) -> None:
-        """Write what is left. What fills no page has to go through the cache."""
+        """Write what is left. What does not fill a page has to go through the cache."""
         left = memoryview(self._buffers[0])[: self.size % PIECE]
         pages = len(left) // PAGESIZE * PAGESIZE
         self._hand_over(left[:pages])
@@ -101,7 +101,7 @@ def _write(handle: int, content: memoryview, start: int) -> None:
 
 @contextmanager
 def written(path: Path, sums: Sums) -> Iterator[_Stream]:
-    """A stream to a new file, which is on disk, and in `sums`, when this closes."""
+    """Open a stream to a new file; when this closes, the file is on disk and listed in `sums`."""
     handle = _create(path)
     try:
         with ThreadPoolExecutor(AHEAD - 1) as disk:
@@ -115,7 +115,7 @@ def written(path: Path, sums: Sums) -> Iterator[_Stream]:
 
 
 def _create(path: Path) -> int:
-    """Past the page cache, unless the file system cannot."""
+    """Create a file, to be written past the page cache if the file system can."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
         return os.open(path, flags | os.O_DIRECT, 0o666)
@@ -126,7 +126,7 @@ def _create(path: Path) -> int:
 
 
 class _Files(FileSystem):
-    """DCP's, with our streams."""
+    """DCP's file system, with our streams."""
 
     def __init__(self) -> None:
         self.sums: Sums = {}
@@ -140,11 +140,11 @@ class _Files(FileSystem):
 
 
 class Writer(dcp.FileSystemWriter):
-    """DCP's writer. When it is done, its files are on disk, and those that this rank wrote in `sums`."""
+    """DCP's writer. When it is done, its files are on disk, and those that this rank wrote are listed in `sums`."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, sync_files=False)  # our streams do
-        torch.serialization.set_crc32_options(False)  # of each tensor: the file has one
+        torch.serialization.set_crc32_options(False)  # none for each tensor: the file has one
         self.fs = _Files()
         self.sums = self.fs.sums
 
@@ -153,14 +153,14 @@ class Writer(dcp.FileSystemWriter):
 
 
 def check_size(file: Path, size: int) -> None:
-    """Damaged unless the file is there and has so many bytes."""
+    """Raise Damaged unless the file exists and has `size` bytes."""
     found = file.stat().st_size if file.is_file() else "no file"
     if found != size:
         raise damaged(file, f"{found}, should be {size} bytes")
 
 
 def check_file(file: Path, size: int, checksum: int) -> None:
-    """Damaged unless a file is as it was written."""
+    """Raise Damaged unless a file is as it was written."""
     check_size(file, size)
     with file.open("rb", buffering=0) as stream:
         source = Source(stream, summed=True)
@@ -169,13 +169,13 @@ def check_file(file: Path, size: int, checksum: int) -> None:
 
 
 def check_sum(file: Path, found: int, checksum: int) -> None:
-    """Damaged unless the CRC-32 that was found is that of the manifest."""
+    """Raise Damaged unless the CRC-32 found is the manifest's."""
     if found != checksum:
         raise damaged(file, "its checksum is not that of the manifest")
 
 
 class Source:
-    """A file that is read once, from its beginning on; if it is `summed`, it is read whole, and `checksum` is of it."""
+    """A file read once, from its start; if it is `summed`, it is read whole, and `checksum` is its CRC-32."""
 
     def __init__(self, stream: io.FileIO, summed: bool) -> None:
         self.position, self.checksum = 0, 0
@@ -183,7 +183,7 @@ class Source:
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # so that more of it is read ahead
 
     def read_into(self, room: memoryview) -> None:
-        """Fill the room. EOFError if the file ends before."""
+        """Fill `room`. Raise EOFError if the file ends first."""
         while len(room):
             count = self._stream.readinto(room)
             if not count:
@@ -194,7 +194,7 @@ class Source:
             room = room[count:]
 
     def pass_to(self, position: int) -> None:
-        """Leave out what stands before it. ValueError if that was read already."""
+        """Skip to `position`. Raise ValueError if it was read already."""
         if position < self.position:
             raise ValueError(f"byte {position} was read already")
         if not self._summed:

@@ -1,4 +1,4 @@
-"""Checkpoints: one folder per position, torch.distributed.checkpoint inside, complete or not there.
+"""Checkpoints: one folder per position, torch.distributed.checkpoint inside, complete or absent.
 
 A checkpoint is written to `<position>.incomplete` and renamed when every rank is done; its manifest has a checksum of
 each file. It loads with any engine on any number of ranks, or without a process group. Nothing in it can make loading
@@ -44,11 +44,11 @@ def save(
     metrics: dict[str, float] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Write the checkpoint of `position` (images seen); all ranks of the `group` call it. RunError on all of them, and
-    nothing is left, if one cannot write. One that is there stays: a run that does its steps again makes it again.
+    """Write the checkpoint of `position` (images seen); all ranks of `group` call it. Raise RunError on all of them,
+    and leave nothing, if one cannot write. An existing checkpoint stays: repeated steps would make the same one.
 
-    `config` is the resolved config's text, `images` what the checkpoint is trained on, `metrics` (name -> value) tell
-    the checkpoint from others.
+    `config` is the resolved config's text, `images` the form of the training images; `metrics` (name -> value) set the
+    checkpoint apart from others.
     """
     final = folder / f"{position:012d}"
     partial = folder / (final.name + INCOMPLETE)
@@ -75,21 +75,21 @@ def save(
     except (RunError, CheckpointException) as error:
         if isinstance(error, CheckpointException):
             error = _causes(error)[0]
-        # all say the same, before anything is removed
+        # all ranks agree before anything is removed
         free = _everywhere(group, lambda: shutil.disk_usage(folder).free >> 20 if folder.is_dir() else 0)[0]
         if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)  # what can be: it takes room, and is nothing to go on from
+            shutil.rmtree(partial, ignore_errors=True)  # if possible: it takes space, and no run can resume from it
         raise RunError(f"{final}: cannot be written: {first_line(error)} ({free} MB free); make room there") from error
 
 
 def _causes(error: CheckpointException) -> list[BaseException]:
-    """By rank."""
+    """Return the ranks' errors, by rank."""
     return [cause for _, (cause, _) in sorted(error.failures.items())]
 
 
 @contextmanager
 def _without_collections() -> Iterator[None]:
-    """The many small objects of DCP's plans would have the whole process searched for garbage, again and again."""
+    """Pause garbage collection: DCP's plans, many small objects, would set it off again and again."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -100,16 +100,16 @@ def _without_collections() -> Iterator[None]:
 
 
 def _begin(partial: Path, final: Path) -> bool:
-    """Make the folder to write to, anew; whether there is nothing to do."""
+    """Make the folder to write to anew; return whether there is nothing to do."""
     if partial.exists():
-        shutil.rmtree(partial)  # of a killed run
+        shutil.rmtree(partial)  # left by a killed run
     if not final.exists():
         partial.mkdir(parents=True)
     return final.exists()
 
 
 def _everywhere(group: dist.ProcessGroup | None, function: Callable[[], T]) -> list[T]:
-    """What all ranks return, or on all of them a RunError, if a rank has an OSError."""
+    """Return what `function` returns on all ranks. Raise RunError on all of them if a rank has an OSError."""
     try:
         mine = (function(), None)
     except OSError as error:
@@ -127,35 +127,35 @@ def _manifest_text(fields: dict) -> str:
 
 
 def find(folder: Path) -> tuple[list[Path], list[Path]]:
-    """(complete checkpoints, oldest first; incomplete ones that a killed run left) in a run's checkpoint folder."""
+    """Return a folder's complete checkpoints, oldest first, and the incomplete ones that a killed run left."""
     complete = [path for path in sorted(folder.glob("*")) if re.fullmatch(r"\d{12}", path.name)]
     return complete, sorted(folder.glob("*" + INCOMPLETE))
 
 
 def verify(checkpoint: Path) -> None:
-    """Damaged if a file of the checkpoint is missing or not as it was written."""
+    """Raise Damaged if a file of the checkpoint is missing or not as it was written."""
     for name, (size, checksum) in read_manifest(checkpoint)["files"].items():
         check_file(checkpoint / name, size, checksum)
 
 
 def check_index(checkpoint: Path) -> None:
-    """Damaged if what tells what the files of tensors hold is not as it was written."""
+    """Raise Damaged if the index of what the tensor files hold is not as it was written."""
     for name, (size, checksum) in read_manifest(checkpoint)["files"].items():
         if not name.endswith(DEFAULT_SUFFIX):
             check_file(checkpoint / name, size, checksum)
 
 
 def check_sizes(checkpoint: Path, part: int = 0, parts: int = 1) -> None:
-    """Damaged if a file is missing or of another length. `part` of `parts` that share the files: there may be a
-    thousand, and as many ranks."""
+    """Raise Damaged if a file is missing or has another length. Check only share `part` of `parts`: there may be a
+    thousand files, and as many ranks."""
     for name, (size, _) in list(read_manifest(checkpoint)["files"].items())[part::parts]:
         check_size(checkpoint / name, size)
 
 
 def load(checkpoint: Path, state: dict[str, dict]) -> int:
-    """Fill the tensors of `state` in place and return the position. All files are verified on the way: Damaged, when
-    tensors may have been filled, if one is not as it was written. RunError if a tensor is missing or of another shape,
-    or what is stored is no tensor."""
+    """Fill the tensors of `state` in place and return the position, verifying all files on the way. Raise Damaged,
+    possibly after filling tensors, if a file is not as it was written. Raise RunError if a tensor is missing or has
+    another shape, or what is stored is not a tensor."""
     check_index(checkpoint)
     manifest = read_manifest(checkpoint)
     reader = Reader(checkpoint, manifest["files"])
@@ -170,7 +170,7 @@ def load(checkpoint: Path, state: dict[str, dict]) -> int:
         if isinstance(cause, Damaged):
             raise cause from None
         if isinstance(cause, OSError):
-            raise  # of the file system, which may work when the run is started again
+            raise  # from the file system, which may work when the run is restarted
         says = first_line(cause).partition(". ")[0]
         raise RunError(f"{checkpoint}: cannot be read: {says}; use another checkpoint") from error
     return manifest["position"]
@@ -178,8 +178,7 @@ def load(checkpoint: Path, state: dict[str, dict]) -> int:
 
 def read_manifest(checkpoint: Path) -> dict:
     """Return position, world_size (ranks that wrote it), data (which images), images (their form; older versions did
-    not write it), metrics, files (name -> [bytes, CRC-32]). Raise Damaged if there is none, or it is not as it was
-    written."""
+    not write it), metrics, files (name -> [bytes, CRC-32]). Raise Damaged if it is missing or not as it was written."""
     file = checkpoint / MANIFEST
     if not file.is_file():
         raise Damaged(f"{file}: no such file; {checkpoint} is no checkpoint of ours: remove it")
@@ -195,7 +194,7 @@ def read_manifest(checkpoint: Path) -> dict:
 
 
 def stored_sizes(checkpoint: Path) -> dict[str, torch.Size]:
-    """The shape of each tensor of a checkpoint, by its name: model.*, ema.*, optimizer.*."""
+    """Return the shape of each tensor of a checkpoint by name: model.*, ema.*, optimizer.*."""
     return _sizes(Reader(checkpoint))
 
 

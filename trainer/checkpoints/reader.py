@@ -1,4 +1,4 @@
-"""Reading a checkpoint in one pass: its files are summed while what they hold goes into the tensors."""
+"""Read a checkpoint in one pass: its files are checksummed while their content goes into the tensors."""
 
 import io
 import pickle
@@ -18,7 +18,7 @@ from torch.futures import Future
 from trainer.checkpoints.files import Source, Sums, check_size, check_sum
 from trainer.errors import RunError, first_line
 
-HEAD = 1 << 16  # bytes of a stored tensor that are read first: more than stands before its numbers
+HEAD = 1 << 16  # bytes of a stored tensor read first: more than precede its numbers
 _METADATA = "torch.distributed.checkpoint.metadata"
 _INDEX_CLASSES = {
     ("pathlib", "PosixPath"),
@@ -39,9 +39,9 @@ _INDEX_CLASSES = {
 
 
 class Reader(dcp.FileSystemReader):
-    """DCP's reader, whose pickled index may name nothing but the classes that an index consists of.
+    """DCP's reader, whose pickled index may name only the classes that an index consists of.
 
-    Each of `files`, a manifest's, is read and summed whole by one of the ranks: Damaged if it is not as it was written.
+    Each of the manifest's `files` is read and checksummed whole by one rank: Damaged if it is not as it was written.
     """
 
     def __init__(self, path: Path, files: Sums | None = None) -> None:
@@ -51,9 +51,9 @@ class Reader(dcp.FileSystemReader):
         self._index: Metadata | None = None
 
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
-        """The index. RunError if it is none, or names anything else: unpickling that would execute code."""
+        """Return the index. Raise RunError if it is none, or names other classes: unpickling those would run code."""
         self._index = self._index or self._read_index()
-        self._index.storage_meta.load_id = self.load_id  # a new one each time that something is loaded
+        self._index.storage_meta.load_id = self.load_id  # a new one for each load
         return self._index
 
     def _read_index(self) -> Metadata:
@@ -61,16 +61,16 @@ class Reader(dcp.FileSystemReader):
         with path.open("rb") as file:
             try:
                 metadata = _IndexUnpickler(file).load()
-                metadata.storage_meta.load_id = None  # it has one
+                metadata.storage_meta.load_id = None  # fails if there is no storage_meta
             except OSError:
                 raise
-            except Exception as error:  # at foreign bytes an unpickler raises whatever it likes
+            except Exception as error:  # an unpickler may raise anything at foreign bytes
                 says = error if isinstance(error, RunError) else f"no index of a checkpoint ({first_line(error)})"
                 raise RunError(f"{path}: {says}; use another checkpoint") from None
         return metadata
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Which rank sums which files: each the one that has least to read then."""
+        """Decide which rank checksums which files: each goes to the rank that then has the least to read."""
         needs = [Counter() for _ in plans]
         for need, plan in zip(needs, plans, strict=True):
             for place in {self._place(item) for item in plan.items}:
@@ -78,12 +78,12 @@ class Reader(dcp.FileSystemReader):
         work, summed = [need.total() for need in needs], [[] for _ in plans]
         for name, (size, _) in sorted(self._files.items(), key=lambda file: -file[1][0]):
             rank = min(range(len(plans)), key=lambda rank: work[rank] - needs[rank][name])
-            work[rank] += 2 * size - needs[rank][name]  # to sum is work as well
+            work[rank] += 2 * size - needs[rank][name]  # checksumming is work as well
             summed[rank].append(name)
         return [replace(plan, storage_data=names) for plan, names in zip(plans, summed, strict=True)]
 
     def _place(self, item: ReadItem) -> tuple[str, int, int]:
-        """(file, start, stop) of what is stored."""
+        """Return where an item is stored: (file, start, stop)."""
         stored = self.storage_data[item.storage_index]
         return stored.relative_path, stored.offset, stored.offset + stored.length
 
@@ -116,7 +116,7 @@ class Reader(dcp.FileSystemReader):
                     source.pass_to(start)
                     self._read_part(source, stop, items, planner)
             except Exception as error:
-                wrong = error  # of a damaged file, the checksum says it better
+                wrong = error  # if the file is damaged, the checksum says so better
             if summed:
                 source.pass_to(size)
                 check_sum(file, source.checksum, checksum)
@@ -124,7 +124,7 @@ class Reader(dcp.FileSystemReader):
             raise wrong
 
     def _read_part(self, source: Source, stop: int, items: list[ReadItem], planner: LoadPlanner) -> None:
-        """Fill what the items want of a stored tensor. A large one that is wanted as it is goes where it belongs."""
+        """Fill the items of a stored tensor. A large one that is wanted as stored is read directly into its target."""
         content = torch.empty(stop - source.position, dtype=torch.uint8).numpy().data
         source.read_into(content[:HEAD])
         target = planner.resolve_tensor(items[0]).detach()
@@ -141,7 +141,7 @@ class Reader(dcp.FileSystemReader):
             self._fill(item, stored, planner)
 
     def _rest(self, head: memoryview, target: Tensor) -> memoryview | None:
-        """If the target is laid out as the stored tensor is, it gets the numbers in the head; its memory for others."""
+        """If the target is laid out like the stored tensor, fill it from `head` and return its memory for the rest."""
         length, layout = self._known(head) or (0, None)
         if layout != (target.dtype, target.numel(), target.shape, target.stride(), 0):
             return None
@@ -162,8 +162,8 @@ class Reader(dcp.FileSystemReader):
         planner.commit_tensor(item, target)
 
     def _tensor(self, content: memoryview) -> Tensor:
-        """What torch.save wrote, in the memory of the content. What stands before the numbers is the same for all
-        tensors of a kind: torch.load, which takes its time, reads the first of each."""
+        """Return the tensor that torch.save wrote, in the memory of `content`. What precedes the numbers is the same
+        for all tensors of a kind: torch.load, which is slow, reads only the first of each."""
         known = self._known(content)
         if known is None:
             known = _layout(content)
@@ -175,7 +175,7 @@ class Reader(dcp.FileSystemReader):
         return numbers.as_strided(*view)
 
     def _known(self, content: memoryview) -> tuple[int, tuple] | None:
-        """What _layout says of content that begins like one that was read before."""
+        """Return the _layout of earlier content that began with the same bytes, if any."""
         for length in {len(before) for before in self._layouts}:
             if layout := self._layouts.get(bytes(content[:length])):
                 return length, layout
@@ -183,7 +183,7 @@ class Reader(dcp.FileSystemReader):
 
 
 def _layout(content: memoryview) -> tuple[int, tuple]:
-    """Of a tensor that torch.save wrote: where its numbers begin, and (dtype, how many, size, stride, offset)."""
+    """Return where the numbers of a tensor that torch.save wrote begin, and (dtype, count, size, stride, offset)."""
     tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if not isinstance(tensor, Tensor):
         raise ValueError(f"no tensor, but {type(tensor).__name__}")
@@ -205,5 +205,5 @@ class _IndexUnpickler(pickle.Unpickler):
         def make(_: type, *arguments: object) -> object:
             return found.__new__(found, *arguments) if is_dataclass(found) else found(*arguments)
 
-        # what makes such objects, not the class itself: a pickle can also set attributes of a class that it gets
+        # return a function that makes such objects, not the class: a pickle could set attributes of the class
         return type(name, (), {"__new__": make})

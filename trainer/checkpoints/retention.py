@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay, and how the others go."""
+"""Which checkpoints of a run are kept, and how the others are removed."""
 
 import shutil
 import warnings
@@ -10,9 +10,9 @@ from trainer.errors import RunError
 
 
 def prune(folder: Path, config: CheckpointConfig) -> None:
-    """Remove all but the newest `keep` and those that `keep_every` and `keep_best` keep. One rank calls it.
+    """Remove all checkpoints but the newest `keep` and those that `keep_every` and `keep_best` keep. One rank calls it.
 
-    One that is not whole does not count, and stays for people to look at: the last good one is never removed.
+    A checkpoint that is not whole does not count, and stays for inspection: the last good one is never removed.
     """
     whole = [checkpoint for checkpoint in find(folder)[0] if _is_whole(checkpoint)]
     kept = set(whole[-config.keep :])
@@ -32,18 +32,18 @@ def prune(folder: Path, config: CheckpointConfig) -> None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether all files are there, at their length: a look that costs nothing."""
+    """Return whether all files exist with the right lengths: a check that costs next to nothing."""
     try:
         files = read_manifest(checkpoint)["files"]
         found = {file.name: file.stat().st_size for file in checkpoint.iterdir()}
-    except (RunError, OSError):  # it may be unreadable, or vanish meanwhile
+    except (RunError, OSError):  # it may be unreadable, or have vanished
         return False
     return all(found.get(name) == size for name, (size, _) in files.items())
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; killed half-way, it is one of the incomplete ones. So is, till later, what cannot be deleted
-    now: on NFS, a file that somebody reads. What cannot even be renamed stays, and a warning says so."""
+    """Delete a checkpoint; if this is killed half-way, it is left as an incomplete one. So, for now, is one that cannot
+    be deleted yet: on NFS, a file that somebody is reading. One that cannot even be renamed stays, with a warning."""
     try:
         shutil.rmtree(checkpoint.rename(checkpoint.with_suffix(INCOMPLETE)), ignore_errors=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Saving beside the training: the state is copied while the next gradients are computed, then written."""
+"""Save while training: the state is copied while the next gradients are computed, then written."""
 
 import threading
 from concurrent.futures import Future
@@ -22,8 +22,8 @@ class Saver:
     """Writes the checkpoints and snapshots of a run. All ranks make one and call it alike.
 
     One position is written at a time, from one copy in host memory (pinned, where there are GPUs), by a thread with a
-    process group of its own; another thread makes the copy. What goes wrong there is raised by the next `save` or
-    `wait`; `failed` tells of it.
+    process group of its own; another thread makes the copy. An error there is raised by the next `save` or `wait`;
+    `failed` says whether there was one.
     """
 
     def __init__(self, run: Path, config: CheckpointConfig, timeout: float) -> None:
@@ -40,14 +40,14 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, position: int, states: States, config: str, images: ImageForm, metrics: dict[str, float]) -> None:
-        """Begin to write `states` (folder in the run -> state) of `position`, when those before are written. What they
-        hold may change when `wait_for_copy` returns."""
+        """Start writing `states` (folder in the run -> state) of `position` once earlier ones are written. The tensors
+        in them may change as soon as `wait_for_copy` returns."""
         self.wait()
         if self._config.asynchronous:
-            if torch.accelerator.is_available():  # the copy's stream is another than the update's
+            if torch.accelerator.is_available():  # the copy's stream is not the update's
                 torch.accelerator.current_stream().synchronize()
             states = self._stager.stage(states)
-        # a daemon: a process that fails does not wait for it
+        # a daemon, so that a failing process does not wait for it
         arguments = (position, states, config, images, metrics)
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._thread.start()
@@ -55,13 +55,13 @@ class Saver:
             self.wait()
 
     def wait_for_copy(self) -> None:
-        """Until what is being saved may change."""
+        """Wait until the state being saved may change."""
         self._stager.synchronize_staging()
 
     def _write(self, position: int, states: States | Future[States], *about: object) -> None:
         try:
             if self._device is not None:
-                torch.cuda.set_device(self._device)  # a thread of its own has the first one
+                torch.cuda.set_device(self._device)  # a new thread starts with the first GPU
             if isinstance(states, Future):
                 states = states.result()
             for name, state in states.items():
@@ -72,11 +72,11 @@ class Saver:
             self._error = error
 
     def failed(self) -> bool:
-        """Whether a checkpoint could not be written; `wait` raises why."""
+        """Return whether a checkpoint could not be written; `wait` raises the reason."""
         return self._error is not None
 
     def wait(self) -> None:
-        """Until what was begun is on disk. RunError if it could not be written."""
+        """Wait until every save that was started is on disk. Raise RunError if one could not be written."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -96,4 +96,4 @@ class Saver:
             error.add_note(f"and a checkpoint failed: {ours}")
         finally:
             self._stager.close()
-            del self._stager  # with the copy
+            del self._stager  # and the copy with it

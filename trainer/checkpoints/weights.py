@@ -19,7 +19,7 @@ from data.sets.form import ImageForm, read_form
 from trainer.checkpoints import folder as checkpoint
 from trainer.errors import RunError, first_line
 
-SAMPLE_TABLE = "sample_embedder.embedding_table.weight"  # a row per slot: the one tensor that may be longer or shorter
+SAMPLE_TABLE = "sample_embedder.embedding_table.weight"  # a row per slot: the only tensor whose length may differ
 _GIVE = "give a run folder, one of its checkpoints/*, a .safetensors or a .pt file"
 
 
@@ -34,16 +34,16 @@ class WeightSource:
 
     @property
     def weights(self) -> str:
-        """Which they are, as records say it: "ema", "model", or the file."""
+        """Return what records call these weights: "ema", "model", or the file."""
         return str(self.file) if self.file else "model" if self.raw else "ema"
 
     @property
     def position(self) -> int | None:
-        """Images seen by the checkpoint; None without one."""
+        """Return the images seen by the checkpoint; None without one."""
         return checkpoint.read_manifest(self.checkpoint)["position"] if self.checkpoint else None
 
     def form(self) -> ImageForm | None:
-        """Return what the checkpoint or the file says of its images; None if it was written by an older version."""
+        """Return the form of its images that the checkpoint or file states; None if an older version wrote it."""
         if self.checkpoint:
             manifest = checkpoint.read_manifest(self.checkpoint)
             return read_form(manifest["images"], manifest["data"]) if "images" in manifest else None
@@ -51,7 +51,7 @@ class WeightSource:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder as it is, or the newest complete one of a run folder."""
+    """Return `path` if it is a checkpoint folder, or else the newest complete checkpoint in this run folder."""
     if (path / checkpoint.MANIFEST).is_file():
         return path
     complete, _ = checkpoint.find(path / checkpoint.CHECKPOINTS)
@@ -61,19 +61,19 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def place_in_run(checkpoint_folder: Path | None, name: str) -> Path:
-    """Where to write what is made of a checkpoint: so named, in its run folder. RunError if it is in none."""
+    """Return where to write what is made from a checkpoint: `name` in its run folder. Raise RunError without one."""
     if checkpoint_folder is None or checkpoint_folder.parent.name != checkpoint.CHECKPOINTS:
         raise RunError(f"{checkpoint_folder or 'weights'}: not in a run folder; say where to write with --out")
     return checkpoint_folder.parent.parent / name
 
 
 def find_weights(path: str | Path) -> Path:
-    """The file, or the checkpoint, that a path means."""
+    """Return the file or the checkpoint that a path means."""
     path = Path(path)
     if path.is_dir():
         path = find_checkpoint(path)
         checkpoint.check_index(path)
-        checkpoint.check_sizes(path)  # the rest when it is loaded
+        checkpoint.check_sizes(path)  # the rest is checked when it is loaded
     elif not path.is_file():
         raise RunError(f"{path}: no such file or folder; {_GIVE}")
     elif path.suffix not in (".safetensors", ".pt", ".pth"):
@@ -82,7 +82,7 @@ def find_weights(path: str | Path) -> Path:
 
 
 def read_part(folder: Path, part: str, values: bool = True) -> dict[str, Tensor]:
-    """float32 tensors by parameter name of a part of a checkpoint: model, ema, ...; without `values`, their shapes."""
+    """Return a checkpoint's part (model, ema, ...): float32 tensors by parameter name; without `values`, shapes."""
     sizes = checkpoint.stored_sizes(folder)
     names = (key.removeprefix(f"{part}.") for key in sizes if key.startswith(f"{part}."))
     tensors = {name: torch.empty(sizes[f"{part}.{name}"]) for name in names}
@@ -92,8 +92,8 @@ def read_part(folder: Path, part: str, values: bool = True) -> dict[str, Tensor]
 
 
 def read_weights(path: str | Path, raw: bool = False, values: bool = True) -> dict[str, Tensor]:
-    """float32 tensors by parameter name: the EMA of a run, or its `raw` weights; of a file likewise, if it has both.
-    Without `values` a checkpoint is not read, so that names and shapes alone are right."""
+    """Return float32 tensors by parameter name: the EMA of a run, or its `raw` weights; likewise from a file that has
+    both. Without `values`, a checkpoint's tensors are not read: only names and shapes are right."""
     path, part = find_weights(path), "model" if raw else "ema"
     if path.is_file():
         return {name: tensor.float() for name, tensor in _read_file(path, raw).items()}
@@ -101,9 +101,9 @@ def read_weights(path: str | Path, raw: bool = False, values: bool = True) -> di
 
 
 def start_from(network: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Copy weights into a whole network; one on the meta device is only compared. Of the sample embedding the rows that
-    both have: others stay as they are, around the one of weights with one, as all of their images had it. RunError
-    names the first parameter that differs."""
+    """Copy weights into a whole network; one on the meta device is only compared. Of the sample embedding, copy the
+    rows that both have and leave the others as they are; if the weights have one row, shift the others to lie around
+    it, as all of their images had it. Raise RunError, which names the first parameter that differs."""
     own = network.state_dict()
     for name in own | weights:
         wanted, found = (tuple(part[name].shape) if name in part else "missing" for part in (own, weights))
@@ -118,7 +118,7 @@ def start_from(network: nn.Module, weights: dict[str, Tensor], source: str) -> N
 
 
 def export_weights(source: Path, out: Path, raw: bool = False) -> Path:
-    """Write the weights of a run or checkpoint as one .safetensors file; the checkpoint that they are of."""
+    """Write the weights of a run or checkpoint as one .safetensors file; return the checkpoint they come from."""
     check_out(out)
     folder = find_checkpoint(source)
     write_weights(read_weights(folder, raw), out, folder, "model" if raw else "ema")
@@ -126,20 +126,20 @@ def export_weights(source: Path, out: Path, raw: bool = False) -> Path:
 
 
 def check_out(out: Path) -> None:
-    """RunError unless it is a new file of the right kind."""
+    """Raise RunError unless `out` is a new file of the right kind."""
     if out.suffix != ".safetensors" or out.exists():
         raise RunError(f"{out}: must be a new file that ends in .safetensors; give another name")
 
 
 def write_weights(weights: dict[str, Tensor], out: Path, folder: Path, kind: str) -> None:
-    """Write a .safetensors file, whole or not at all, that says of which checkpoint folder and which weights it is."""
+    """Write a .safetensors file, whole or not at all, that names the checkpoint folder and weights it comes from."""
     config, manifest = folder / "config.yaml", checkpoint.read_manifest(folder)
     about = {"position": str(manifest["position"]), "config": config.read_text(), "weights": kind}
     save_weights(weights, out, about | form_as_metadata(WeightSource(folder).form()), config)
 
 
 def save_weights(weights: dict[str, Tensor], out: Path, metadata: dict[str, str], like: Path) -> None:
-    """Write a .safetensors file, whole or not at all, that all may read who may read the file `like`."""
+    """Write a .safetensors file, whole or not at all, readable by everyone who may read the file `like`."""
     partial = out.with_suffix(".partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def save_weights(weights: dict[str, Tensor], out: Path, metadata: dict[str, str]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a .safetensors file that is whole says of itself; other files say nothing."""
+    """Return the metadata of a whole .safetensors file; {} for other files."""
     if path.suffix != ".safetensors":
         return {}
     with safe_open(path, "pt") as file:
@@ -159,24 +159,24 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def form_as_metadata(form: ImageForm | None) -> dict[str, str]:
-    """Return what a .safetensors file says of its images; nothing if it is not known."""
+    """Return the metadata that state the form of the images; {} if it is not known."""
     return {"images": json.dumps(form.as_record())} if form else {}
 
 
 def form_in(metadata: dict[str, str]) -> ImageForm | None:
-    """Return what the metadata of a file say of its images, if anything."""
+    """Return the form of the images that a file's metadata state, if any."""
     return read_form(json.loads(metadata["images"])) if "images" in metadata else None
 
 
 def _read_file(path: Path, raw: bool) -> dict[str, Tensor]:
-    """The tensors of a file, mapped into memory: read when they are used."""
+    """Return the tensors of a file, mapped into memory: read when they are used."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # a Namespace, which published checkpoints have, only gets attributes; warnings: of pickles that it then refuses
+        # a Namespace, which published checkpoints have, only gets attributes; warnings are of pickles refused below
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # at damaged bytes an unpickler raises whatever it likes
+    except Exception as error:  # an unpickler may raise anything at damaged bytes
         code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         cause = first_line(error).partition(". ")[0]
         wrong = f"refused, for {code[1]} in it would execute code" if code else f"damaged, or of another kind ({cause})"

@@ -13,13 +13,13 @@ from trainer.config.parsing import closest
 from trainer.errors import RunError
 
 HEAD = ("field", "type", "default", "may change", "what it is")
-NARROWEST = 16  # characters for what a field is
+NARROWEST = 16  # characters for the description of a field
 NAMES = {"integer": "integer", "number": "number", "boolean": "true | false", "null": "null", "object": "a dict"}
 
 
 def select(model: type[BaseModel], prefix: str) -> list[ConfigField]:
-    """Return the fields of a section (`groups`), or the one of that name; all for "". Raise RunError, which says the
-    nearest name, if there are none."""
+    """Return the fields of a section (`groups`), or the field of that name; all for "". Raise RunError, which suggests
+    the nearest name, if there are none."""
     fields = list(walk(model))
     found = [f for f in fields if not prefix or f.name == prefix or f.name.startswith(f"{prefix.rstrip('.')}.")]
     if not found:
@@ -30,7 +30,7 @@ def select(model: type[BaseModel], prefix: str) -> list[ConfigField]:
 
 
 def rows(fields: Iterable[ConfigField]) -> list[tuple[str, ...]]:
-    """Return a row of text, as HEAD has it, for each field."""
+    """Return a row of text, with the columns of HEAD, for each field."""
     schemas: dict[type[BaseModel], dict] = {}
     made = []
     for field in fields:
@@ -46,7 +46,7 @@ def rows(fields: Iterable[ConfigField]) -> list[tuple[str, ...]]:
 
 
 def table(fields: Iterable[ConfigField], width: int) -> str:
-    """Return the fields as a table for a terminal of so many columns."""
+    """Return the fields as a table for a terminal `width` columns wide."""
     lines = [HEAD, *rows(fields)]
     name, kind, default = (max(len(line[i]) for line in lines) for i in range(3))
     kind, default = min(kind, max(12, width // 6)), min(default, max(10, width // 10))
@@ -66,7 +66,7 @@ def markdown(fields: Iterable[ConfigField]) -> str:
 
 
 def type_text(schema: dict[str, Any], path: bool = False) -> str:
-    """Return what values a JSON schema allows, in words."""
+    """Return in words which values a JSON schema allows."""
     if "enum" in schema:
         return " | ".join(str(value) for value in schema["enum"])
     if "const" in schema:

@@ -54,7 +54,7 @@ def readme() -> str:
 
 
 def _about(section: str) -> str:
-    """What a section is: by its own docstring, or that of its class."""
+    """Return what a section is: its own docstring, or that of its class."""
     info = Config.model_fields[section]
     return " ".join((info.description or type(info.default).__doc__ or "").split())
 
@@ -70,7 +70,7 @@ def schema(model: type[BaseModel], bases: bool = True) -> str:
 
 
 def _partial(schema: Any) -> Any:
-    """The schema without what it requires, and what JSON cannot say."""
+    """Return the schema without required fields, and without what JSON cannot express."""
     if isinstance(schema, list):
         return [_partial(part) for part in schema]
     if isinstance(schema, dict):

@@ -1,4 +1,4 @@
-"""The fields of the config tree with what their classes say of them: docstring, type, default, and marks.
+"""The fields of the config tree, with the docstring, type, default and marks that their classes give them.
 
 A mark is a key of `json_schema_extra`, of a field or of its whole class:
 - may_change: true where a run may continue with another value.
@@ -21,22 +21,22 @@ from models.objectives.registry import Sections
 
 
 class ConfigField(NamedTuple):
-    """A field that holds a value: its dotted name, what its class says of it, and its marks."""
+    """A field that holds a value: its dotted name, how its class declares it, and its marks."""
 
     name: str
     info: FieldInfo
     marks: dict[str, Any]
     owner: type[BaseModel]
-    choices: tuple[str, ...] = ()  # those of the section that have the field; (): all
+    choices: tuple[str, ...] = ()  # the section's choices that have the field; (): all
 
     @property
     def text(self) -> str:
-        """What the field is, on one line."""
+        """Return the field's description on one line."""
         return " ".join((self.info.description or "").split())
 
 
 def walk(model: type[BaseModel], prefix: str = "", above: dict[str, Any] | None = None) -> Iterator[ConfigField]:
-    """Every field of a config class and of its sections, in order."""
+    """Yield every field of a config class and of its sections, in order."""
     marks = {**(above or {}), **_marks(model.model_config.get("json_schema_extra"))}
     for name, info in model.model_fields.items():
         own = {**marks, **_marks(info.json_schema_extra)}
@@ -55,7 +55,7 @@ def walk(model: type[BaseModel], prefix: str = "", above: dict[str, Any] | None 
 
 
 def _of_choices(configs: dict[str, type[BaseModel]], prefix: str, marks: dict[str, Any]) -> Iterator[ConfigField]:
-    """Each field of any choice once, as the first choice has it, and by which choices it is had."""
+    """Yield each field of any choice once, as the first choice declares it, with the choices that have it."""
     walked = {
         choice: {field.name: field for field in walk(config, prefix, marks)} for choice, config in configs.items()
     }
@@ -79,18 +79,18 @@ def with_keys(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def field_names(model: type[BaseModel]) -> list[str]:
-    """The dotted name of every field of a config class."""
+    """Return the dotted name of every field of a config class."""
     return [field.name for field in walk(model)]
 
 
 def text_fields(model: type[BaseModel]) -> set[str]:
-    """Return the names of the fields that hold text, for which YAML's numbers and words are text as well; `name[]` for
-    one that holds a list of texts."""
+    """Return the names of the fields that hold text, where YAML's numbers and words are text too; `name[]` for a field
+    that holds a list of texts."""
     return {field.name + kind for field in walk(model) for kind in _text_kinds(field.info.annotation)}
 
 
 def _text_kinds(annotation: Any, kind: str = "") -> set[str]:
-    """{""} for `str` or `str | None`, {"[]"} for `tuple[str, ...]`, {} for what may be a number."""
+    """Return {""} for `str` or `str | None`, {"[]"} for `tuple[str, ...]`, {} for what may be a number."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if annotation is str or (origin is Literal and all(isinstance(value, str) for value in inner)):
         return {kind}
@@ -105,7 +105,7 @@ def _text_kinds(annotation: Any, kind: str = "") -> set[str]:
 
 
 def marked(model: type[BaseModel], mark: str, *values: object) -> list[str]:
-    """Names of the fields that have a mark with one of `values`; a section of which all have it is `section.`."""
+    """Return the names of fields whose mark has one of `values`; a section whose fields all do is `section.`."""
     found = {field.name: field.marks.get(mark) in values for field in walk(model)}
     whole = {name.partition(".")[0] for name in found if "." in name}
     whole -= {name.partition(".")[0] for name, has in found.items() if not has}
@@ -114,5 +114,5 @@ def marked(model: type[BaseModel], mark: str, *values: object) -> list[str]:
 
 
 def matches(name: str, fields: Iterable[str]) -> bool:
-    """Whether a dotted name is one of `fields`, in one of its sections (`section.`), or a key of one that is a dict."""
+    """Return whether a dotted name is one of `fields`, in a section (`section.`) of them, or a key of a dict field."""
     return any(name == field or name.startswith(f"{field.rstrip('.')}.") for field in fields)

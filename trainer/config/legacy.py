@@ -1,7 +1,7 @@
-"""Fields that configs of older versions hold under another name, or that are gone.
+"""Fields of older configs that have been renamed or dropped.
 
-To rename or drop a field: a line in the table. Stored configs (of run folders, checkpoints and exported files) are then
-read as before; in a config that a user writes, the old name is an error that says the new one.
+To rename or drop a field, add a line to the table. Stored configs (of run folders, checkpoints and exported files) are
+then read as before; in a config that a user writes, the old name is an error that gives the new one.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ RENAMED: dict[str, str] = {"train.score_every": "train.attention_every"}
 
 
 class Dropped(NamedTuple):
-    """A field that is ignored in stored configs, where `unused` says of the whole tree that it had no effect."""
+    """A field that is ignored in stored configs if `unused`, given the whole tree, says that it had no effect."""
 
     name: str
     unused: Callable[[dict], bool]
@@ -37,7 +37,7 @@ DROPPED = (
 
 
 def upgrade(tree: dict) -> dict:
-    """Return the tree of a stored config with the fields of today."""
+    """Return the tree of a stored config with today's fields."""
     upgraded = deepcopy(tree)
     for name, unused in DROPPED:
         if unused(tree):

@@ -1,4 +1,4 @@
-"""From text to a tree of plain values and back: YAML with `base:`, dotted overrides, errors of one line."""
+"""From text to a tree of plain values and back: YAML with `base:`, dotted overrides, one-line errors."""
 
 import difflib
 import re
@@ -14,8 +14,8 @@ from trainer.errors import RunError
 
 
 def read_yaml(path: Path, texts: Container[str] = (), above: tuple[Path, ...] = ()) -> dict:
-    """Return the tree of a config file, laid over those of its `base:`, one path relative to it or several (later ones
-    win). `texts` are the names of fields that hold text."""
+    """Return the tree of a config file, merged over those of its `base:`: one path relative to the file, or several
+    (later ones win). `texts` are the names of fields that hold text."""
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "give a YAML file, as configs/digits.yaml"
@@ -51,7 +51,7 @@ def _merge(base: dict, over: dict) -> dict:
 
 
 def set_dotted(tree: dict, override: str, texts: Container[str] = ()) -> None:
-    """Apply `a.b=value` to the tree; the value is read as YAML, but for the fields `texts`, which hold text."""
+    """Apply `a.b=value` to the tree. The value is read as YAML, except in the fields `texts`, which hold text."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RunError(f"{override}: not an override; write field=value, as optim.lr=2e-4")
@@ -68,12 +68,12 @@ def set_dotted(tree: dict, override: str, texts: Container[str] = ()) -> None:
 
 
 def to_yaml(config: BaseModel) -> str:
-    """The resolved tree, every field with its value."""
+    """Return the resolved tree as YAML, every field with its value."""
     return dump(config.model_dump(mode="json"))
 
 
 def dotted(tree: dict, prefix: str = "") -> dict[str, object]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """Flatten a tree: {"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, object] = {}
     for key, value in tree.items():
         inner = isinstance(value, dict) and value
@@ -82,8 +82,8 @@ def dotted(tree: dict, prefix: str = "") -> dict[str, object]:
 
 
 def explain(error: pydantic.ValidationError, fields: dict[str, str]) -> str:
-    """Return the first thing wrong, as `field=value: what is wrong; fix`, and what the field is. `fields` are all that
-    there are, with what they are."""
+    """Return the first error as `field=value: what is wrong; fix`, and the field's description. `fields` holds the
+    descriptions of all fields by name."""
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
@@ -92,7 +92,7 @@ def explain(error: pydantic.ValidationError, fields: dict[str, str]) -> str:
         return f"{place}={first['input']}: no such field; did you mean {closest(place, list(fields))}?"
     if first["type"] == "missing":
         return f"{place}: missing; set it{_hint(place, fields)}"
-    if first["type"] == "value_error":  # raised by our own validators: the message has the rest of the place
+    if first["type"] == "value_error":  # raised by our own validators: the message names the rest of the place
         message = ".".join(filter(None, (place, str(first.get("ctx", {})["error"]))))
         return message + _hint(message.partition("=")[0], fields)
     if first["type"] in ("model_type", "model_attributes_type"):
@@ -103,13 +103,13 @@ def explain(error: pydantic.ValidationError, fields: dict[str, str]) -> str:
 
 
 def _hint(place: str, fields: dict[str, str]) -> str:
-    """What the field at a place is, in its first sentence."""
+    """Return the first sentence of the description of the field at `place`, if there is one."""
     name = next((name for name in fields if place == name or place.startswith(f"{name}.")), None)
     return f" ({name}: {re.split(r'[.;] ', fields[name])[0].rstrip('.')})" if name and fields[name] else ""
 
 
 def closest(name: str, known: list[str]) -> str:
-    """The most similar known name; a right last part in the wrong place counts as most similar."""
+    """Return the most similar known name; a correct last part in the wrong place counts as most similar."""
     leaf = name.rpartition(".")[2]
     same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
     return difflib.get_close_matches(name, same_leaf or known, n=1, cutoff=0.0)[0]

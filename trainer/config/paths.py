@@ -1,4 +1,4 @@
-"""`~` and environment variables in the fields of a config that are paths."""
+"""Expand `~` and environment variables in the config fields that are paths."""
 
 import os
 import re

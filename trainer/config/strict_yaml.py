@@ -1,7 +1,7 @@
-"""YAML that means what it looks like: the scalars of YAML 1.2 and nothing that older versions read into them.
+"""YAML that means what it looks like: the scalars of YAML 1.2, without the surprises of older versions.
 
 Numbers are decimal (`010` is 10, `1e-4` is a number, `1:30` is text), booleans are `true` and `false`; `on`, `off`,
-`yes` and `no` are refused, and so is a key given twice. The value of a field that is text stays as it is written.
+`yes` and `no` are refused, and so is a key given twice. The value of a text field stays as it is written.
 """
 
 import re
@@ -27,7 +27,7 @@ SCALARS = {  # what a plain scalar is, by its first characters and its whole tex
 
 
 class YamlError(ValueError):
-    """Text that is not YAML, or that may be misread: one line, with the number of the line at fault."""
+    """Text that is not YAML, or that may be misread. The one-line message gives the number of the line at fault."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -51,9 +51,9 @@ _Loader.add_constructor(f"{TAG}int", _integer)
 
 
 def parse(text: str, texts: Container[str] = (), name: str = "") -> Any:
-    """Return the plain values of a YAML text. `name` is the field that the whole text is the value of; `texts` are the
-    dotted names of fields that hold text, with `[]` after those that hold a list of it. Raise YamlError if the text
-    cannot be read in one way only."""
+    """Return the plain values of a YAML text. `name` is the field whose value is the whole text; `texts` are the dotted
+    names of fields that hold text, followed by `[]` if they hold a list of texts. Raise YamlError unless the text can
+    be read in exactly one way."""
     loader = None
     try:
         loader = _Loader(text)
@@ -81,7 +81,7 @@ def dump(values: Any) -> str:
 
 
 def _check(node: Node, texts: Container[str], name: str) -> None:
-    """Refuse what is unclear, and mark as text what is the value of a text field."""
+    """Refuse what is unclear, and mark the values of text fields as text."""
     if isinstance(node, MappingNode):
         lines: dict[str, int] = {}
         for key, value in node.value:

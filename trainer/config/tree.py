@@ -28,20 +28,21 @@ from trainer.sinks import SINKS
 
 
 class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """How long and in what batches. All counts are images, so that they survive a change of batch size."""
+    """How long to train, and in what batches. All counts are in images, so that they survive a change of batch size."""
 
     images: int = Field(102_400_000, ge=1, json_schema_extra={"may_change": True})
     """Length of the run in images, rounded to whole global batches."""
     global_batch: int = Field(256, ge=1)
-    """Images of a step, over all ranks."""
+    """Images per step, over all ranks."""
     micro_batch: int | None = Field(None, ge=1, json_schema_extra={"may_change": True})
-    """Most images that a rank passes through the network at once; a multiple of groups.size. null: all of its share."""
+    """Largest number of images that a rank passes through the network at once; a multiple of groups.size. null: its
+    whole share."""
     log_every: int = Field(12_800, ge=1, json_schema_extra={"may_change": True, "affects_results": False})
     """Images between two log entries; metrics.jsonl has every step."""
     sample_every: int = Field(0, ge=0, json_schema_extra={"may_change": True})
     """Images between two sample grids in TensorBoard. 0: none."""
     attention_every: int = Field(1_280_000, ge=0, json_schema_extra={"may_change": True})
-    """Images between two measurements of how much attention crosses images of a group. 0: none."""
+    """Images between two measurements of how much attention crosses between the images of a group. 0: none."""
     sinks: tuple[str, ...] = Field(
         ("metrics", "tensorboard", "progress"),
         json_schema_extra={"may_change": True, "affects_results": False, "keys_of": "trainer.sinks:SINKS"},
@@ -61,19 +62,19 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
 class EvaluateConfig(
     BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, json_schema_extra={"may_change": True}
 ):
-    """How samples are measured while training, with the averaged weights and as `sample` says they are made."""
+    """How samples are measured while training. They are made with the averaged weights and the settings of `sample`."""
 
     every: int = Field(0, ge=0)
     """Images between two evaluations. 0: none."""
     per_class: int = Field(10, ge=1)
-    """Samples to measure of each class."""
+    """Samples of each class to measure."""
     detector: str | None = Field(None, json_schema_extra={"path": True})
-    """File or name of the network whose features are compared, as tools/evaluate.py takes it. null: a small classifier
-    of digits or glyphs."""
+    """File or name of the network whose features are compared, as for tools/evaluate.py. null: a small classifier of
+    digits or glyphs."""
     reference: str | None = Field(None, json_schema_extra={"path": True})
     """Real images, or their statistics, to compare with; goes with `detector`."""
     metrics: tuple[str, ...] | None = None
-    """Metrics to compute, as [fid, is]. null: all that the detector offers."""
+    """Metrics to compute, for example [fid, is]. null: all that the detector offers."""
 
     @model_validator(mode="after")
     def _check(self) -> "EvaluateConfig":
@@ -90,10 +91,10 @@ class Config(EngineConfig, extra="forbid", frozen=True, use_attribute_docstrings
     init_from: str | None = Field(None, json_schema_extra={"path": True})
     """Weights to start from: a run, a checkpoint, a .safetensors or a .pt file. null: random weights."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Seed of all that is random in training: weights, order of images, noise, timesteps."""
+    """Seed of everything random in training: weights, order of images, noise, timesteps."""
     path: ChosenPath = path_config({})
     loss: Losses = {}
-    """Terms of the loss by name, each with its weight. `denoising` is there by itself."""
+    """Terms of the loss by name, each with its weight. `denoising` is always included."""
     data: DataConfig = DataConfig.model_validate({})
     model: ModelConfig = model_config({})
     groups: GroupsConfig = GroupsConfig.model_validate({})
@@ -128,7 +129,7 @@ class Config(EngineConfig, extra="forbid", frozen=True, use_attribute_docstrings
             times = f"the times of path={self.path.name} are 0 to {steps - 1}"
             raise ValueError(f"model.time_scale={self.model.time_scale}: {times}; set 1")
         path = make_path(self.path)
-        path.even_times(self.sample.steps)  # raises if it has not so many
+        path.even_times(self.sample.steps)  # raises if it does not have that many
         if self.sample.sampler not in (fitting := fitting_samplers(path)):
             fix = f"not for path={self.path.name}; set {' or '.join(fitting)}"
             raise ValueError(f"sample.sampler={self.sample.sampler}: {fix}")
@@ -183,8 +184,7 @@ def stored_config(text: str) -> Config:
 
 
 def parse_config(tree: dict) -> Config:
-    """Return the config of a tree of plain values. Raise RunError, which names the first field at fault, if it is
-    none."""
+    """Return the config of a tree of plain values. Raise RunError, which names the first invalid field, if any."""
     paths = [field.name for field in walk(Config) if field.marks.get("path")]
     try:
         return Config.model_validate(expand_paths(tree, paths))
@@ -193,7 +193,7 @@ def parse_config(tree: dict) -> Config:
 
 
 def check_world(config: Config, world_size: int) -> None:
-    """RunError if the batches cannot be dealt to `world_size` ranks in whole groups."""
+    """Raise RunError if the batches cannot be dealt to `world_size` ranks in whole groups."""
     check_ranks(config, world_size)
     for every in ("train.sample_every", "evaluate.every"):
         part, name = every.split(".")

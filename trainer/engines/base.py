@@ -1,4 +1,4 @@
-"""The contract of an engine: how a network and its heads are laid over the ranks, trained, saved and loaded."""
+"""The contract of an engine: how a network and its heads are distributed over the ranks, trained, saved and loaded."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ class Shards(NamedTuple):
 
 
 class Engine(ABC):
-    """A network and its heads laid over the ranks, their optimizer, and averages of the network's weights.
+    """A network and its heads distributed over the ranks, their optimizer, and averages of the network's weights.
 
     The loop does not ask which engine it has. A step is, on all ranks alike:
 
@@ -43,31 +43,31 @@ class Engine(ABC):
     To add an engine, write a subclass, of this or of another engine, and give it a line in ENGINES (build.py).
     """
 
-    options: ClassVar[tuple[str, ...]] = ()  # the fields of EngineConfig that mean nothing to every engine, but to this
+    options: ClassVar[tuple[str, ...]] = ()  # the fields of EngineConfig that only this and some other engines use
     weights: dict[str, Tensor]  # of the network, by name, as they are trained on this rank
     averages: dict[str, EMA]  # of `weights`, by their name in checkpoints; "ema" is the one that makes samples
-    steps: int = 0  # made so far, those before a checkpoint included
+    steps: int = 0  # taken so far, including those before a checkpoint
 
     @classmethod
     @abstractmethod
     def check(cls, config: EngineConfig, optim: OptimConfig) -> None:
-        """Raise ValueError (`field=value: ...`) if this engine cannot do what the config says."""
+        """Raise ValueError (`field=value: ...`) if this engine cannot do what the config asks for."""
 
     @classmethod
     @abstractmethod
     def check_ranks(cls, config: EngineConfig, world_size: int) -> None:
-        """Raise RunError (`field=value: ...`) if this engine cannot use so many ranks."""
+        """Raise RunError (`field=value: ...`) if this engine cannot use `world_size` ranks."""
 
     @classmethod
     @abstractmethod
     def shards(cls, config: EngineConfig, world_size: int) -> Shards:
-        """Return how states are shared by the ranks: what the estimate of memory and communication goes by."""
+        """Return how the ranks share the states, on which the estimate of memory and communication is based."""
 
     @abstractmethod
     def __init__(
         self, network: nn.Module, heads: nn.ModuleDict, config: EngineConfig, optim: OptimConfig, ranks: Ranks
     ) -> None:
-        """Take a network and heads that are whole, on the device, and equal on all ranks; `heads` may be empty."""
+        """Take a network and heads that are whole, on the device, and identical on all ranks; `heads` may be empty."""
 
     @abstractmethod
     def __call__(self, *inputs: Tensor | int | None) -> Tensor:
@@ -75,7 +75,7 @@ class Engine(ABC):
 
     @abstractmethod
     def autocast(self) -> AbstractContextManager:
-        """Give heads the precision of the network's matrix products, whatever the precision of what they are given."""
+        """Give heads the precision of the network's matrix products, whatever the precision of their inputs."""
 
     @abstractmethod
     def accumulating(self, last: bool) -> AbstractContextManager:
@@ -116,7 +116,7 @@ class Engine(ABC):
 
     @abstractmethod
     def reshard(self) -> None:
-        """Free what was gathered of sharded weights, so that the next forward pass gathers what the shards are now."""
+        """Free the gathered copies of sharded weights, so that the next forward pass gathers the current shards."""
 
     def update_averages(self) -> None:
         """Count a step and update the averages: the end of each step."""
@@ -126,5 +126,5 @@ class Engine(ABC):
 
 
 def head_weights(heads: nn.ModuleDict) -> dict[str, Tensor]:
-    """Return the parameters of heads by their names in the optimizer."""
+    """Return the heads' parameters by their names in the optimizer."""
     return {f"{HEADS}.{name}": weight for name, weight in heads.named_parameters()}

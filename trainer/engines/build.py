@@ -1,4 +1,4 @@
-"""Which engines there are, and how one is built."""
+"""The engines, and how one is built."""
 
 import torch
 from torch import Tensor, nn
@@ -34,18 +34,18 @@ def check_engine(config: EngineConfig, optim: OptimConfig) -> None:
 
 
 def check_ranks(config: EngineConfig, world_size: int) -> None:
-    """Raise RunError if the engine cannot use so many ranks."""
+    """Raise RunError if the engine cannot use `world_size` ranks."""
     ENGINES[config.engine].check_ranks(config, world_size)
 
 
 def build_engine(
     config: EngineConfig, optim: OptimConfig, network: nn.Module, ranks: Ranks, heads: nn.ModuleDict | None = None
 ) -> Engine:
-    """Lay a network and its heads, equal on all ranks, over them: activation checkpointing, then compile, then shard or
+    """Distribute a network and its heads, identical on all ranks: activation checkpointing, then compile, then shard or
     replicate, then the optimizer.
 
-    Both are built whole on each rank and then cut, so weights do not depend on the number of ranks. `Engine` says what
-    heads are, and how to call them.
+    Both are built whole on each rank and then sharded, so weights do not depend on the number of ranks. `Engine` says
+    what heads are, and how to call them.
     """
     heads = nn.ModuleDict() if heads is None else heads
     network.to(ranks.device)
@@ -55,7 +55,7 @@ def build_engine(
         for block in blocks[:: config.activation_checkpointing]:
             _recompute(block)
     if config.compile:
-        # blocks share their code, whose forms count as one's: groups or none, parts of batches, training or not
+        # blocks share their code, so all variants count as one block's: groups or not, partial batches, training or not
         dynamo = torch._dynamo.config
         dynamo.recompile_limit = max(64, dynamo.recompile_limit)
         for block in blocks:
@@ -65,7 +65,7 @@ def build_engine(
 
 def _recompute(block: nn.Module) -> None:
     """Keep only the block's inputs for the backward pass (Chen et al. 2016, "Training Deep Nets with Sublinear Memory
-    Cost"). Replace its `forward`, so that names of parameters and the hooks of engines are as without."""
+    Cost"). Replace its `forward`, so that parameter names and the hooks of engines stay the same."""
     inner = block.forward
 
     def forward(*inputs: Tensor | int | bool | None) -> Tensor:  # torch.compile would not trace a partial

@@ -8,18 +8,18 @@ from trainer.engines.power_ema import WIDEST
 
 
 class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """How the network is laid over the ranks. None of it changes what is computed, but for rounding. `check_engine`
-    (build.py) tells whether it fits together."""
+    """How the network is distributed over the ranks. None of it changes what is computed, except for rounding.
+    `check_engine` (build.py) tells whether the settings are compatible."""
 
     engine: str = Field("fsdp", json_schema_extra={"may_change": True, "keys_of": "trainer.engines.build:ENGINES"})
     """How training is spread over the ranks. single: one process; ddp: a copy of the weights on each rank; fsdp:
     weights sharded over all ranks; hsdp: sharded within copies; deepspeed: DeepSpeed's ZeRO."""
     zero: Literal[0, 1, 2, 3] = Field(2, json_schema_extra={"may_change": True})
-    """Of deepspeed: what is sharded. 0: nothing; 1: optimizer; 2: gradients too; 3: weights too."""
+    """For deepspeed: what is sharded. 0: nothing; 1: optimizer; 2: gradients too; 3: weights too."""
     shard_size: int | None = Field(None, ge=1, json_schema_extra={"may_change": True})
-    """Of hsdp: ranks that share one copy of the weights. null: those of one machine."""
+    """For hsdp: number of ranks that share one copy of the weights. null: those of one machine."""
     offload: bool = Field(False, json_schema_extra={"may_change": True})
-    """Of fsdp and hsdp: whether weights, gradients, optimizer and EMA are kept in the host's memory."""
+    """For fsdp and hsdp: whether weights, gradients, optimizer and EMA are kept in host memory."""
     precision: Literal["fp32", "bf16"] = Field("fp32", json_schema_extra={"sampling": "also"})
     """Precision of matrix products and activations; weights stay fp32."""
     activation_checkpointing: int = Field(0, ge=0, json_schema_extra={"may_change": True})
@@ -27,7 +27,7 @@ class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     compile: bool = Field(False, json_schema_extra={"may_change": True})
     """Whether to compile the network block by block with torch.compile."""
     deepspeed: dict[str, Any] = Field({}, json_schema_extra={"may_change": True})
-    """Of deepspeed: further keys of DeepSpeed's own configuration."""
+    """For deepspeed: further keys of DeepSpeed's own configuration."""
 
 
 Std = Annotated[float, Field(gt=0, lt=WIDEST)]
@@ -48,14 +48,14 @@ class OptimConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     weight_decay: float = Field(0.01, ge=0)
     """AdamW's weight decay."""
     decay: str = Field("all", json_schema_extra={"keys_of": "trainer.engines.optimizer:RULES"})
-    """Rule that says which parameters decay. all: every one."""
+    """Rule for which parameters decay. all: every parameter."""
     clip: float | None = Field(3.0, gt=0)
     """Largest norm of the gradient; a larger one is scaled down to it. null: no clipping."""
     ema: float = Field(0.9999, ge=0, lt=1)
     """Decay per step of the averaged weights."""
     power_ema: tuple[Std, ...] = ()
-    """Relative standard deviations of further averages, as [0.05, 0.1], for tools/reconstruct_ema.py. []: none."""
+    """Relative standard deviations of further averages for tools/reconstruct_ema.py, like [0.05, 0.1]. []: none."""
 
     def lr_at(self, position: int) -> float:
-        """Learning rate of the step that brings the images seen to `position`."""
+        """Return the learning rate of the step that brings the images seen to `position`."""
         return self.lr * min(1.0, position / self.warmup) if self.warmup else self.lr

@@ -34,7 +34,7 @@ class DDP(Single):
         return nullcontext() if last else self._replica.no_sync()
 
     def step(self, lr: float) -> Tensor:
-        """Average the gradient of the heads over the ranks; the rest is as in one process."""
+        """Average the heads' gradient over the ranks; otherwise do the same as in one process."""
         gradients = [weight.grad for weight in self.head_weights.values() if weight.grad is not None]
         if gradients:
             mean = torch.cat([gradient.flatten() for gradient in gradients]) / dist.get_world_size()

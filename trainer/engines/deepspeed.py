@@ -1,4 +1,4 @@
-"""The engine that DeepSpeed's library provides. The library takes seconds to import: `zero` does, when this is used."""
+"""The engine built on the DeepSpeed library, which takes seconds to import: `zero` imports it when it is needed."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +16,7 @@ from trainer.ranks import Ranks
 
 
 class _WithHeads(nn.Module):
-    """One module for DeepSpeed to lay out. It is called as the network; the caller calls the heads themselves."""
+    """One module for DeepSpeed to distribute. It is called like the network; the caller calls the heads directly."""
 
     def __init__(self, network: nn.Module, heads: nn.ModuleDict) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class _WithHeads(nn.Module):
 class DeepSpeed(Engine):
     """ZeRO stages 0 to 3. Weights stay fp32; bf16 is autocast, as with ddp.
 
-    Averages are kept as the weights are: whole up to stage 2, each rank its shards at stage 3.
+    Averages are kept like the weights: whole up to stage 2, each rank's shards at stage 3.
     """
 
     options = ("deepspeed",)
@@ -38,7 +38,7 @@ class DeepSpeed(Engine):
     def __init__(
         self, network: nn.Module, heads: nn.ModuleDict, config: EngineConfig, optim: OptimConfig, ranks: Ranks
     ) -> None:
-        os.environ["DS_ACCELERATOR"] = ranks.device.type  # it would take a GPU where there is one, used or not
+        os.environ["DS_ACCELERATOR"] = ranks.device.type  # otherwise DeepSpeed picks a GPU if there is one, used or not
         os.environ.setdefault("LOCAL_RANK", "0")
         from trainer.engines import zero
 
@@ -59,7 +59,7 @@ class DeepSpeed(Engine):
 
     @classmethod
     def check(cls, config: EngineConfig, optim: OptimConfig) -> None:
-        """Raise ValueError for another optimizer than AdamW, or settings that DeepSpeed cannot have."""
+        """Raise ValueError for an optimizer other than AdamW, or settings that DeepSpeed cannot handle."""
         if optim.name != "adamw":
             raise ValueError(f"optim.name={optim.name}: not with engine=deepspeed; set adamw, or engine=fsdp")
         if config.compile and config.zero == 3:
@@ -72,7 +72,7 @@ class DeepSpeed(Engine):
 
     @classmethod
     def shards(cls, config: EngineConfig, world_size: int) -> Shards:
-        """Share what the stage cuts: moments from 1 on, gradients from 2 on, weights at 3."""
+        """Share what the stage shards: moments from stage 1, gradients from stage 2, weights at stage 3."""
         return Shards(*(world_size if config.zero >= stage else 1 for stage in (3, 2, 1)))
 
     def __call__(self, *inputs: Tensor | int | None) -> Tensor:
@@ -106,8 +106,8 @@ class DeepSpeed(Engine):
         self._stage.reshard()
 
     def state(self) -> dict[str, dict]:
-        """Return the state by name. What DeepSpeed cuts in its own way is copied, a parameter at a time, into shards
-        along the first dimension."""
+        """Return the state by name. What DeepSpeed shards in its own way is copied, one parameter at a time, into
+        shards along the first dimension."""
         moments = {name: self._stage.moments(name) for name in self._shapes}
         parts = {
             part: {name: self._stage.to_rows(tensor, self._shape(part, name)) for name, tensor in tensors.items()}
@@ -125,7 +125,7 @@ class DeepSpeed(Engine):
         self._stage.load_moments(state["optimizer"]["state"])
 
     def _held(self) -> dict[str, dict[str, Tensor]]:
-        """Return model, heads and averages as this rank has them, without what DeepSpeed attaches to parameters."""
+        """Return model, heads and averages as this rank holds them, without what DeepSpeed attaches to parameters."""
         heads = {HEADS: self._kept_heads} if self._kept_heads else {}
         parts = {"model": self._kept, **heads, **{name: ema.average for name, ema in self.averages.items()}}
         return {part: {name: tensor.detach() for name, tensor in tensors.items()} for part, tensors in parts.items()}
@@ -135,8 +135,8 @@ class DeepSpeed(Engine):
 
 
 def _cut(groups: list[Group], numbers: int) -> list[Group]:
-    """Cut AdamW's groups so that none has much over so many numbers: stages 1 and 2 copy the gradients of a group, and
-    gather its weights, at once."""
+    """Split AdamW's groups so that none has many more than `numbers` numbers: stages 1 and 2 copy the gradients of a
+    whole group, and gather its weights, at once."""
     small: list[Group] = []
     for group in groups:
         small.append({**group, "params": []})

@@ -10,18 +10,18 @@ from torch.distributed.tensor import DTensor
 from trainer.engines.config import OptimConfig
 from trainer.engines.power_ema import power_decay
 
-POWER = "ema-"  # and the std: the names of averages with a power profile
+POWER = "ema-"  # followed by the std: the name of an average with a power profile
 
 
 def local_shards(tensors: dict[str, Tensor]) -> list[Tensor]:
-    """Return what this rank holds of each tensor: the same memory, so that writing into it writes into the tensor."""
+    """Return the part of each tensor that this rank holds, in the same memory: writing to it writes to the tensor."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
 
 
 class EMA:
     """The average of `weights` (name -> parameter): average = decay * average + (1 - decay) * weight, after each step.
 
-    It is laid out as the weights are: each rank averages its own shards. `decay` is a function of the step.
+    It is distributed like the weights: each rank averages its own shards. `decay` is a function of the step.
     """
 
     def __init__(self, weights: dict[str, Tensor], decay: Callable[[int], float]) -> None:
@@ -30,12 +30,12 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Update after a step, counted from 1: in place, without communication."""
+        """Update in place, without communication, after a step; steps are counted from 1."""
         _foreach_lerp_(local_shards(self.average), local_shards(self.weights), 1 - self._decay(step))
 
     @contextmanager
     def in_network(self) -> Iterator[None]:
-        """While this is open, keep the average in the place of the weights."""
+        """While this is open, put the average in place of the weights."""
         with torch.no_grad():
             weights, average = local_shards(self.weights), local_shards(self.average)
             kept = [weight.clone() for weight in weights]
@@ -48,7 +48,7 @@ class EMA:
 
 
 def power_name(std: float) -> str:
-    """Return what the average with a power profile of this std is called in checkpoints and snapshots."""
+    """Return the name, in checkpoints and snapshots, of the average with a power profile of this std."""
     return f"{POWER}{std}"
 
 

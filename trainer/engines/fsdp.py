@@ -1,4 +1,4 @@
-"""Weights, gradients, moments and averages cut over the ranks: by PyTorch's `fully_shard`."""
+"""Weights, gradients, moments and averages sharded over the ranks by PyTorch's `fully_shard`."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -14,14 +14,14 @@ from trainer.engines.single import Single
 from trainer.errors import RunError
 from trainer.ranks import Ranks
 
-UNIT_PARAMETERS = 1_000_000  # gathered at least at once: fewer cost more to start sending than to send
+UNIT_PARAMETERS = 1_000_000  # gathered at once at least: with fewer, latency costs more than bandwidth
 
 
 class FSDP(Single):
-    """Everything is cut over all ranks (Zhao et al. 2023, "PyTorch FSDP").
+    """Everything is sharded over all ranks (Zhao et al. 2023, "PyTorch FSDP").
 
-    Heads are cut too, each gathered by itself, and keep fp32: `autocast` gives them their precision. They exchange
-    gradients in each micro-batch, so that one need not be called in the last.
+    Heads are sharded too, each gathered by itself, and keep fp32: `autocast` gives them their precision. They exchange
+    gradients in each micro-batch, so that a head need not be called in the last one.
     """
 
     options = ("offload",)
@@ -29,7 +29,7 @@ class FSDP(Single):
     def __init__(
         self, network: nn.Module, heads: nn.ModuleDict, config: EngineConfig, optim: OptimConfig, ranks: Ranks
     ) -> None:
-        # inputs stay fp32: in bf16, neighbouring timesteps would be one; the network casts behind its embeddings
+        # inputs stay fp32: in bf16, neighbouring timesteps would coincide; the network casts after its embeddings
         precision = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if config.precision == "bf16" else None,
             reduce_dtype=torch.float32,
@@ -74,13 +74,14 @@ class FSDP(Single):
 
 
 class HSDP(FSDP):
-    """Everything is cut over `shard_size` neighbouring ranks, those of one machine, and replicated across these."""
+    """Everything is sharded over `shard_size` neighbouring ranks (default: one machine's) and replicated across
+    them."""
 
     options = ("offload", "shard_size")
 
     @classmethod
     def check_ranks(cls, config: EngineConfig, world_size: int) -> None:
-        """Raise RunError unless the ranks are whole copies."""
+        """Raise RunError unless the ranks hold whole copies."""
         size = config.shard_size or 1
         if world_size % size:
             raise RunError(f"shard_size={size}: must divide the world size {world_size}; set one that does")

@@ -1,12 +1,12 @@
-"""The optimizer: which one it is, and a rule that says which parameters it treats in which way.
+"""The optimizer: which one it is, and a rule for how it treats each parameter.
 
-To add a rule, write a function `rule(name, parameter) -> settings` and give it a line in RULES. Settings are what the
-parameter's group has in place of the optimizer's own settings, such as {"weight_decay": 0.0}; parameters with equal
-settings form one group. The name is the network's; a parameter of a head is called "heads.<head>.<parameter>".
+To add a rule, write a function `rule(name, parameter) -> settings` and give it a line in RULES. Settings, such as
+{"weight_decay": 0.0}, replace the optimizer's own in the parameter's group; parameters with equal settings form one
+group. The name is the network's; a parameter of a head is called "heads.<head>.<parameter>".
 
 To add an optimizer, write a function `make(groups, optim) -> Optimizer` and give it a line in OPTIMIZERS. The optimizer
-must have the whole state of each parameter, in tensors, when it is returned: memory is taken before the first step, and
-a checkpoint fills these tensors in place. Before each step, the engine sets the learning rate of all groups.
+must hold the whole state of each parameter, in tensors, when it is returned: memory is allocated before the first step,
+and a checkpoint fills these tensors in place. Before each step, the engine sets the learning rate of all groups.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from trainer.engines.config import OptimConfig
 
 Settings = dict[str, Any]
-Group = dict[str, Any]  # "params": the parameters, and their settings
+Group = dict[str, Any]  # "params": the parameters; and their settings
 Rule = Callable[[str, Tensor], Settings]
 
 
@@ -44,7 +44,7 @@ def parameter_groups(parameters: dict[str, Tensor], rule: Rule) -> list[Group]:
 
 
 def adamw(groups: list[Group], optim: OptimConfig) -> Optimizer:
-    """Return AdamW (Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"), its moments zero."""
+    """Return AdamW (Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization") with moments of zero."""
     optimizer = stateless_adamw(groups, optim)
     for group in groups:
         init_moments(optimizer, group["params"])
@@ -52,13 +52,13 @@ def adamw(groups: list[Group], optim: OptimConfig) -> Optimizer:
 
 
 def stateless_adamw(groups: list[Group], optim: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW without moments, for an engine that puts other tensors in the place of the parameters."""
+    """Return AdamW without moments, for an engine that replaces the parameters by other tensors."""
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
 
 
 @torch.no_grad()
 def init_moments(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -> None:
-    """Give parameters the state that AdamW would make at its first step."""
+    """Give parameters the state that AdamW would create at its first step."""
     for parameter in parameters:
         moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
@@ -68,5 +68,5 @@ OPTIMIZERS: dict[str, Callable[[list[Group], OptimConfig], Optimizer]] = {"adamw
 
 
 def make_optimizer(parameters: dict[str, Tensor], optim: OptimConfig) -> Optimizer:
-    """Return the configured optimizer of named parameters, in the groups of the configured rule."""
+    """Return the configured optimizer of named parameters, grouped by the configured rule."""
     return OPTIMIZERS[optim.name](parameter_groups(parameters, RULES[optim.decay]), optim)

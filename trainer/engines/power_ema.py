@@ -1,9 +1,9 @@
 """Post-hoc EMA: averages of any length, made after training from snapshots of two tracked ones.
 
 Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv 2312.02696, section 3 and
-appendix C. A *profile* (std, step) is how much the network after each step tau = 1..step counts in the average taken at
-`step`: as tau^gamma, where gamma follows from `std`, the standard deviation of the profile in units of `step`. Averages
-are linear in their profiles, so those that add up to a profile add up to its average.
+appendix C. A *profile* (std, step) is the weight of the network after each step tau = 1..step in the average taken at
+`step`: proportional to tau^gamma, where gamma follows from `std`, the standard deviation of the profile in units of
+`step`. Averages are linear in their profiles, so those that add up to a profile add up to its average.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer.errors import RunError
 
 WIDEST = 12**-0.5  # the std of the plain mean of all networks, gamma = 0; a wider profile prefers the older ones
-MISFIT = 0.5  # of a profile's length: the largest distance of what may still be called an approximation
+MISFIT = 0.5  # in units of a profile's length: the largest distance that still counts as an approximation
 CHUNK = 1 << 16  # steps in memory at once, for each std
 
 
@@ -42,8 +42,8 @@ def power_decay(std: float) -> Callable[[int], float]:
 
 
 def coordinates(profiles: list[tuple[float, int]]) -> np.ndarray:
-    """Return a column for each profile (std, step >= 1), such that columns have the inner products of the profiles:
-    (rows, len(profiles)), float64.
+    """Return a column for each profile (std, step >= 1), (rows, len(profiles)) float64, such that the columns have the
+    same inner products as the profiles.
 
     The decays telescope: the networks up to tau have (tau/step)^(gamma+1) of the whole weight, so tau itself has
     (tau/step)^(gamma+1) - ((tau-1)/step)^(gamma+1). Hence, between two neighbouring steps of `profiles`, profiles of
@@ -59,9 +59,9 @@ def coordinates(profiles: list[tuple[float, int]]) -> np.ndarray:
         basis: Any = np.empty((0, len(powers)))  # the types of numpy.linalg.qr do not know mode="r"
         for start in range(first, last, CHUNK):
             tau = np.arange(start, min(start + CHUNK, last) + 1)
-            piece = np.diff((tau[:, None] / last) ** powers, axis=0)  # of profiles that end at `last`
+            piece = np.diff((tau[:, None] / last) ** powers, axis=0)  # for profiles that end at `last`
             basis = np.linalg.qr(np.vstack([basis, piece]), mode="r")
-        shrunk = np.minimum(last / steps, 1) ** powers[column]  # what later steps leave of it
+        shrunk = np.minimum(last / steps, 1) ** powers[column]  # what remains of it after later steps
         rows.append(basis[:, column] * np.where(last <= steps, shrunk, 0))
     return np.concatenate(rows)
 

@@ -1,4 +1,4 @@
-"""One process with the whole network; what engines that replicate or shard it start from."""
+"""One process with the whole network; the base of the engines that replicate or shard it."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -15,9 +15,10 @@ from trainer.ranks import Ranks
 
 
 class Single(Engine):
-    """One process. The tensors of its `state` are its own: what a checkpoint fills is loaded.
+    """One process. The tensors of its `state` are its own, so filling them from a checkpoint loads them.
 
-    A subclass lays out network and heads before it calls this constructor, which takes the parameters as they are then.
+    A subclass distributes network and heads before it calls this constructor, which takes the parameters as they are
+    then.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Single(Engine):
 
     @classmethod
     def check_ranks(cls, config: EngineConfig, world_size: int) -> None:
-        """Raise RunError if there is more than one."""
+        """Raise RunError if there is more than one rank."""
         if world_size > 1:
             raise RunError(f"engine={config.engine}: cannot use {world_size} ranks; set engine=fsdp or engine=ddp")
 
@@ -56,7 +57,7 @@ class Single(Engine):
         return torch.autocast(self._device, torch.bfloat16, enabled=self._bf16)
 
     def accumulating(self, last: bool) -> AbstractContextManager:
-        """Do nothing: there is nobody to exchange gradients with."""
+        """Do nothing: there is no other rank to exchange gradients with."""
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:

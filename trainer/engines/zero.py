@@ -1,4 +1,4 @@
-"""The stages of ZeRO (Rajbhandari et al. 2020, "ZeRO"): what each makes of weights and moments, and the way back.
+"""The stages of ZeRO (Rajbhandari et al. 2020, "ZeRO"): how each lays out weights and moments, and how to undo it.
 
 This is the only file that imports DeepSpeed, which takes seconds.
 """
@@ -21,8 +21,8 @@ from trainer.engines.optimizer import init_moments
 from trainer.ranks import Ranks
 
 library: Any = deepspeed
-library.ops.__compatible_ops__ = {}  # it would try to compile them all, and compile one for a minute; none is used
-# of each collective that DeepSpeed calls, from torch 2.13 on
+library.ops.__compatible_ops__ = {}  # DeepSpeed would try to compile them all, and spend a minute on one; none is used
+# raised by each collective that DeepSpeed calls, since torch 2.13
 warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -30,7 +30,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def initialize(model: nn.Module, adamw: torch.optim.AdamW, settings: dict[str, Any]) -> Any:
     """Return DeepSpeed's engine of a model, in the process group of torch.distributed."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    comm.init_distributed(dist_backend=dist.get_backend())  # takes over the process group that there is
+    comm.init_distributed(dist_backend=dist.get_backend())  # takes over the existing process group
     engine, *_ = library.initialize(model=model, optimizer=adamw, config=settings, dist_init_required=False)
     return engine
 
@@ -41,12 +41,12 @@ class Replicated:
     def __init__(self, engine: Any, adamw: torch.optim.AdamW, weights: dict[str, Tensor], ranks: Ranks) -> None:
         self.engine, self.weights = engine, weights
         self.adamw: torch.optim.AdamW = adamw
-        # it would copy all gradients into one buffer: no key of its configuration cuts that
+        # DeepSpeed would copy all gradients into one buffer: no key of its configuration splits that
         engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=BUCKET)
         init_moments(adamw, weights.values())
 
     def step(self, clip: float | None) -> Tensor:
-        """Clip, update and clear; return the norm before clipping. DeepSpeed would clip as well, but not tell it."""
+        """Clip, update and clear; return the norm before clipping. DeepSpeed would clip too, but not tell the norm."""
         norm = nn.utils.clip_grad_norm_(self.weights.values(), clip or torch.inf)
         self.engine.step()
         return norm
@@ -55,7 +55,7 @@ class Replicated:
         """Do nothing: nothing is gathered."""
 
     def kept(self) -> dict[str, Tensor]:
-        """Return what this rank keeps of the weights between steps; averages are kept alike."""
+        """Return what this rank keeps of the weights between steps; averages are kept the same way."""
         return self.weights
 
     def to_rows(self, kept: Tensor, shape: torch.Size) -> Tensor:
@@ -70,7 +70,7 @@ class Replicated:
         return self.adamw.state[self.weights[name]]
 
     def load_moments(self, moments: dict[str, dict[str, Tensor]]) -> None:
-        """Take over weights, once these are loaded, and moments: here they are our own tensors."""
+        """Take over weights, once they are loaded, and moments: here they are our own tensors."""
 
 
 class OptimizerShards(Replicated):
@@ -85,7 +85,7 @@ class OptimizerShards(Replicated):
         self._link_moments()
 
     def _optimized(self) -> list[Tensor]:
-        """Return the flat tensors that AdamW is given on this rank, one a group."""
+        """Return the flat tensors that AdamW updates on this rank, one per group."""
         return self.engine.optimizer.single_partition_of_fp32_groups
 
     def _shards(self) -> list[Tensor]:
@@ -95,7 +95,7 @@ class OptimizerShards(Replicated):
     def _share_weights(self) -> None:
         """Let AdamW work on the weights themselves: they are fp32, and need no master copy."""
         for master, shard in zip(self._optimized(), self._shards(), strict=True):
-            if (master.shape, master.device) == (shard.shape, shard.device):  # not offloaded
+            if (master.shape, master.device) == (shard.shape, shard.device):  # not offloaded to the host
                 master.data = shard.data
 
     def _link_moments(self) -> None:
@@ -106,20 +106,20 @@ class OptimizerShards(Replicated):
             utils.lazy_init_hp_params_optimizer_state(group, flat, self.adamw.state)
 
     def step(self, clip: float | None) -> Tensor:
-        """Update and clear; return the norm before clipping. DeepSpeed clips, as its configuration says."""
+        """Update and clear; return the norm before clipping. DeepSpeed does the clipping, by its configuration."""
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.engine.device)
 
     def moments(self, name: str) -> dict[str, Tensor]:
-        """Return AdamW's state of a parameter: copies, cut along the first dimension."""
-        step = self.adamw.state[self._optimized()[0]]["step"].clone()  # the same for all
+        """Return AdamW's state of a parameter: copies, sharded along the first dimension."""
+        step = self.adamw.state[self._optimized()[0]]["step"].clone()  # the same for all parameters
         return {"step": step, **{key: self._moment(name, key) for key in MOMENTS}}
 
     def _moment(self, name: str, key: str) -> Tensor:
         return self._cut(_found(utils.safe_get_full_optimizer_state(self.weights[name], key)))
 
     def load_moments(self, moments: dict[str, dict[str, Tensor]]) -> None:
-        """Take over weights, once these are loaded, and moments."""
+        """Take over weights, once they are loaded, and moments."""
         for name, state in moments.items():
             self._load_weight(name)
             for key in MOMENTS:
@@ -128,7 +128,7 @@ class OptimizerShards(Replicated):
             self.adamw.state[flat]["step"].copy_(next(iter(moments.values()))["step"])
 
     def _load_weight(self, name: str) -> None:
-        """Copy a weight to AdamW's master copy, where there is one."""
+        """Copy a weight to AdamW's master copy, if there is one."""
         utils.safe_set_full_fp32_param(self.weights[name], self.weights[name])
 
     def _load_moment(self, name: str, key: str, rows: Tensor) -> None:
@@ -153,18 +153,18 @@ class WeightShards(OptimizerShards):
         return self.engine.optimizer.fp16_partitioned_groups_flat
 
     def _link_moments(self) -> None:
-        """Do nothing: DeepSpeed looks them up."""
+        """Do nothing: DeepSpeed looks up weights and moments itself."""
 
     def reshard(self) -> None:
         """Free the weights that DeepSpeed has gathered."""
-        self.engine.optimizer.empty_partition_cache()  # the engine's also collects all garbage, which takes time
+        self.engine.optimizer.empty_partition_cache()  # the engine's own also collects garbage, which is slow
 
     def kept(self) -> dict[str, Tensor]:
         """Return this rank's parts."""
         return {name: _shard(weight) for name, weight in self.weights.items()}
 
     def to_rows(self, kept: Tensor, shape: torch.Size) -> Tensor:
-        """Return rows: shards along the first dimension, made of the ranks' flat parts."""
+        """Return rows: shards along the first dimension, assembled from the ranks' flat parts."""
         padded = kept.new_empty(dist.get_world_size() * kept.numel())
         dist.all_gather_into_tensor(padded, kept.contiguous())
         return self._cut(padded[: shape.numel()].view(shape))
@@ -174,7 +174,7 @@ class WeightShards(OptimizerShards):
         kept.copy_(self._flat(rows, kept.numel()))
 
     def _flat(self, rows: Tensor, size: int) -> Tensor:
-        """Return this rank's part, of `size` numbers."""
+        """Return this rank's flat part, `size` numbers, of `rows`."""
         padded = nn.functional.pad(_whole(rows).flatten(), (0, size * dist.get_world_size()))
         return padded.narrow(0, size * dist.get_rank(), size)
 

@@ -1,4 +1,4 @@
-"""Statistics of features that several metrics need: their moments, and a sample of them."""
+"""Statistics of features that several metrics need: moments, and a sample."""
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ class Moments:
         self._outer.addmm_(values.T, values)
 
     def reduce(self, ranks: Ranks) -> None:
-        """Make them the moments of the vectors of all ranks, on all of them."""
+        """Combine the moments of all ranks, on all of them."""
         count = torch.tensor(self.count, device=self._sum.device)
         for tensor in (count, self._sum, self._outer):
             dist.all_reduce(tensor)
@@ -42,16 +42,16 @@ class Moments:
 
 
 class FeatureSample:
-    """Vectors (d,) of all images, or of `most` of them at equal intervals, as float32 in the order of their numbers."""
+    """Vectors (d,) of all images, or of `most` of them at equal intervals, as float32 in order of their numbers."""
 
     def __init__(self, width: int, images: int, most: int | None = None) -> None:
         everyone = most is None or images <= most
         self._kept = np.arange(images) if everyone else np.linspace(0, images - 1, most).astype(int)
-        self._features = torch.empty(len(self._kept), width)  # takes memory only where it is filled
-        self._first = self._last = 0  # rows that are filled
+        self._features = torch.empty(len(self._kept), width)  # uses memory only where it is filled
+        self._first = self._last = 0  # range of the rows filled so far
 
     def add(self, values: Tensor, numbers: Tensor) -> None:
-        """Keep those of vectors (n, d) that belong to the sample; `numbers` (n,) are successive and follow the last."""
+        """Keep the vectors (n, d) that belong to the sample; `numbers` (n,) ascend by 1 and follow the last ones."""
         start = int(numbers[0])
         low, high = np.searchsorted(self._kept, (start, start + len(numbers)))
         self._features[low:high] = values[torch.from_numpy(self._kept[low:high] - start)].cpu()
@@ -69,7 +69,7 @@ class FeatureSample:
                 dist.send(self._features[first:last], 0)
 
     def value(self) -> tuple[np.ndarray]:
-        """Return the vectors (m, d); after `reduce` on rank 0 alone."""
+        """Return the vectors (m, d); after `reduce`, only on rank 0."""
         return (self._features.numpy(),)
 
 

@@ -1,4 +1,4 @@
-"""Metrics of a set of images in the features of a detector (FID and its kin): one record an evaluation."""
+"""Metrics of a set of images in the features of a detector (FID and the like): one record per evaluation."""
 
 from collections.abc import Callable
 from importlib.metadata import version
@@ -21,7 +21,7 @@ from trainer.ranks import Ranks
 
 
 def open_detector(name: str, ranks: Ranks) -> Detector:
-    """Return load_detector's. Raise RunError if it cannot be loaded."""
+    """Return the detector of this name. Raise RunError if it cannot be loaded."""
     try:
         return load_detector(name, ranks.device)
     except NOT_LOADED as error:
@@ -57,9 +57,10 @@ def make_evaluator(
     cache: Path | None = None,
     progress: Callable[[int], object] = lambda number: None,
 ) -> Callable[[ImageSet], dict | None]:
-    """Return a function of more than 3 images of `shape` (H, W, C) that returns, on rank 0, the record of one
-    evaluation: `metrics` (None: all that the detector offers), and what they can be compared by. All ranks call both.
-    Raise RunError if a metric is not offered, or an image, the reference or the detector is of a wrong form.
+    """Return a function that takes more than 3 images of `shape` (H, W, C) and returns, on rank 0, the record of one
+    evaluation: `metrics` (None: all that the detector offers), and what two records must share to be compared. All
+    ranks call both. Raise RunError if a metric is not offered, or an image, the reference or the detector has the wrong
+    form.
     """
     widths = {name: value.shape[1] for name, value in detect(detector, np.zeros((1, *shape), np.uint8), ranks).items()}
     chosen = _choose(metrics, detector, set(widths))
@@ -97,7 +98,7 @@ def _choose(names: list[str] | None, detector: Detector, outputs: set[str]) -> d
 
 
 def _warn_if_few(metrics: dict[str, Metric], generated: Statistics, real: Statistics) -> None:
-    """For each Frechet distance, which needs moments."""
+    """Warn for each Frechet distance, which needs moments, whose images are too few."""
     for moments in (one for metric in metrics.values() for one in metric.needs if one in (MOMENTS, SPATIAL)):
         for images in {generated.images, real.images or generated.images}:
             warn_if_few(images, len(generated.values[moments.name][0]))

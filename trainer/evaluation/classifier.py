@@ -1,4 +1,4 @@
-"""Metrics of generated images in the features of a small classifier of the real ones."""
+"""Metrics of generated images in the features of a small classifier trained on real ones."""
 
 import warnings
 from collections.abc import Callable
@@ -26,12 +26,13 @@ def evaluate(generated: np.ndarray, label: np.ndarray, train: ArrayImages, heldo
 
 
 def make_evaluator(train: ArrayImages, heldout: ArrayImages) -> Callable[[np.ndarray, np.ndarray], dict[str, float]]:
-    """Return a function of uint8 images (n, H, W, C) asked to be of class `label` (n,), which returns metrics.
+    """Return a function that takes uint8 images (n, H, W, C), generated for the classes `label` (n,), and returns
+    metrics.
 
-    All METRICS of the kind "classifier" (frechet, kid, precision, recall), in the last hidden layer of a classifier
-    trained on `train`, compared with the held-out images; and class_accuracy: the share of images that the classifier
-    takes for the class asked for. Beside them, to compare with, the same of real images: frechet_train (training to
-    held-out images) and heldout_accuracy. Raise RunError if the images are not of the form of the real ones.
+    They are all METRICS of the kind "classifier" (frechet, kid, precision, recall), compared with the held-out images
+    in the last hidden layer of a classifier trained on `train`; and class_accuracy: the share of images that the
+    classifier assigns to their class. Beside them, for comparison, the same of real images: frechet_train (training to
+    held-out images) and heldout_accuracy. Raise RunError if the images do not have the form of the real ones.
     """
     classifier = fit_classifier(train)
     seen = to_uint8(torch.from_numpy(heldout.x))
@@ -60,15 +61,15 @@ def make_evaluator(train: ArrayImages, heldout: ArrayImages) -> Callable[[np.nda
 
 def fit_classifier(train: ArrayImages) -> MLPClassifier:
     """Return a classifier of uint8 images divided by 255 and flattened, with hidden layers of 128 and 64 units, trained
-    on real images; the same in every call."""
+    on real images; every call gives the same one."""
     classifier = MLPClassifier((128, 64), alpha=1e-3, max_iter=60, random_state=0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a fixed number of passes is meant
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the number of passes is fixed on purpose
         return classifier.fit(_flat(to_uint8(torch.from_numpy(train.x))), train.label)
 
 
 def class_log_probabilities(classifier: MLPClassifier, images: np.ndarray) -> np.ndarray:
-    """Return (n, classes) of uint8 images (n, H, W, C)."""
+    """Return the log-probabilities (n, classes) of the classes of uint8 images (n, H, W, C)."""
     return classifier.predict_log_proba(_flat(images))
 
 
@@ -82,7 +83,7 @@ def _flat(images: np.ndarray) -> np.ndarray:
 
 
 def _features(classifier: MLPClassifier, images: np.ndarray) -> np.ndarray:
-    """Activations of the last hidden layer (n, 64), which scikit-learn computes but does not offer."""
+    """Return the activations of the last hidden layer (n, 64), which scikit-learn computes but does not expose."""
     hidden = _flat(images)
     for weights, bias in zip(classifier.coefs_[:-1], classifier.intercepts_[:-1], strict=True):
         hidden = np.maximum(hidden @ weights + bias, 0)

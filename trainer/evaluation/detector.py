@@ -1,4 +1,4 @@
-"""Networks whose features measure images: a TorchScript file as the `inception-2015-12-05.pt` of NVlabs, or DINOv2."""
+"""Networks whose features measure images: a TorchScript file like NVlabs's `inception-2015-12-05.pt`, or DINOv2."""
 
 import hashlib
 from collections.abc import Callable
@@ -20,14 +20,14 @@ Outputs = dict[str, Tensor]
 
 
 class Detector:
-    """A network with its name and the checksum that tells it from others. `kind` is "torchscript" or "dinov2"."""
+    """A network with its name and the checksum that identifies it. `kind` is "torchscript" or "dinov2"."""
 
     def __init__(self, name: str, kind: str, sha256: str, call: Callable[[Tensor], Outputs]) -> None:
         self.name, self.kind, self.sha256, self._call = name, kind, sha256, call
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Outputs:
-        """uint8 (B, C, H, W), grey or RGB -> `Outputs`, in fp32. ValueError where they are not finite vectors."""
+        """Return fp32 `Outputs` of uint8 (B, C, H, W), grey or RGB. Raise ValueError if they are not finite vectors."""
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             outputs = self._call(images.expand(-1, 3, -1, -1))
         for name, value in outputs.items():
@@ -40,11 +40,11 @@ class Detector:
 
 
 def load_detector(name: str, device: torch.device) -> Detector:
-    """A TorchScript file, or DINOv2 of transformers by its folder or name on the hub.
+    """Return the detector of a TorchScript file, or DINOv2 from transformers by its folder or name on the hub.
 
-    OSError, RuntimeError or ValueError if it cannot be loaded or called, or is something else.
+    Raise OSError, RuntimeError or ValueError if it cannot be loaded or called, or is something else.
     """
-    if Path(name).suffix == ".pt" or Path(name).is_file():  # no hub has to be asked for such a name
+    if Path(name).suffix == ".pt" or Path(name).is_file():  # such a name is a file, so the hub need not be asked
         with Path(name).open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         network = torch.jit.load(name, map_location=device).eval()
@@ -56,11 +56,13 @@ def load_detector(name: str, device: torch.device) -> Detector:
 
 
 def _script(network: torch.jit.ScriptModule, device: torch.device) -> Callable[[Tensor], Outputs]:
-    """A function of images for a TorchScript network that returns features, or (features, spatial features).
+    """Return the function from images to outputs of a TorchScript network that gives features, or (features, spatial
+    features).
 
     A network of NVlabs's form takes `return_features`, and `no_output_bias` for class probabilities: the softmax of its
-    features times `output.weight`. Its layers are called one by one where that gives the features that it gives itself,
-    because ADM's spatial features (sFID) are inside: the first 7 channels of mixed_6.conv in the order (y, x, channel).
+    features times `output.weight`. Its layers are called one by one if that gives the same features as the network,
+    because ADM's spatial features (sFID) are inside it: the first 7 channels of mixed_6.conv in the order (y, x,
+    channel).
     """
     arguments = {argument.name for argument in network.forward.schema.arguments}
     options = {"return_features": True} if "return_features" in arguments else {}
@@ -88,7 +90,7 @@ def _script(network: torch.jit.ScriptModule, device: torch.device) -> Callable[[
 def _in_layers(
     network: torch.jit.ScriptModule, call: Callable[[Tensor], Outputs], device: torch.device
 ) -> Callable[[Tensor], Outputs] | None:
-    """The layers of NVlabs's Inception one by one; None if it has no such layers, or they give other features."""
+    """Return a function that calls NVlabs's Inception by layers; None without such layers, or if features differ."""
     layers = dict(network.layers.named_children()) if hasattr(network, "layers") else {}
     if not hasattr(layers.get("mixed_6"), "conv"):
         return None
@@ -111,8 +113,8 @@ def _in_layers(
 
 
 def resize_299(images: Tensor) -> Tensor:
-    """float (B, 3, H, W) -> (B, 3, 299, 299), bilinear without smoothing, corners as in TensorFlow 1 (pixel i of the
-    result is pixel i H/299 of the image), as inside NVlabs's file."""
+    """Resize float (B, 3, H, W) to (B, 3, 299, 299): bilinear without antialiasing, corners as in TensorFlow 1 (pixel i
+    of the result is pixel i H/299 of the image), as inside NVlabs's file."""
     height, width = images.shape[-2:]
     theta = torch.eye(2, 3, device=images.device)
     theta[0, 2] = 1 / width - 1 / 299
@@ -122,8 +124,8 @@ def resize_299(images: Tensor) -> Tensor:
 
 
 def _dinov2(encoder: "Encoder") -> Callable[[Tensor], Outputs]:
-    """The class token after the last norm, not normalised, of the whole image resized to 224 pixels by an antialiased
-    bicubic filter: as in EDM2's FD-DINOv2, which follows Stein et al. (arXiv 2306.04675)."""
+    """Return a function from images to the class token after the last norm, not normalised. The whole image is resized
+    to 224 pixels by an antialiased bicubic filter: as in EDM2's FD-DINOv2, after Stein et al. (arXiv 2306.04675)."""
     kind = encoder.network.config.model_type
     if not kind.startswith("dinov2"):
         raise ValueError(f"a model of type {kind}, not dinov2")

@@ -17,30 +17,30 @@ from data.extraction.sources import EXTENSIONS, Item, list_source
 from data.stores.files import sha256
 from trainer.errors import RunError, first_line
 
-ARRAY = "arr_0"  # where ADM's suite has the images
-THREADS = min(8, os.cpu_count() or 1)  # that read and decode
+ARRAY = "arr_0"  # the key of the images in ADM's suite
+THREADS = min(8, os.cpu_count() or 1)  # threads that read and decode
 
 
 class ImageSet(Protocol):
-    """n images by number."""
+    """Images, read by number."""
 
-    shape: tuple[int, int, int]  # H, W, C of one
+    shape: tuple[int, int, int]  # H, W, C of an image
 
     def __len__(self) -> int: ...
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """The images from `start` to `stop`, uint8 (stop - start, H, W, C). RunError if one cannot be read."""
+        """Return images `start` to `stop` as uint8 (stop - start, H, W, C). Raise RunError if one cannot be read."""
 
 
 class StoredImages(ImageSet, Protocol):
-    """Those of files."""
+    """Images stored in files."""
 
     def checksum(self) -> str:
-        """SHA-256 of the files' content."""
+        """Return the SHA-256 of the files' content."""
 
 
 class ArrayFile:
-    """`arr_0` (n, H, W, C) uint8 of an .npz file; read in pieces where it is not compressed."""
+    """`arr_0` (n, H, W, C) uint8 of an .npz file; read in pieces if it is not compressed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -63,7 +63,7 @@ class ArrayFile:
         if self._whole is not None:
             return self._whole[start:stop]
         size = int(np.prod(self.shape))
-        with self.path.open("rb") as file:  # not a memory map, whose pages count as this process's memory
+        with self.path.open("rb") as file:  # not a memory map: its pages count as this process's memory
             file.seek(self._offset + start * size)
             found = np.fromfile(file, np.uint8, (stop - start) * size)
         if found.size < (stop - start) * size:
@@ -71,12 +71,12 @@ class ArrayFile:
         return found.reshape(-1, *self.shape)
 
     def checksum(self) -> str:
-        """Of the file."""
+        """Return the SHA-256 of the file."""
         return sha256(self.path)
 
 
 class Pictures:
-    """Image files in the order of their names. Of a `side`, they are ADM's centre crops; else all have one size."""
+    """Image files in order of their names. With a `side`, they are centre-cropped as in ADM; else all have one size."""
 
     def __init__(self, path: Path, items: list[Item], side: int | None) -> None:
         self.path, self._items, self._side = path, items, side
@@ -95,7 +95,7 @@ class Pictures:
         return np.stack(found)
 
     def checksum(self) -> str:
-        """Of names and content of all files."""
+        """Return the SHA-256 of the names and contents of all files."""
         digest = hashlib.sha256()
         for item in self._items:
             digest.update(f"{item.key} {hashlib.sha256(item.read()).hexdigest()}\n".encode())
@@ -104,13 +104,14 @@ class Pictures:
     def _decode(self, item: Item) -> np.ndarray:
         try:
             image = decode_rgb(item.read())
-        except Exception as error:  # whatever Pillow raises at a damaged file
+        except Exception as error:  # Pillow may raise anything at a damaged file
             raise RunError(f"{_name(item)}: cannot be read as an image: {first_line(error)}; remove it") from None
         return center_crop(image, self._side) if self._side else np.asarray(image)
 
 
 def open_image_set(path: Path, side: int | None = None) -> StoredImages:
-    """The images at `path`; those of a folder cropped to `side` pixels. RunError if there are none, or not such."""
+    """Return the images at `path`; those of a folder cropped to `side` pixels. Raise RunError if there are none, or
+    they are of another kind."""
     if path.is_file():
         return ArrayFile(path)
     if not path.is_dir():
@@ -124,7 +125,7 @@ def open_image_set(path: Path, side: int | None = None) -> StoredImages:
 
 
 def open_npz(path: Path) -> np.lib.npyio.NpzFile:
-    """RunError if it is no .npz file."""
+    """Open an .npz file. Raise RunError if it is not one."""
     try:
         archive = np.load(path)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
@@ -139,7 +140,7 @@ def open_npz(path: Path) -> np.lib.npyio.NpzFile:
 
 
 def read_ahead(images: ImageSet, pieces: list[tuple[int, int]]) -> Iterator[np.ndarray]:
-    """images.read of each (start, stop), in order, some of them at once in threads and ahead of use."""
+    """Yield `images.read` of each (start, stop), in order; threads read several at once, ahead of use."""
     with ThreadPoolExecutor(THREADS) as pool:
         waiting = deque(pool.submit(images.read, *piece) for piece in pieces[: 2 * THREADS])
         try:
@@ -167,7 +168,7 @@ def _name(item: Item) -> str:
 
 
 def _place(archive: zipfile.ZipFile, path: Path) -> tuple[int | None, tuple[int, ...], np.dtype, bool]:
-    """Of arr_0: where in the file its numbers begin (None: compressed), shape, type, whether in Fortran's order."""
+    """Return where arr_0's numbers begin in the file (None: compressed), shape, type, and whether in Fortran order."""
     member = archive.getinfo(f"{ARRAY}.npy")
     with archive.open(member) as file:
         version = npy.read_magic(file)
@@ -177,7 +178,7 @@ def _place(archive: zipfile.ZipFile, path: Path) -> tuple[int | None, tuple[int,
     if member.compress_type != zipfile.ZIP_STORED:
         return None, shape, dtype, fortran
     with path.open("rb") as file:
-        file.seek(member.header_offset + 26)  # in a local file header: lengths of the name and of the extra field
+        file.seek(member.header_offset + 26)  # in the local file header: the lengths of name and extra field
         lengths = np.frombuffer(file.read(4), "<u2").astype(int)
     return member.header_offset + 30 + int(lengths.sum()) + header, shape, dtype, fortran
 

@@ -15,8 +15,8 @@ def kernel_distance(
     seed: int = 0,
     device: torch.device | None = None,
 ) -> float:
-    """Return KID: the unbiased squared MMD of features (n, d) and (m, d) by the kernel
-    (x·y/d + 1)^3, averaged over random subsets of `size` vectors of each, or of as many as there are."""
+    """Return KID: the unbiased squared MMD of features (n, d) and (m, d) by the kernel (x·y/d + 1)^3, averaged over
+    random subsets of `size` vectors of each set, or of all if there are fewer."""
     rng = np.random.default_rng(seed)
     size = min(size, len(a), len(b))
     total = 0.0

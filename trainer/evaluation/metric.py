@@ -1,7 +1,7 @@
 """What a metric is: the statistics of images that it needs, and a number computed from them.
 
 A new metric is one file with its formula, and a line in `METRICS` (trainer/evaluation/metrics.py). What it needs to
-know of a set of images is a `Statistic`: one of trainer/evaluation/accumulators.py, or one of its own.
+know about a set of images is a `Statistic`: from trainer/evaluation/accumulators.py, or its own.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,20 +14,20 @@ from torch import Tensor
 from trainer.ranks import Ranks
 
 Arrays = tuple[np.ndarray, ...]
-Side = Mapping[str, Arrays]  # of one set of images: the value of each statistic, by its name
+Side = Mapping[str, Arrays]  # for one set of images: the value of each statistic, by name
 
 
 class Accumulator(Protocol):
-    """A statistic of any number of images, added up in parts and over ranks."""
+    """A statistic of any number of images, accumulated batch by batch and over ranks."""
 
     def add(self, values: Tensor, numbers: Tensor) -> None:
         """Add an output (n, d) of the detector for the images `numbers` (n,), which ascend."""
 
     def reduce(self, ranks: Ranks) -> None:
-        """Make it the statistic of the images of all ranks, at least on rank 0. All ranks call it, once."""
+        """Combine the statistics of all ranks, at least on rank 0. All ranks call it, once."""
 
     def value(self) -> Arrays:
-        """Return the statistic of all that was added."""
+        """Return the statistic of everything that was added."""
 
 
 class Statistic(NamedTuple):

@@ -1,4 +1,4 @@
-"""All metrics, by the names that `evaluate.metrics` and `--metrics` take. A new one is one file and one line here."""
+"""All metrics, by their names in `evaluate.metrics` and `--metrics`. A new metric is one file and one line here."""
 
 from trainer.evaluation.frechet import FD_DINOV2, FID, FRECHET, SFID
 from trainer.evaluation.inception_score import IS
@@ -19,7 +19,7 @@ METRICS: dict[str, Metric] = {
 
 
 def offered(kind: str, outputs: set[str]) -> list[str]:
-    """Return the names of the metrics that a detector of this kind offers, which has these outputs."""
+    """Return the names of the metrics that a detector of this kind offers, given its outputs."""
     return [
         name
         for name, metric in METRICS.items()

@@ -1,6 +1,6 @@
 """Precision and recall of generated images (Kynkaanniemi et al., arXiv 1904.06991) from features, in float64.
 
-Block by block: memory grows with the number of images only.
+Distances are computed block by block, so memory grows only linearly with the number of images.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from torch import Tensor
 from trainer.evaluation.accumulators import FEATURES
 from trainer.evaluation.metric import Metric
 
-NEIGHBOURS = 3  # of the paper, and of ADM's suite; each set needs more images than that
+NEIGHBOURS = 3  # as in the paper and in ADM's suite; each set needs more images than that
 ROWS, COLUMNS = 1024, 4096  # of a block of distances: 32 MB
 
 
@@ -40,7 +40,7 @@ def recall(generated: np.ndarray, real: np.ndarray, k: int = NEIGHBOURS, device:
 
 
 def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows of a, columns of b, and the squared distances between them."""
+    """Yield rows of a, columns of b, and the squared distances between them."""
     for i in range(0, len(a), ROWS):
         for j in range(0, len(b), COLUMNS):
             rows, columns = slice(i, i + ROWS), slice(j, j + COLUMNS)
@@ -48,8 +48,8 @@ def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
 
 
 def _squared_radii(x: Tensor, k: int) -> Tensor:
-    """Squared distance (n,) of each vector to its k-th nearest other one; each block serves its rows and columns."""
-    nearest = torch.full((len(x), k + 1), torch.inf, dtype=torch.float64, device=x.device)  # itself among them
+    """Return each vector's squared distance (n,) to its k-th nearest other; each block serves its rows and columns."""
+    nearest = torch.full((len(x), k + 1), torch.inf, dtype=torch.float64, device=x.device)  # the vector itself included
     for i in range(0, len(x), ROWS):
         for j in range(i, len(x), COLUMNS):
             rows, columns = slice(i, i + ROWS), slice(max(j, i + ROWS), j + COLUMNS)
@@ -61,7 +61,7 @@ def _squared_radii(x: Tensor, k: int) -> Tensor:
 
 
 def _smallest(known: Tensor, more: Tensor) -> Tensor:
-    """The smallest of each row of both, ascending, as many as `known` has."""
+    """Return the smallest values in each row of both, ascending, as many as `known` has."""
     return torch.cat([known, more], dim=1).topk(known.shape[1], dim=1, largest=False).values
 
 

@@ -1,4 +1,4 @@
-"""Statistics of the real images that generated ones are compared with: computed once for each detector, and kept."""
+"""Statistics of the real images that generated ones are compared with: computed once for each detector, and cached."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -16,15 +16,14 @@ from trainer.evaluation.statistics import Statistics, compute_statistics
 from trainer.ranks import Ranks, from_rank_0
 
 CACHE = "reference-statistics"  # a folder beside the reference
-MOST_FEATURES = 10_000  # images whose features are kept for KID, precision and recall: as many as ADM's files have
+MOST_FEATURES = 10_000  # images whose features are kept for KID, precision and recall, as in ADM's files
 SAMPLED = FEATURES._replace(make=lambda width, images, _: FeatureSample(width, images, MOST_FEATURES))
 
 
 class Reference:
-    """The real images at `path`: a folder of images, which are cropped to `side` pixels, or a file: images (arr_0), or
-    statistics as in ADM's files (mu, sigma, and mu_s, sigma_s of spatial features), which may have images beside them.
-
-    `widths` are those of the detector's outputs. What is computed is kept in the folder `cache`, or in one beside it.
+    """The real images at `path`: a folder of images, cropped to `side` pixels, or a file of images (arr_0) or of
+    statistics in ADM's format (mu, sigma, and mu_s, sigma_s of spatial features), possibly along with images. `widths`
+    are those of the detector's outputs. What is computed is kept in the folder `cache`, or in one beside the reference.
     """
 
     def __init__(
@@ -38,7 +37,7 @@ class Reference:
         self, wanted: Iterable[Statistic], ranks: Ranks, progress: Callable[[int], object] = lambda number: None
     ) -> tuple[Statistics, dict]:
         """Return (at least the `wanted` statistics, {"path", "sha256", "images"}); all ranks call it. Raise RunError if
-        the file's statistics are of another detector, or an image cannot be read."""
+        the file's statistics come from another detector, or an image cannot be read."""
         wanted = list(wanted)
         stored = self._read(self.path, wanted) if self.path.is_file() else Statistics(None, {})
         if self.path.is_file() and all(statistic.name in stored.values for statistic in wanted):
@@ -51,7 +50,7 @@ class Reference:
     def _computed(
         self, wanted: list[Statistic], ranks: Ranks, progress: Callable[[int], object]
     ) -> tuple[Statistics, str]:
-        """All that the detector gives of these images, from the cache if it has been there before."""
+        """Return all statistics that the detector gives of these images, from the cache if they are there."""
         images = open_image_set(self.path, self._side)
 
         def look() -> tuple[str, bool]:
@@ -82,12 +81,12 @@ class Reference:
         return self._cache / f"{checksum[:16]}-{self._side or 'as-they-are'}-{self._detector.sha256[:16]}.npz"
 
     def _holds(self, file: Path, wanted: list[Statistic]) -> bool:
-        """Whether no statistic is missing, as one of a metric that was added later."""
+        """Return whether no statistic is missing; one may be if its metric was added later."""
         with open_npz(file) as archive:
             return all(name in archive.files for statistic in wanted for name in statistic.arrays)
 
     def _read(self, path: Path, wanted: list[Statistic]) -> Statistics:
-        """The statistics in a file: ADM's, or one of the cache. RunError if they are of another detector."""
+        """Return the statistics in a file, ADM's or from the cache. Raise RunError if another detector made them."""
         with open_npz(path) as file:
             if "mu" not in file.files:
                 return Statistics(None, {})
@@ -99,7 +98,7 @@ class Reference:
             for statistic in {one.name: one for one in (MOMENTS, SPATIAL, *wanted)}.values():
                 if statistic.output in self._widths and all(name in file.files for name in statistic.arrays):
                     values[statistic.name] = tuple(file[name] for name in statistic.arrays)
-            for statistic in (MOMENTS, SPATIAL):  # which files of others may hold
+            for statistic in (MOMENTS, SPATIAL):  # the ones that other people's files may hold
                 if statistic.name in values:
                     values[statistic.name] = self._checked(path, statistic, values[statistic.name])
             if not {ARRAY, "mu", "sigma", "features"} & set(file.files):

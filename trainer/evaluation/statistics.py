@@ -1,4 +1,4 @@
-"""Statistics of a set of images, by a detector, over the ranks."""
+"""Statistics of a set of images, computed by a detector on all ranks."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -14,11 +14,11 @@ from trainer.evaluation.image_sets import ImageSet, read_ahead
 from trainer.evaluation.metric import Side, Statistic
 from trainer.ranks import Ranks
 
-BATCH = 64  # images a call of the detector; the same ones on any number of ranks
+BATCH = 64  # images per detector call; the same ones on any number of ranks
 
 
 class Statistics(NamedTuple):
-    """Of `images` images (None: not known), the value of each statistic by its name."""
+    """The value of each statistic by name, over `images` images (None: not known)."""
 
     images: int | None
     values: Side
@@ -32,14 +32,14 @@ def compute_statistics(
     progress: Callable[[int], object] = lambda number: None,
 ) -> Statistics:
     """Return the `wanted` statistics of all images, complete on rank 0. All ranks call it; each takes successive
-    batches. Raise RunError on all ranks if an image cannot be read, or the detector offers something else.
+    batches. Raise RunError on all ranks if an image cannot be read, or the detector cannot be used.
     """
     number = len(images)
     batches = np.linspace(0, -(-number // BATCH), ranks.world_size + 1).astype(int)
     first, last = np.minimum(batches * BATCH, number)[ranks.rank : ranks.rank + 2].tolist()
     mine = [(start, min(start + BATCH, last)) for start in range(first, last, BATCH)]
     widths = {name: value.shape[1] for name, value in detect(detector, images.read(0, 1), ranks).items()}
-    # in one order on all ranks, which exchange them one after another
+    # in the same order on all ranks, which exchange them one by one
     found = [(one, one.make(widths[one.output], number, ranks.device)) for one in sorted(set(wanted), key=_name)]
 
     failure = None
@@ -59,8 +59,8 @@ def compute_statistics(
 
 
 def detect(detector: Detector, pixels: np.ndarray, ranks: Ranks) -> Outputs:
-    """Return the detector's outputs of uint8 images (n, H, W, C), and these as "pixels" (n, C H W), on this rank's
-    device. Raise RunError if it gives none."""
+    """Return the detector's outputs for uint8 images (n, H, W, C), and the images as "pixels" (n, C H W), on this
+    rank's device. Raise RunError if the detector fails."""
     x = torch.from_numpy(pixels).movedim(3, 1).to(ranks.device, non_blocking=True)
     try:
         return {"pixels": x.flatten(1), **detector(x)}

@@ -1,6 +1,5 @@
-"""Verifiers: how well images show the classes that they were asked for, group by group; built of classifiers.
-
-For samplers that choose between candidates by them (best of n, search over noise, particles).
+"""Verifiers: how well images show the classes they were generated for, group by group; built from classifiers. Samplers
+use them to choose between candidates (best of n, search over noise, particles).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,11 +14,11 @@ from trainer.evaluation.classifier import class_log_probabilities, fit_classifie
 from trainer.evaluation.detector import Detector
 from trainer.sampling.pictures import to_uint8
 
-Decode = Callable[[Tensor], Tensor]  # from what the network generates to pixels in [-1, 1]
+Decode = Callable[[Tensor], Tensor]  # from the network's samples to pixels in [-1, 1]
 
 
 def classifier_verifier(train: ArrayImages) -> Verifier:
-    """Return a verifier by the small classifier of trainer/evaluation/classifier.py, trained on these real images."""
+    """Return a verifier based on the small classifier of trainer/evaluation/classifier.py, trained on these images."""
     classifier = fit_classifier(train)
 
     def log_probabilities(pixels: Tensor) -> Tensor:
@@ -31,8 +30,8 @@ def classifier_verifier(train: ArrayImages) -> Verifier:
 def detector_verifier(
     detector: Detector, decode: Decode = lambda images: images, classes: Sequence[int] | None = None
 ) -> Verifier:
-    """Return a verifier by the class probabilities of a detector; `classes[i]` is its class of label i (None: i).
-    Calls raise RunError if it has none."""
+    """Return a verifier based on a detector's class probabilities; `classes[i]` is its class for label i (None: i).
+    Calls raise RunError if it gives none."""
 
     def log_probabilities(pixels: Tensor) -> Tensor:
         outputs = detector(torch.from_numpy(to_uint8(pixels.cpu())).movedim(3, 1).to(pixels.device))
@@ -45,7 +44,7 @@ def detector_verifier(
 
 
 def _by_group(log_probabilities: Callable[[Tensor], Tensor], decode: Decode) -> Verifier:
-    """The log-probability of each image's label, summed over its group: that of all of them together."""
+    """Return a verifier that sums the log-probabilities of the labels over each group: their joint log-probability."""
 
     def verify(images: Tensor, label: Tensor, group_size: int) -> Tensor:
         found = log_probabilities(decode(images)).to(label.device)

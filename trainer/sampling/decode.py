@@ -1,4 +1,4 @@
-"""From what the network generates to pixels."""
+"""From the network's samples to pixels."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -13,9 +13,8 @@ BATCH = 16  # images that the VAE decodes at once
 
 @lru_cache(maxsize=1)
 def make_decoder(vae: str | None, channels: int, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A function of samples (..., channels, H, W) that gives pixels in [-1, 1] on the CPU: by this VAE, or they are.
-
-    RunError if the VAE cannot be loaded, or has latents of other channels.
+    """Return a function from samples (..., channels, H, W) to pixels in [-1, 1] on the CPU: decoded by this VAE, or as
+    they are without one. Raise RunError if the VAE cannot be loaded, or its latents have another number of channels.
     """
     if vae is None:
         return lambda samples: samples

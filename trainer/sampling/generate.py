@@ -1,4 +1,4 @@
-"""A class-balanced set of images from a network, over the ranks; noise belongs to the number of the sample."""
+"""Generate a class-balanced set of images from a network, over the ranks; noise depends on the sample's number."""
 
 from collections.abc import Callable, Sequence
 
@@ -24,12 +24,12 @@ def generate(
     progress: Callable[[int], object] = lambda number: None,
     classes: Sequence[int] | None = None,
 ) -> tuple[Tensor, int]:
-    """Return (images (classes, sample.per_class, C, H, W), latents or in [-1, 1], on the CPU, groups contiguous; number
-    of evaluations). `classes`: which; None: all.
+    """Return (images (classes, sample.per_class, C, H, W), latents or pixels in [-1, 1], on the CPU, groups contiguous;
+    number of evaluations). `classes`: which ones; None: all.
 
-    Any number of ranks makes the same images. Groups are dealt to the ranks in equal numbers (the last one again, where
-    they do not divide), because a sharded network needs all ranks in every call. A class has whole groups, cut to
-    `per_class`. The network should hold the EMA weights; `images` tells shape and classes.
+    Any number of ranks makes the same images. Groups are dealt to the ranks in equal numbers (repeating the last one if
+    they do not divide), because a sharded network needs all ranks in every call. Each class is generated in whole
+    groups, then cut to `per_class`. The network should hold the EMA weights; `images` gives shape and classes.
     """
     sample, shape = config.sample, images.shape
     size = sample.group_size
@@ -61,8 +61,8 @@ def generate_groups(
     classes: np.ndarray,
     device: torch.device,
 ) -> tuple[Tensor, int]:
-    """(images (b * size, C, H, W) on the device, number of evaluations) of the groups with numbers `groups` (b,) and
-    classes (b,). What is random about an image belongs to its number: that of its group, and its place in it."""
+    """Return (images (b * size, C, H, W) on the device, number of evaluations) for the groups with numbers `groups`
+    (b,) and classes (b,). An image's randomness depends only on its number: its group's, and its place in the group."""
     sample, size = config.sample, config.sample.group_size
     numbers = (groups[:, None] * size + np.arange(size)).ravel()
     drawn = draw(sample.seed, Purpose.SAMPLING, numbers, shape, size, config.model.max_group_size)

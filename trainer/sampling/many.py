@@ -1,8 +1,8 @@
-"""Any number of samples by any number of processes, here or on many nodes: for FID and the like.
+"""Make any number of samples with any number of processes, here or on many nodes: for FID and the like.
 
-The samples are cut into parts of whole groups. A part is claimed by one process and made in one batch, and what is
-random in it belongs to the numbers of its samples: so any number of processes makes the same images, bit for bit on one
-kind of machine, and the same command resumes where it was stopped.
+The samples are split into parts of whole groups. A part is claimed by one process and made in one batch, and its
+randomness depends only on the numbers of its samples. So any number of processes makes the same images, bit for bit on
+one kind of machine, and the same command resumes where it stopped.
 """
 
 import zipfile
@@ -38,10 +38,11 @@ def sample_many(
     process: int = 0,
     processes: int = 1,
 ) -> bool:
-    """Make the parts that nobody else makes; return whether all are there then, and so the set of `number` samples.
+    """Make the parts that no other process makes; return whether all parts, and so all `number` samples, are then
+    there.
 
-    Groups have a class each, in turn. npz: samples.npz with arr_0 (number, H, W, C) uint8 and arr_1, the classes; png:
-    a file per sample in folders of their classes. DataError if `out` holds others, or the disk is full.
+    Each group has one class, in turn. npz: samples.npz with arr_0 (number, H, W, C) uint8 and arr_1, the classes; png:
+    a file per sample, in a folder per class. Raise DataError if `out` holds other samples, or the disk is full.
     """
     with disk_errors(out):
         return _sample_many(source, config, number, out, form, process, processes)
@@ -66,7 +67,7 @@ def _sample_many(
     names = [f"part-{part:06d}.npz" for part in range(-(-groups // per_part))]
 
     if local_device().type == "cpu":
-        torch.set_num_threads(1)  # sums depend on the number of threads, which depends on that of processes
+        torch.set_num_threads(1)  # sums depend on the number of threads, and that on the number of processes
     loaded = load(source, config)
     images = loaded.images
     decode = make_decoder(images.vae, images.shape[0], loaded.device)
@@ -100,7 +101,7 @@ def _sample_many(
 
 
 def _made(out: Path, names: list[str], per_part: int, number: int) -> int:
-    """Samples that are there."""
+    """Return how many samples exist."""
     return sum(min(per_part, number - i * per_part) for i, name in enumerate(names) if (out / PARTS / name).exists())
 
 
@@ -113,7 +114,7 @@ def _write_pngs(out: Path, pixels: np.ndarray, first: int, size: int, num_classe
 
 
 def _join(path: Path, parts: list[Path], label: np.ndarray) -> None:
-    """One .npz of all parts, a part in memory at a time: 50,000 images of 256 pixels are 10 GB."""
+    """Join all parts in one .npz, with one part in memory at a time: 50,000 images of 256 pixels are 10 GB."""
     shape = (len(label), *np.load(parts[0])["images"].shape[1:])
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with appearing(path) as target, zipfile.ZipFile(target, "w") as archive:

@@ -1,4 +1,4 @@
-"""The networks that sample: of a checkpoint or a file, and those that sample.weaker and sample.small name."""
+"""The networks that sample: from a checkpoint or a file, and those that sample.weaker and sample.small name."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +20,15 @@ from trainer.run_folder import read_config
 
 
 def fixed(config: Config) -> Config:
-    """With the checkpoints that sample.weaker and sample.small mean now: a run that goes on has others later."""
+    """Return the config with sample.weaker and sample.small fixed to their present checkpoints: a run still training
+    will have newer ones."""
     named = {name: getattr(config.sample, name) for name in ("weaker", "small")}
     found = {name: str(find_weights(path).absolute()) for name, path in named.items() if path}
     return config.model_copy(update={"sample": config.sample.model_copy(update=found)})
 
 
 class Loaded(NamedTuple):
-    """Networks on a device, with the config that they are used with and the form of what they generate."""
+    """Networks on a device, with the config they are used with and the form of the images they generate."""
 
     config: Config
     images: ImageForm
@@ -36,7 +37,7 @@ class Loaded(NamedTuple):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Call them inside of it: without gradients, in the config's precision."""
+        """Surround calls of the networks: no gradients, the config's precision."""
         bf16 = self.config.precision == "bf16"
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             yield
@@ -44,7 +45,7 @@ class Loaded(NamedTuple):
 
 def load(source: WeightSource, config: Config) -> Loaded:
     """Load the network of these weights, and those that sample.weaker and sample.small name with their EMA weights, on
-    the device of this process. Raise RunError if weights are not there or of another model."""
+    this process's device. Raise RunError if weights are missing or of another model."""
     images, device = find_form(config, source), local_device()
     network = build_network(config, images)
     if source.file:
@@ -57,7 +58,7 @@ def load(source: WeightSource, config: Config) -> Loaded:
 
 
 def _load_other(name: str, config: Config, images: ImageForm) -> nn.Module | None:
-    """The network that sample.NAME means: of a run or checkpoint, as its config says; of a file, as this one says."""
+    """Return the network that sample.NAME means: of a run or checkpoint, by its own config; of a file, by this one."""
     source = getattr(config.sample, name)
     if source is None:
         return None

@@ -5,24 +5,24 @@ import torch
 from torch import Tensor
 
 GRID_COLUMNS = 16
-GRID_HEIGHT, GRID_IMAGE = 4096, 32  # pixels: of the picture at most, and of an image at least
+GRID_HEIGHT, GRID_IMAGE = 4096, 32  # pixels: the picture's at most, an image's at least
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Images (..., C, H, W) in [-1, 1] -> uint8 (..., H, W, C), as image files and ADM's evaluator have them."""
+    """Convert images (..., C, H, W) in [-1, 1] to uint8 (..., H, W, C), as in image files and ADM's evaluator."""
     pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.movedim(-3, -1).numpy()
 
 
 def classes_shown(number: int, height: int) -> range:
-    """Those of so many classes whose images (`height` pixels) `grid` has room for: evenly spaced ones."""
+    """Return those of `number` classes, evenly spaced, for whose images (`height` pixels) `grid` has room."""
     rows = max(1, GRID_HEIGHT // max(height, GRID_IMAGE))
     return range(0, number, -(-number // rows))
 
 
 def grid(images: np.ndarray, group_size: int) -> np.ndarray:
-    """uint8 (classes, n, H, W, C) -> one picture (height, width, C): a class per row, lines between images, and white
-    between groups; no more than 16 columns, and small images enlarged."""
+    """Arrange uint8 (classes, n, H, W, C) as one picture (height, width, C): a class per row, lines between images,
+    white ones between groups; at most 16 columns, and small images enlarged."""
     images = images[:, :GRID_COLUMNS]
     classes, number, height, width, channels = images.shape
     enlarge = max(1, GRID_IMAGE // height)

@@ -1,4 +1,4 @@
-"""An average of any length, from the snapshots of a run."""
+"""Reconstruct an average of any length from the snapshots of a run."""
 
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from trainer.run_folder import read_config
 
 def reconstruct(run: Path, std: float, out: Path, position: int | None = None) -> int:
     """Write a run's average of relative `std` at `position` (images seen; None: the last snapshot) as a .safetensors
-    file; how many averages in snapshots it is made of. RunError if there are none, or they do not reach it."""
+    file. Return how many averages in snapshots it combines. Raise RunError if there are none, or they do not
+    suffice."""
     check_out(out)
     config = read_config(run)
     folders, _ = checkpoint.find(run / checkpoint.SNAPSHOTS)

@@ -30,7 +30,7 @@ def make_samples(
 
 
 def describe(source: WeightSource, config: Config) -> dict:
-    """Return how samples are made: what two results must share to be compared."""
+    """Return how samples are made: what two results must share to be comparable."""
     about = {
         "checkpoint": source.checkpoint and str(source.checkpoint),
         "position": source.position,
@@ -42,13 +42,13 @@ def describe(source: WeightSource, config: Config) -> dict:
 
 
 def write_samples(out: Path, pixels: np.ndarray, label: np.ndarray, record: dict, group_size: int) -> None:
-    """Write samples.npz (arr_0 (N, H, W, C) uint8, as ADM's evaluator takes, arr_1 labels), samples.png (of many
-    classes some), and samples.json."""
+    """Write samples.npz (arr_0 (N, H, W, C) uint8, as for ADM's evaluator, arr_1 labels), samples.png (only some of the
+    classes if there are many), and samples.json."""
     out.mkdir(parents=True, exist_ok=True)
     flat = pixels.reshape(-1, *pixels.shape[2:])
-    (out / "samples.json").unlink(missing_ok=True)  # never beside samples that it does not describe
+    (out / "samples.json").unlink(missing_ok=True)  # never keep it beside samples that it does not describe
     with appearing(out / "samples.npz") as file:
         np.savez(file, arr_0=flat, arr_1=label.ravel())
     picture = grid(pixels[list(classes_shown(len(pixels), pixels.shape[2]))], group_size)
     Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(out / "samples.png")
-    write_json(out / "samples.json", record)  # last: all is there
+    write_json(out / "samples.json", record)  # last: it says that everything is there

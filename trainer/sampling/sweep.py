@@ -1,4 +1,4 @@
-"""Samples of one checkpoint by every combination of some settings of sampling, each measured, as a table."""
+"""Sample one checkpoint with every combination of some sampling settings, measure each, and make a table."""
 
 import json
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from trainer.run_folder import read_config
 from trainer.sampling.networks import fixed
 from trainer.sampling.samples import make_samples, write_samples
 
-WEIGHTS = "weights"  # the axis of which weights: ema, raw, or a file as tools/reconstruct_ema.py writes
+WEIGHTS = "weights"  # the axis of the weights: ema, raw, or a file, like those of tools/reconstruct_ema.py
 Axes = dict[str, list[str]]  # values of each swept setting
 
 
 def parse_axes(sweeps: list[str]) -> Axes:
-    """`sample.guidance=1,1.5,2` and the like. RunError for what is no setting of sampling."""
+    """Parse sweeps like `sample.guidance=1,1.5,2`. Raise RunError for a field that is not a sampling setting."""
     axes = {}
     for sweep in sweeps:
         name, values = parse_sweep("--sweep", sweep, "sample.guidance=1,1.5,2")
@@ -36,13 +36,12 @@ def run_sweep(
     measure: Callable[[Path], dict],
     progress: Callable[[int], object] = lambda number: None,
 ) -> list[dict]:
-    """A row {"axes", measures} for each combination, which is also a line of `out`/sweep.jsonl.
-
-    Samples stand in a folder each below `out`; those that are there, of the same settings, are not made again, so the
-    same call goes on where one was killed. `measure` takes such a folder.
+    """Return a row {"axes", measures} for each combination, also written as a line of `out`/sweep.jsonl. Each
+    combination's samples have a folder below `out`; existing ones with the same settings are not made again, so the
+    same call resumes a killed one. `measure` takes such a folder.
     """
     chosen = combinations(axes)
-    configs = [_config(checkpoint, overrides, choice) for choice in chosen]  # what is wrong is said before the work
+    configs = [_config(checkpoint, overrides, choice) for choice in chosen]  # errors come before the work
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     with (out / "sweep.jsonl").open("w") as file:
@@ -72,8 +71,8 @@ def _of_sampling(name: str) -> bool:
 
 
 def _there(folder: Path, checkpoint: Path, config: Config, weights: str) -> bool:
-    """Whether the folder has the samples that these settings make; from a file of weights they are always made again,
-    because it may be another one by now."""
+    """Return whether the folder has the samples of these settings; those from a file of weights are always made again,
+    because the file may have changed."""
     if weights not in ("ema", "raw") or not (folder / "samples.json").is_file():
         return False
     stored = json.loads((folder / "samples.json").read_text())

@@ -1,4 +1,4 @@
-"""Pictures of measures."""
+"""Plots of measures."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -6,17 +6,17 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-TRADED = (("recall", "precision"), ("class_accuracy", "frechet"))  # by guidance, for each other: x, y
+TRADED = (("recall", "precision"), ("class_accuracy", "frechet"))  # traded for each other by guidance: x, y
 COLUMNS = 4
 
 
 def plot_sweep(rows: list[dict], path: Path) -> None:
-    """Each measure of trainer.sampling.sweep's rows against the first axis, a line for each combination of the others;
-    and those that guidance trades for each other, one against the other."""
+    """Plot each measure of trainer.sampling.sweep's rows against the first axis, with a line for each combination of
+    the others; and those that guidance trades for each other, one against the other."""
     first, *others = rows[0]["axes"]
     measures = [name for name, value in rows[0].items() if isinstance(value, float)]
     varied = [name for name in measures if len({row[name] for row in rows}) > 1]
-    measures = varied or measures  # others say nothing here
+    measures = varied or measures  # the others tell nothing here
     panels = [(first, name) for name in measures] + [pair for pair in TRADED if set(pair) <= set(measures)]
     lines: dict[str, list[dict]] = {}
     for row in rows:
@@ -33,6 +33,6 @@ def plot_sweep(rows: list[dict], path: Path) -> None:
 
 
 def _draw(panel: Axes, x: list[str] | list[float], y: list[float], label: str) -> None:
-    with suppress(ValueError):  # names, as of weights, stay what they are
+    with suppress(ValueError):  # names, for example of weights, stay text
         x = [float(value) for value in x]
     panel.plot(x, y, marker="o", label=label)
