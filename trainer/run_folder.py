@@ -9,10 +9,10 @@ from pathlib import Path
 from data.stores.files import write_text
 from trainer.config.fields import marked, matches
 from trainer.config.parsing import dotted, to_yaml
-from trainer.config.tree import Config, stored_config
+from trainer.config.tree import STORED, Config, stored_config
 from trainer.errors import RunError
 
-CONFIG, LOCK = "config.yaml", "lock"
+CONFIG, LOCK = STORED, "lock"
 
 
 def check_folder(config: Config) -> None:

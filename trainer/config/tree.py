@@ -16,7 +16,7 @@ from models.sampling.generation import SampleConfig
 from models.sampling.registry import fitting_samplers
 from trainer.checkpoints.config import CheckpointConfig, ResumeConfig
 from trainer.config.fields import text_fields, walk
-from trainer.config.legacy import upgrade
+from trainer.config.legacy import rename, upgrade
 from trainer.config.parsing import explain, read_yaml, set_dotted
 from trainer.config.paths import expand_paths
 from trainer.config.strict_yaml import YamlError, parse
@@ -25,6 +25,8 @@ from trainer.engines.build import check_engine, check_ranks
 from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.errors import RunError
 from trainer.sinks import SINKS
+
+STORED = "config.yaml"  # what the resolved config is called in run folders and checkpoints
 
 
 class TrainConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
@@ -147,6 +149,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     wrong."""
     texts = text_fields(Config)
     tree = read_yaml(Path(path), texts)
+    tree = upgrade(tree) if Path(path).name == STORED else rename(tree)
     for override in overrides:
         set_dotted(tree, override, texts)
     tree.setdefault("run", f"runs/{Path(path).stem}")

@@ -1,4 +1,4 @@
-"""Stored configs of older versions are read; in a user's config an old name is an error that says the new one."""
+"""Configs of older versions are read; on the command line an old name is an error that says the new one."""
 
 import pytest
 
@@ -31,3 +31,13 @@ def test_a_user_is_told_the_new_name_and_the_right_backbone():
         load_config("configs/digits.yaml", ["train.score_every=1"])
     with pytest.raises(RunError, match=r"^model\.bottleneck=1: is for backbone=jit"):
         load_config("configs/digits.yaml", ["model.bottleneck=1"])
+
+
+def test_files_of_an_older_version_are_read(tmp_path):
+    (tmp_path / "config.yaml").write_text(dump(OLD))  # of a run, given instead of the user's file
+    assert load_config(tmp_path / "config.yaml") == stored_config(dump(OLD))
+    (tmp_path / "mine.yaml").write_text("train: {score_every: 640}")
+    assert load_config(tmp_path / "mine.yaml").train.attention_every == 640
+    (tmp_path / "mine.yaml").write_text("model: {bottleneck: 64}")
+    with pytest.raises(RunError, match=r"^model\.bottleneck=64: is for backbone=jit"):
+        load_config(tmp_path / "mine.yaml")
