@@ -1,12 +1,8 @@
 """Fields of older configs that have been renamed or dropped.
 
 To rename or drop a field, add a line to the table. Stored configs (of run folders, checkpoints and exported files) are
-then read as before; in a config that a user writes, the old name is an error that gives the new one.
-=======
-To rename or drop a field: a line in the table. Stored configs (of run folders, checkpoints and exported files) are then
-read as before. So are renamed fields in a user's YAML file; on the command line, the old name is an error that says the
-new one.
->>>>>>> dc5df2e (Files of version 0.1 in tests/legacy, all of which keep working; renamed fields in users' files are read)
+then read as before. So are renamed fields in a user's YAML file; on the command line, the old name is an error that
+gives the new one.
 """
 
 from collections.abc import Callable
@@ -42,7 +38,6 @@ DROPPED = (
 
 
 def upgrade(tree: dict) -> dict:
-<<<<<<< HEAD
     """Return the tree of a stored config with today's fields."""
     upgraded = rename(tree)
     for name, unused in DROPPED:
@@ -52,7 +47,7 @@ def upgrade(tree: dict) -> dict:
 
 
 def rename(tree: dict) -> dict:
-    """Return the tree with the names that fields have today."""
+    """Return the tree with today's names of fields."""
     upgraded = deepcopy(tree)
     for old, new in RENAMED.items():
         if (found := _take(upgraded, old)) is not None:
