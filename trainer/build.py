@@ -94,8 +94,8 @@ def initial_network(config: Config, images: ImageForm) -> nn.Module:
 
 
 def build_objective(config: Config, network: nn.Module, images: Images) -> Objective:
-    """Return the loss terms of a run, built for its network before that is laid over the ranks. Raise RunError if a
-    term does not fit the network, or the images lack what it needs."""
+    """Return the loss terms of a run, built for its network before it is distributed over the ranks. Raise RunError if
+    a term does not fit the network, or the images lack what it needs."""
     try:
         return make_objective(config.loss, network, images.extra, config.seed)
     except ValueError as error:

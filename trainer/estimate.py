@@ -57,8 +57,7 @@ def estimate(config: Config, images: ImageForm, world_size: int, utilisation: fl
 
 
 def _layout(config: Config, ranks: int) -> tuple[int, float, float]:
-    """Return (ranks that share a copy of the weights, a rank's bytes of states per parameter, numbers sent for
-    each)."""
+    """Return (ranks that share a copy of the weights, bytes of states and numbers sent by a rank per parameter)."""
     weights, gradients, moments = ENGINES[config.engine].shards(config, ranks)
     averages = 1 + len(config.optim.power_ema)
     states = 4 * (1 + averages) / weights + 4 / gradients + 8 / moments

@@ -41,7 +41,7 @@ def level_map(attention: CrossAttention, group_size: int) -> Figure:
 
 
 def image_map(group: OneGroup, name: str) -> Figure:
-    """Plot the images of a group and, at each noise level, the attention that each sends to each, in percent."""
+    """Plot the images of a group and, at each noise level, the attention from each to each, in percent."""
     size, levels = len(group.label), len(group.levels)
     figure = _figure(2.2 * levels, 4.4)
     figure.suptitle(

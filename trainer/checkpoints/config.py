@@ -35,7 +35,7 @@ class ResumeConfig(
     use_attribute_docstrings=True,
     json_schema_extra={"may_change": True, "affects_results": False},
 ):
-    """How a run continues."""
+    """How a run resumes."""
 
     fallback: bool = False
-    """Whether to continue from the checkpoint before if the newest one is damaged; otherwise that is an error."""
+    """Whether to resume from the previous checkpoint if the newest one is damaged; otherwise that is an error."""

@@ -19,7 +19,7 @@ States = dict[str, dict[str, dict]]
 
 
 class Saver:
-    """Writes the checkpoints and snapshots of a run. All ranks make one and call it alike.
+    """Writes the checkpoints and snapshots of a run. All ranks create one and make the same calls.
 
     One position is written at a time, from one copy in host memory (pinned, where there are GPUs), by a thread with a
     process group of its own; another thread makes the copy. An error there is raised by the next `save` or `wait`;

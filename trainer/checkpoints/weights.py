@@ -1,4 +1,4 @@
-"""Weights by name: read from a run, a checkpoint or a file, put into a network to start from, exported."""
+"""Weights by name: read from a run, a checkpoint or a file, loaded into a network to start from, exported."""
 
 import argparse
 import json
@@ -102,8 +102,8 @@ def read_weights(path: str | Path, raw: bool = False, values: bool = True) -> di
 
 def start_from(network: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Copy weights into a whole network; one on the meta device is only compared. Of the sample embedding, copy the
-    rows that both have and leave the others as they are; if the weights have one row, shift the others to lie around
-    it, as all of their images had it. Raise RunError, which names the first parameter that differs."""
+    rows that both have and leave the others as they are; if the weights have a single row, add it to the others,
+    because all of their images had it. Raise RunError, which names the first parameter that differs."""
     own = network.state_dict()
     for name in own | weights:
         wanted, found = (tuple(part[name].shape) if name in part else "missing" for part in (own, weights))
@@ -151,7 +151,7 @@ def save_weights(weights: dict[str, Tensor], out: Path, metadata: dict[str, str]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return the metadata of a whole .safetensors file; {} for other files."""
+    """Return the metadata of an intact .safetensors file; {} for other files."""
     if path.suffix != ".safetensors":
         return {}
     with safe_open(path, "pt") as file:

@@ -47,7 +47,7 @@ def upgrade(tree: dict) -> dict:
 
 
 def rename(tree: dict) -> dict:
-    """Return the tree with today's names of fields."""
+    """Return the tree with today's field names."""
     upgraded = deepcopy(tree)
     for old, new in RENAMED.items():
         if (found := _take(upgraded, old)) is not None:

@@ -1,4 +1,5 @@
-"""The config tree: defaults <- YAML (with `base:`) <- dotted overrides. Each part stands beside what it configures."""
+"""The config tree: defaults <- YAML (with `base:`) <- dotted overrides. Each part is defined beside what it
+configures."""
 
 import itertools
 from collections.abc import Sequence
@@ -86,7 +87,7 @@ class EvaluateConfig(
 
 
 class Config(EngineConfig, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """A run. `load_config` reads it; `check_world` tells whether a world size fits it."""
+    """A run. `load_config` reads it; `check_world` checks that a world size fits it."""
 
     run: str = Field(json_schema_extra={"may_change": True, "affects_results": False, "path": True})
     """The run folder; the same command on the same folder continues the run. Default: runs/ and the config's name."""
@@ -204,8 +205,8 @@ def check_world(config: Config, world_size: int) -> None:
             continue
         if world_size > 1 and config.sample.sampler == "dopri5":
             raise RunError(
-                f"{every}={value}: with sample.sampler=dopri5 ranks would take different numbers of steps and wait for"
-                f" ever; set another sampler, or {every}=0"
+                f"{every}={value}: with sample.sampler=dopri5 ranks would take different numbers of steps and wait"
+                f" forever; set another sampler, or {every}=0"
             )
         for other in ("weaker", "small"):
             if file := getattr(config.sample, other):

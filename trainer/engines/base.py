@@ -17,7 +17,7 @@ HEADS = "heads"  # the part of a checkpoint that holds them, and the first word 
 class Shards(NamedTuple):
     """The number of ranks that share one copy of each of these."""
 
-    weights: int  # and averages
+    weights: int  # and their averages
     gradients: int
     moments: int
 

@@ -65,7 +65,7 @@ def build_engine(
 
 def _recompute(block: nn.Module) -> None:
     """Keep only the block's inputs for the backward pass (Chen et al. 2016, "Training Deep Nets with Sublinear Memory
-    Cost"). Replace its `forward`, so that parameter names and the hooks of engines stay the same."""
+    Cost"). Replace the block's `forward`, so that parameter names and the hooks of engines stay the same."""
     inner = block.forward
 
     def forward(*inputs: Tensor | int | bool | None) -> Tensor:  # torch.compile would not trace a partial

@@ -9,7 +9,7 @@ from trainer.engines.power_ema import WIDEST
 
 class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
     """How the network is distributed over the ranks. None of it changes what is computed, except for rounding.
-    `check_engine` (build.py) tells whether the settings are compatible."""
+    `check_engine` (build.py) checks that the settings are compatible."""
 
     engine: str = Field("fsdp", json_schema_extra={"may_change": True, "keys_of": "trainer.engines.build:ENGINES"})
     """How training is spread over the ranks. single: one process; ddp: a copy of the weights on each rank; fsdp:

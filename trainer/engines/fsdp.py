@@ -74,8 +74,7 @@ class FSDP(Single):
 
 
 class HSDP(FSDP):
-    """Everything is sharded over `shard_size` neighbouring ranks (default: one machine's) and replicated across
-    them."""
+    """Everything is sharded over `shard_size` neighbouring ranks (default: a machine's) and replicated across these."""
 
     options = ("offload", "shard_size")
 

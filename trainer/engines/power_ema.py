@@ -28,7 +28,7 @@ def exponent(std: float) -> float:
     """
     if not 0 < std < WIDEST:
         raise RunError(f"std={std}: must be over 0 and under 1/sqrt(12) = 0.28867")
-    # squared, it is a cubic; written for w = std (gamma + 2), its roots stay near 1, -1 and std however small std is
+    # squared, it is a cubic; in terms of w = std (gamma + 2), its roots stay near 1, -1 and std, however small std is
     return float(np.roots([1, std, -1, std]).real.max() / std - 2)
 
 
@@ -56,7 +56,7 @@ def coordinates(profiles: list[tuple[float, int]]) -> np.ndarray:
     steps = np.array([step for _, step in profiles])
     rows = []
     for first, last in pairwise([0, *np.unique(steps)]):
-        basis: Any = np.empty((0, len(powers)))  # the types of numpy.linalg.qr do not know mode="r"
+        basis: Any = np.empty((0, len(powers)))  # the types of numpy.linalg.qr lack mode="r"
         for start in range(first, last, CHUNK):
             tau = np.arange(start, min(start + CHUNK, last) + 1)
             piece = np.diff((tau[:, None] / last) ** powers, axis=0)  # for profiles that end at `last`
@@ -71,11 +71,11 @@ def coefficients(snapshots: list[tuple[float, int]], std: float, step: int) -> n
     squares: (len(snapshots),), float64.
 
     This is Algorithm 3 with the profiles that averages really have, sums over steps; the paper's integrals are their
-    limit for many steps. So a tracked profile is returned as it is, to rounding.
-    The result is most exact at the step of a snapshot. Elsewhere the next snapshot is used too: no earlier one knows
-    the networks since the last (without them, the factors would not even add up to 1). Later ones have the factor 0.
-    Raise RunError if std is out of range, if step is before the first or after the last snapshot, or if the nearest sum
-    is farther from the profile than MISFIT.
+    limit for many steps. So a tracked profile is returned as it is, up to rounding. The result is most accurate at the
+    step of a snapshot. Elsewhere the next snapshot is used too: earlier ones lack the networks since the last (without
+    them, the factors would not even add up to 1). Later ones have the factor 0. Raise RunError if std is out of range,
+    if step is before the first or after the last snapshot, or if the nearest sum is farther from the profile than
+    MISFIT.
     """
     ends = np.array([end for _, end in snapshots if end > 0])  # at step 0 nothing was averaged yet
     if not (ends.size and ends.min() <= step <= ends.max()):

@@ -14,8 +14,7 @@ from trainer.run_folder import read_config
 
 def reconstruct(run: Path, std: float, out: Path, position: int | None = None) -> int:
     """Write a run's average of relative `std` at `position` (images seen; None: the last snapshot) as a .safetensors
-    file. Return how many averages in snapshots it combines. Raise RunError if there are none, or they do not
-    suffice."""
+    file. Return how many snapshot averages it combines. Raise RunError if there are none, or they miss it."""
     check_out(out)
     config = read_config(run)
     folders, _ = checkpoint.find(run / checkpoint.SNAPSHOTS)

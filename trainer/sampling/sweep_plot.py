@@ -16,7 +16,7 @@ def plot_sweep(rows: list[dict], path: Path) -> None:
     first, *others = rows[0]["axes"]
     measures = [name for name, value in rows[0].items() if isinstance(value, float)]
     varied = [name for name in measures if len({row[name] for row in rows}) > 1]
-    measures = varied or measures  # the others tell nothing here
+    measures = varied or measures  # the others show nothing here
     panels = [(first, name) for name in measures] + [pair for pair in TRADED if set(pair) <= set(measures)]
     lines: dict[str, list[dict]] = {}
     for row in rows:
