@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from data.sets.form import ImageForm
 from tests.trainer.engines.with_heads import STEPS, Training, begin, resume
 from tests.trainer.forked import GROUPS
 from trainer.checkpoints import folder as checkpoint
@@ -80,7 +81,7 @@ def test_a_checkpoint_without_the_heads_is_refused(tiny, tmp_path):
     with process_group() as ranks:
         run = Training(config, ranks)
         plain = {part: tensors for part, tensors in run.engine.state().items() if part != "heads"}
-        checkpoint.save(tmp_path, 32, plain, "", "")
+        checkpoint.save(tmp_path, 32, plain, "", ImageForm((1, 8, 8), 10, None, "images"))
         with pytest.raises(RunError, match=r"heads\.all\.0\.weight is nothing"):
             checkpoint.load(checkpoint.find(tmp_path)[0][-1], run.engine.state())
 
