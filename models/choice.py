@@ -1,5 +1,5 @@
-"""Config fields whose values are keys of a dict, which is looked up when a config is validated: so that a line in the
-dict is all that a new choice needs."""
+"""Config fields whose values are keys of a dict. The dict is consulted when a config is validated, so a new choice
+needs only a line in the dict."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class NameOf:
     table: Mapping[str, Any]
 
     def check(self, name: object) -> str:
-        """Return the name. Raise pydantic's error of a literal, which lists the names, if it is none of the table."""
+        """Return the name. Raise pydantic's literal error, which lists the names, if it is not in the table."""
         if isinstance(name, str) and name in self.table:
             return name
         *most, last = (repr(known) for known in self.table) if self.table else ("nothing: there is none yet",)
@@ -34,8 +34,9 @@ class NameOf:
 class OneOf:
     """A section whose fields depend on what it chooses: Annotated[PathConfig, OneOf(PATHS, "name", "linear")].
 
-    Field `key` of the section names an entry of `table`, a class with a nested pydantic class `Config` of the fields
-    that the choice has; without that field it is the `default`. A name alone stands for a section that says no more.
+    Field `key` of the section names an entry of `table`, a class with a nested pydantic class `Config` that has the
+    fields of that choice; without that field the choice is `default`. A name alone stands for a section with only that
+    field.
     """
 
     table: Mapping[str, Any]
@@ -43,13 +44,13 @@ class OneOf:
     default: str
 
     def configs(self) -> dict[str, type[BaseModel]]:
-        """Return the class of the section for each choice, the default first."""
+        """Return the config class of each choice, the default first."""
         names = dict.fromkeys((self.default, *self.table))
         return {name: self.table[name].Config for name in names}
 
     def read(self, values: Any) -> Any:
-        """Return an instance of the chosen class. Raise pydantic's ValidationError, which names the field, if there is
-        no such choice, or a field is wrong or belongs to another choice."""
+        """Return an instance of the chosen config class. Raise pydantic's ValidationError, which names the field, if
+        there is no such choice, or if a field is wrong or belongs to another choice."""
         if isinstance(values, BaseModel):
             return values
         values = {self.key: values} if isinstance(values, str) else values
@@ -78,6 +79,6 @@ class OneOf:
 
 
 def _error(error: PydanticKnownError, value: object, field: str) -> ValidationError:
-    """The error at a field of the section."""
+    """Return the error at a field of the section."""
     details = InitErrorDetails(type=error.type, ctx=error.context or {}, loc=(field,), input=value)
     return ValidationError.from_exception_data("", [details])

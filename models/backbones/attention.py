@@ -1,4 +1,4 @@
-"""Group attention (arXiv 2512.10954): self-attention over all patches of all images of a group; and its kinds."""
+"""Group attention (arXiv 2512.10954), self-attention over all patches of all images in a group, and its kinds."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,22 +9,22 @@ from torch import Tensor, nn
 
 
 class Groups(NamedTuple):
-    """Which of B images share attention: of the first `grouped` (whole groups; None: all B), each `size` in a row;
-    the others attend to themselves alone."""
+    """Which of B images share attention: each run of `size` images among the first `grouped` (whole groups; None: all
+    B); the others attend only to themselves."""
 
     size: int = 1
     grouped: int | None = None
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, Groups], Tensor]
-"""attention(q, k, v, groups): from queries, keys and values (B, L, heads, head width) to an output of that shape."""
+"""attention(q, k, v, groups): map queries, keys and values (B, L, heads, head width) to an output of that shape."""
 
 
 def softmax(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
-    """Softmax attention, scaled by 1 / sqrt(head width).
+    """Return softmax attention, scaled by 1 / sqrt(head width).
 
     The images of a group are contiguous, so regrouping is a view, (B, L, ...) -> (B / N, N * L, ...), and copies
-    nothing. Images that share with nobody cost what they cost without groups.
+    nothing. Images that do not share attention cost the same as without groups.
     """
     size, grouped = groups
     images, tokens, heads, width = q.shape
@@ -40,7 +40,7 @@ ATTENTION: dict[str, Attention] = {"softmax": softmax}
 
 
 def regrouped(part: Tensor, size: int) -> Tensor:
-    """(B, L, heads, head width) -> (B / size, heads, size * L, head width), a view."""
+    """Return (B, L, heads, head width) as (B / size, heads, size * L, head width), a view."""
     images, tokens, heads, width = part.shape
     return part.view(images // size, size * tokens, heads, width).transpose(1, 2)
 
@@ -49,8 +49,8 @@ class GroupAttention(nn.Module):
     """Self-attention shared by the images of a group; with groups of one it is DiT's plain attention.
 
     Input and output are (B, L, width), B = groups * group_size, the images of a group contiguous. Every patch attends
-    to every patch of its group, in both directions; the order of images in a group matters only through what was added
-    to them before. `observer`, if set, is given the queries and keys of each call (attention_mass.observing).
+    to every patch of its group, in both directions; the order of the images in a group matters only through embeddings
+    added before. `observer`, if set, receives the queries and keys of each call (attention_mass.observing).
     """
 
     observer: Callable[[Tensor, Tensor, Groups], None] | None = None
@@ -71,5 +71,5 @@ class GroupAttention(nn.Module):
         return self.proj(self.attend(q, k, v, groups).reshape(images, tokens, width))
 
     def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the queries and keys (B, L, heads, head width) to attend with: here as they are."""
+        """Return the queries and keys (B, L, heads, head width) to attend with; here, unchanged."""
         return q, k

@@ -1,4 +1,4 @@
-"""What a backbone is, and the config fields that all have."""
+"""What a backbone is, and the config fields that all backbones have."""
 
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
@@ -11,12 +11,12 @@ from models.backbones.mlp import MLPS
 from models.choice import NameOf
 
 WRAPPERS: dict[str, Callable[[nn.Module, int, "BackboneConfig"], None]] = {}
-"""What may be laid around blocks, by its name in `model.wrap`: wrap(block, number of the block, config), which may
-replace block.forward. Names of parameters stay; engines recompute and compile what it leaves."""
+"""Wrappers of blocks, by their names in `model.wrap`: wrap(block, number of the block, config) may replace
+block.forward. Names of parameters stay; engines recompute and compile the wrapped block."""
 
 
 class BackboneConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """The network. `size` fills depth, width, heads and the like; leave it out to choose them freely."""
+    """The network. `size` sets depth, width, heads and the like; leave it out to set them yourself."""
 
     sizes: ClassVar[dict[str, dict[str, int]]] = {}  # fields that each published size sets
 
@@ -45,7 +45,7 @@ class BackboneConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     mlp: Annotated[str, NameOf(MLPS)] = "gelu"
     """The MLP of a block: gelu in dit, swiglu in jit."""
     wrap: tuple[Annotated[str, NameOf(WRAPPERS)], ...] = ()
-    """What is laid around each block, the first named innermost."""
+    """Wrappers around each block, the first named innermost."""
 
     @model_validator(mode="before")
     @classmethod
@@ -71,18 +71,17 @@ class BackboneConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
         return self
 
     def shares(self, layer: int) -> bool:
-        """Whether groups share the attention of a block."""
+        """Return whether groups share attention in a block."""
         return self.group_layers is None or layer in self.group_layers
 
 
 class Backbone(nn.Module):
-    """A network for images (channels, side, side) of `num_classes` classes that predicts `out_channels`; a class of
-    this kind is made by (config, channels, side, num_classes, out_channels), freshly initialised.
+    """A network for images (channels, side, side) of `num_classes` classes that predicts `out_channels`. A subclass is
+    constructed from (config, channels, side, num_classes, out_channels), freshly initialised.
 
-    `blocks` are what engines shard, compile and recompute, and where hooks look; each returns tokens (B, L, width), of
-    which the last are the image's patches, row by row. `tokens` is the number of tokens of an image, the mean over
-    blocks, of which the memory of activations is estimated. Attention between images is by GroupAttention, which can
-    be observed.
+    Engines shard, compile and recompute `blocks`, and hooks observe them; each returns tokens (B, L, width), the last
+    of them the image's patches, row by row. `tokens` is the number of tokens of an image, averaged over blocks, from
+    which the memory of activations is estimated. Attention between images uses GroupAttention, which can be observed.
     """
 
     Config: ClassVar[type[BackboneConfig]] = BackboneConfig
@@ -105,7 +104,7 @@ class Backbone(nn.Module):
         """Return the prediction (B, out_channels, side, side) for noisy images x (B, channels, side, side) at times t
         (B,), with class label (B,) (NULL_LABEL: unconditional) and slot (B,) in the group.
 
-        Groups are of `group_size` images, each contiguous. The first `grouped` images share attention in their groups
-        (None: all), the others attend to themselves.
+        Groups are `group_size` contiguous images. The first `grouped` images share attention in their groups (None:
+        all), the others attend only to themselves.
         """
         raise NotImplementedError

@@ -12,7 +12,7 @@ from models.backbones.mlp import MLPS
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: x (B, L, width) scaled and shifted per image by (B, width)."""
+    """Return x (B, L, width) scaled and shifted per image by (B, width): adaLN."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -50,10 +50,10 @@ class FinalLayer(nn.Module):
 
 class DiT(Backbone):
     """Diffusion transformer for images (channels, side, side) of `num_classes` classes. It predicts `out_channels`,
-    twice those of the images where it learns a variance as well."""
+    twice `channels` if it also learns a variance."""
 
     class Config(BackboneConfig, frozen=True):
-        """The network. `size` fills depth, width and heads; leave it out to choose them freely."""
+        """The network. `size` sets depth, width and heads; leave it out to set them yourself."""
 
         sizes = {  # table 1 of arXiv 2212.09748
             "S": {"depth": 12, "width": 384, "heads": 6},
@@ -89,7 +89,8 @@ class DiT(Backbone):
 
 
 def initialise(network: Any) -> None:
-    """As DiT: Xavier-uniform layers, N(0, 0.02) embeddings, adaLN-Zero: every block starts as the identity."""
+    """Initialise as in DiT: Xavier-uniform layers, N(0, 0.02) embeddings, adaLN-Zero (every block starts as the
+    identity)."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -105,7 +106,7 @@ def initialise(network: Any) -> None:
 
 
 def unpatchify(patches: Tensor, patch: int) -> Tensor:
-    """Patches (B, L, patch * patch * C), row by row, of square images -> images (B, C, H, W)."""
+    """Return square images (B, C, H, W) from their patches (B, L, patch * patch * C), row by row."""
     images, tokens, numbers = patches.shape
     cells = math.isqrt(tokens)
     pixels = patches.view(images, cells, cells, patch, patch, numbers // patch**2).permute(0, 5, 1, 3, 2, 4)

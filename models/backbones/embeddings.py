@@ -1,4 +1,4 @@
-"""What a DiT adds to its tokens and its conditioning: positions, time, class, slot in the group. Names as in DiT."""
+"""Embeddings of patches, positions, time, class and slot in the group. Names are those of DiT."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ NULL_LABEL = -1
 
 
 def sincos_positions(width: int, side: int) -> Tensor:
-    """2-D sin-cos position embedding (side*side, width); as in DiT the first half encodes the column."""
+    """Return the 2-D sin-cos position embedding (side * side, width); as in DiT, the first half encodes the column."""
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width / 2)
@@ -36,7 +36,7 @@ class PatchEmbedder(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Time (B,) in the network's own unit (DiT: 0..1000; SiT: 0..1) -> (B, width)."""
+    """Time (B,) in the network's own units (DiT: 0..1000; SiT: 0..1) -> (B, width)."""
 
     def __init__(self, width: int, frequencies: int = 256) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         half = self.frequencies // 2
         rates = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
-        angles = t.float()[:, None] * rates  # in fp32 always: bf16 would merge neighbouring timesteps
+        angles = t.float()[:, None] * rates  # always in fp32: bf16 would merge neighbouring timesteps
         first: Any = self.mlp[0]
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(first.weight.dtype))
 

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 
 def _attention(inputs: list, outputs: list) -> int:
-    """q k^T and its product with v: 2 * groups * heads * queries * keys * head width."""
+    """Return the multiply-adds of q k^T and its product with v: 2 * groups * heads * queries * keys * head width."""
     q, k = (value.type().sizes() for value in inputs[:2])
     return 2 * prod(q) * k[-2]
 
 
 class _Grouped(nn.Module):
-    """fvcore traces a module whose inputs are tensors only, so the group size is bound here."""
+    """A network with its group size bound, because fvcore traces modules with only tensors as inputs."""
 
     def __init__(self, network: nn.Module, group_size: int) -> None:
         super().__init__()
@@ -26,9 +26,10 @@ class _Grouped(nn.Module):
 
 
 def forward_multiply_adds(network: nn.Module, images: int, channels: int, side: int, group_size: int) -> int:
-    """Multiply-adds of one forward pass over `images` images (channels, side, side) in groups of `group_size`.
+    """Return the multiply-adds of one forward pass over `images` images (channels, side, side) in groups of
+    `group_size`.
 
-    Counted on the meta device, where fvcore sees scaled_dot_product_attention as one operator (on a CPU it does not).
+    Count them on the meta device, where fvcore sees scaled_dot_product_attention as one operator (not so on a CPU).
     """
     network = _Grouped(copy.deepcopy(network).to("meta"), group_size)
     number = torch.zeros(images, dtype=torch.long, device="meta")

@@ -17,9 +17,9 @@ from models.choice import NameOf
 
 
 def rotations(head_width: int, side: int, context: int = 0) -> Tensor:
-    """2-D RoPE (Su et al., arXiv 2104.09864) of side * side patches, row by row: cosines and sines (2, context + L, 1,
-    head_width / 2), in fp32. The first half of a head turns by the patch's row, the second by its column. `context`
-    tokens come first and are not turned."""
+    """Return the 2-D RoPE (Su et al., arXiv 2104.09864) of side * side patches, row by row: cosines and sines
+    (2, context + L, 1, head_width / 2), in fp32. The first half of a head rotates by the patch's row, the second by its
+    column. `context` tokens come first and are not rotated."""
     frequencies = 10000.0 ** -(torch.arange(head_width // 4, dtype=torch.float64) / (head_width // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
     row = angles[:, None, :].expand(side, side, -1)
@@ -30,7 +30,7 @@ def rotations(head_width: int, side: int, context: int = 0) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each pair of neighbouring numbers of x (B, L, heads, head width) by the angle of its token, in fp32."""
+    """Rotate each pair of adjacent numbers of x (B, L, heads, head width) by the angle of its token, in fp32."""
     cos, sin = rotation
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -48,8 +48,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 class BottleneckPatchEmbedder(nn.Module):
-    """Image (B, C, H, W) -> tokens (B, L, width), L = (H / patch)^2, row by row; a patch passes through `bottleneck`
-    numbers."""
+    """Image (B, C, H, W) -> tokens (B, L, width), L = (H / patch)^2, row by row, through a layer of width
+    `bottleneck`."""
 
     def __init__(self, patch: int, channels: int, bottleneck: int, width: int) -> None:
         super().__init__()
@@ -63,8 +63,9 @@ class BottleneckPatchEmbedder(nn.Module):
 
 
 class RotaryAttention(GroupAttention):
-    """Group attention with qk-norm (Henry et al., arXiv 2010.04245) and 2-D RoPE. Positions restart in each image: what
-    patches of two images see of each other depends on where they are in their own images, not on the images' order."""
+    """Group attention with qk-norm (Henry et al., arXiv 2010.04245) and 2-D RoPE. Positions restart in each image: how
+    patches of two images attend to each other depends on their positions in their own images, not on the images'
+    order."""
 
     rotation: Tensor
 
@@ -75,7 +76,7 @@ class RotaryAttention(GroupAttention):
         self.register_buffer("rotation", rotation, persistent=False)
 
     def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the queries and keys normed and turned."""
+        """Return the queries and keys normalised and rotated."""
         return rotate(self.q_norm(q), self.rotation), rotate(self.k_norm(k), self.rotation)
 
 
@@ -97,14 +98,14 @@ class JiTBlock(nn.Module):
 class JiT(Backbone):
     """Just-image transformer for images (channels, side, side) of `num_classes` classes; predicts `out_channels`.
 
-    Before block `context_start`, `context_tokens` tokens of the class join the patches of each image; they go with it
-    into its group's attention and are dropped before the last layer. The dropout that the published L and H have in
-    training, in the middle half of their blocks, is left out. Names are as in the public code, whose convolutions
+    Before block `context_start`, `context_tokens` class tokens are prepended to the patches of each image; they take
+    part in its group's attention and are dropped before the last layer. The dropout that the published L and H use in
+    training, in the middle half of their blocks, is left out. Names are those of the public code, whose convolutions
     `x_embedder.proj1` and `proj2` are matrices here and whose `in_context_posemb` has a leading dimension of 1.
     """
 
     class Config(BackboneConfig, frozen=True):
-        """The network. `size` fills depth, width, heads and the like; leave it out to choose them freely."""
+        """The network. `size` sets depth, width, heads and the like; leave it out to set them yourself."""
 
         sizes = {  # table 9 of arXiv 2511.13720
             "B": {"depth": 12, "width": 768, "heads": 12, "bottleneck": 128, "context_start": 4},
@@ -121,7 +122,7 @@ class JiT(Backbone):
         context_tokens: int = Field(32, ge=0)
         """Number of tokens that carry the class."""
         context_start: int = Field(4, ge=0)
-        """The block before which the class tokens join, counted from 0."""
+        """The block, counted from 0, before which the class tokens are added."""
 
         @model_validator(mode="after")
         def _check_jit(self) -> "JiT.Config":

@@ -1,4 +1,4 @@
-"""MLPs of a block: a class made by (width, hidden width), from tokens (B, L, width) to as many."""
+"""MLPs of a block: classes constructed from (width, hidden width) that map tokens (B, L, width) to that shape."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ class Mlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Shazeer's gated layers (arXiv 2002.05202), with 2/3 of `hidden`: as many weights as `hidden` without a gate."""
+    """Shazeer's gated layers (arXiv 2002.05202) of width 2/3 `hidden`: as many weights as ungated ones of `hidden`."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()

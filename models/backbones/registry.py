@@ -1,6 +1,6 @@
 """The backbones, and the network that a config asks for.
 
-To add one: a subclass of `models.backbones.base.Backbone` with a nested `Config`, and a line in BACKBONES.
+To add one, write a subclass of `models.backbones.base.Backbone` with a nested `Config`, and add a line to BACKBONES.
 """
 
 from typing import Annotated
@@ -24,7 +24,7 @@ def model_config(values: object) -> BackboneConfig:
 def make_network(
     config: BackboneConfig, channels: int, side: int, num_classes: int, out_channels: int | None = None
 ) -> Backbone:
-    """Return the network, freshly initialised, with what the config lays around its blocks."""
+    """Return the network, freshly initialised, with the config's wrappers around its blocks."""
     network = BACKBONES[config.backbone](config, channels, side, num_classes, out_channels)
     for number, block in enumerate(network.blocks):
         for name in config.wrap:

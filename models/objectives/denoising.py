@@ -1,4 +1,4 @@
-"""The main loss term, denoising: the same for images alone and in groups (method: summed over the group, averaged over
+"""The main loss term, denoising: the same for single images and groups (method: summed over the group, averaged over
 images)."""
 
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from models.paths.base import NoisePath
 
 
 class Denoising(Term):
-    """The path's own loss of a prediction."""
+    """The path's own loss."""
 
     def __call__(self, forward: Forward, batch: NoisyImages, path: NoisePath) -> Tensor:
         return path.loss(forward.prediction, batch.x, batch.noise, forward.x_t, forward.t)
 
 
 def denoising_loss(network: Callable[..., Tensor], path: NoisePath, batch: NoisyImages) -> Tensor:
-    """Return the path's loss of each image, (B,), in fp32: what a run without further terms minimises."""
+    """Return the path's loss for each image, (B,), in fp32: what a run without other terms minimises."""
     made = forward_pass(network, path, batch)
     return path.loss(made.prediction, batch.x, batch.noise, made.x_t, made.t)

@@ -14,8 +14,8 @@ from models.paths.base import NoisePath
 
 
 class Objective:
-    """The loss terms of a run, with their weights. `heads` are the modules of those that have some, by the terms'
-    names; `extra` the names of what the terms want of the images."""
+    """The loss terms of a run, with their weights. `heads` holds the modules of terms that have any, by the terms'
+    names; `extra` the names of the extra tensors that the terms need."""
 
     def __init__(self, terms: Mapping[str, tuple[float, Term]], network: nn.Module) -> None:
         self._terms = dict(terms)
@@ -31,9 +31,9 @@ class Objective:
         batch: NoisyImages,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ) -> dict[str, Tensor]:
-        """Return losses of each image, (B,) each, fp32: `loss` is the sum, and where there is more than the main term,
-        `loss/NAME` is what each term is before its weight. `network` is the engine of the network that this was made
-        of; terms with modules are computed in `autocast`."""
+        """Return the losses of each image, (B,) each, fp32: `loss` is the sum, and if there is more than the main term,
+        `loss/NAME` is each term before it is weighted. `network` is the engine of the network that the objective was
+        made for; terms with modules are computed in `autocast`."""
         forward = replace(forward_pass(network, path, batch), hidden=self._hidden.take())
         parts: dict[str, Tensor] = {}
         total: Tensor | None = None
@@ -48,7 +48,7 @@ class Objective:
 
 
 class _HiddenStates:
-    """Keeps the outputs of some blocks of a network in forward passes that compute gradients."""
+    """Keep the outputs of some blocks of a network in forward passes that compute gradients."""
 
     def __init__(self, network: nn.Module, blocks: Iterable[int]) -> None:
         self._found: dict[int, Tensor] = {}
@@ -66,7 +66,7 @@ class _HiddenStates:
         return hook
 
     def take(self) -> dict[int, Tensor]:
-        """Return those of the last pass, which nothing else keeps alive from now on."""
+        """Return the outputs of the last pass, and keep no reference to them."""
         taken = dict(self._found)
         self._found.clear()
         return taken
@@ -75,9 +75,9 @@ class _HiddenStates:
 def make_objective(
     losses: Mapping[str, TermConfig], network: nn.Module, extra: Mapping[str, tuple[int, ...]], seed: int
 ) -> Objective:
-    """Return the objective of a run, given its config's `loss`, its network before it is laid over the ranks, and the
-    shapes of the extra tensors that its images declare. Raise ValueError (`NAME...: what is wrong`) for a term that
-    does not fit these, or if none has a weight."""
+    """Return the objective of a run, given the `loss` of its config, its network before it is distributed over the
+    ranks, and the shapes of the extra tensors that its images declare. Raise ValueError (`NAME...: what is wrong`) if a
+    term does not fit these, or if no term has a weight."""
     terms = {
         name: (config.weight, _make_term(name, config, network, extra, seed))
         for name, config in losses.items()
@@ -93,7 +93,7 @@ def _make_term(
 ) -> Term:
     _check_extra(name, TERMS[name].extra, extra)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(zlib.crc32(f"{name} {seed}".encode()))  # a stream of its own: the network has the seed's
+        torch.manual_seed(zlib.crc32(f"{name} {seed}".encode()))  # its own random stream: the network uses the seed's
         try:
             term = TERMS[name](config, network, extra)
         except ValueError as error:

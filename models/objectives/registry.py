@@ -1,4 +1,4 @@
-"""The loss terms that there are, and what a config may say of them."""
+"""The loss terms, and their section in a config."""
 
 import difflib
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from pydantic.json_schema import JsonSchemaValue
 from models.objectives.denoising import Denoising
 from models.objectives.term import Term, TermConfig
 
-MAIN = "denoising"  # the term that a run has without being told
+MAIN = "denoising"  # the term that a run has by default
 TERMS: dict[str, type[Term]] = {MAIN: Denoising}
 
 
 @dataclass(frozen=True)
 class Sections:
-    """Mark a config field that is a dict of sections: `classes()` are those that there may be, by name."""
+    """Mark a config field that is a dict of sections: `classes()` returns the class of each possible one, by name."""
 
     classes: Callable[[], dict[str, type[BaseModel]]]
 
@@ -27,7 +27,7 @@ class Sections:
 
 
 def _known(value: object) -> object:
-    """Check what is below `loss` against the terms that there are now, and fill in the main one."""
+    """Check the sections below `loss` against the terms that exist now, and fill in the main one."""
     if not isinstance(value, dict):
         return value
     for name in value:
@@ -37,7 +37,7 @@ def _known(value: object) -> object:
     value = {MAIN: {}} | value
     fields: dict[str, Any] = {name: (SerializeAsAny[TERMS[name].Config], ...) for name in TERMS if name in value}
     checked = create_model("Losses", __config__=ConfigDict(extra="forbid"), **fields).model_validate(value)
-    return {name: getattr(checked, name) for name in fields}  # in the order of TERMS, in which they are added up
+    return {name: getattr(checked, name) for name in fields}  # in the order of TERMS, in which they are summed
 
 
 Losses = Annotated[

@@ -1,6 +1,6 @@
 """What a loss term is, and what it sees: one forward pass of the network over a batch.
 
-To add a term, write a subclass of Term in a file of its own and give it a line in TERMS (registry.py).
+To add a term, write a subclass of Term in a file of its own and add a line to TERMS (registry.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from models.paths.base import NoisePath
 
 
 class NoisyImages(Protocol):
-    """What a forward pass needs of a batch of B images in groups of `group_size`, each group contiguous."""
+    """What a forward pass needs from a batch of B images in contiguous groups of `group_size`."""
 
     @property
     def x(self) -> Tensor:
@@ -49,29 +49,29 @@ class NoisyImages(Protocol):
 
     @property
     def group_size(self) -> int:
-        """Images of a group."""
+        """Number of images in a group."""
         ...
 
     @property
     def grouped(self) -> int | None:
-        """How many images, from the first, share attention in their groups. None: all."""
+        """Number of images, from the first, that share attention in their groups. None: all."""
         ...
 
     @property
     def position(self) -> int:
-        """Images seen before the step."""
+        """Number of images seen before the step."""
         ...
 
     @property
     def extra(self) -> Mapping[str, Tensor]:
-        """What loss terms asked for by `extra`, (B, ...) each."""
+        """The tensors that loss terms ask for in `Term.extra`, (B, ...) each."""
         ...
 
 
 @dataclass(frozen=True)
 class Forward:
-    """A forward pass over B images. `hidden` has the outputs (B, L, width) of the blocks that terms asked for, by
-    number, in the precision of the network; tokens that are no patches, as JiT's of the class, come first."""
+    """A forward pass over B images. `hidden` holds the outputs (B, L, width) of the blocks that terms asked for, by
+    number, in the precision of the network; tokens that are not patches, like JiT's class tokens, come first."""
 
     x_t: Tensor  # (B, C, H, W)
     t: Tensor  # (B,)
@@ -80,39 +80,39 @@ class Forward:
 
 
 class TermConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """What the config says of a loss term, below `loss.NAME`. A term with fields of its own has a subclass."""
+    """The config section `loss.NAME` of a loss term. A term with fields of its own has a subclass."""
 
     weight: float = Field(1.0, ge=0, allow_inf_nan=False)
-    """Factor of the term in the loss. 0: the term does not exist."""
+    """Factor of the term in the loss. 0: leave the term out."""
 
 
 class Term:
-    """A loss of each image that is added to the others.
+    """A loss per image that is added to the other terms.
 
-    It is made once a run, where random initial weights of `modules` come from the run's seed and the term's name. The
-    modules are trained as the network is and kept in checkpoints, but neither averaged nor exported.
+    It is constructed once per run; the random initial weights of `modules` depend on the run's seed and the term's
+    name. The modules are trained like the network and saved in checkpoints, but neither averaged nor exported.
     """
 
     Config: ClassVar[type[TermConfig]] = TermConfig
-    hidden: tuple[int, ...] = ()  # numbers of the blocks, from 0, whose outputs it wants
-    extra: tuple[str, ...] = ()  # names of tensors of the batch that it wants, which the images must declare
+    hidden: tuple[int, ...] = ()  # numbers of the blocks, from 0, whose outputs it needs
+    extra: tuple[str, ...] = ()  # names of the extra tensors that it needs, which the images must declare
     modules: nn.Module | None = None  # what it trains, called as one: `self.modules(...)`
 
     def __init__(self, config: TermConfig, network: nn.Module, extra: Mapping[str, tuple[int, ...]]) -> None:
-        """Take the fields of `loss.NAME`, the network as it is before it is laid over the ranks (for its sizes), and
-        the shapes of the extra tensors that the images declare. Raise ValueError (`field=value: ...`) for what does
-        not fit these."""
+        """Take the fields of `loss.NAME`, the network before it is distributed over the ranks (for its sizes), and the
+        shapes of the extra tensors that the images declare. Raise ValueError (`field=value: ...`) if a field does not
+        fit these."""
         self.config = config
 
     def __call__(self, forward: Forward, batch: NoisyImages, path: NoisePath) -> Tensor:
         """Return the loss of each image, (B,), fp32. It may depend on the other images of the group, but not on the
-        rest of the batch, which differs with the number of ranks. All ranks call it in each micro-batch; it draws
-        nothing at random, and calls its modules."""
+        rest of the batch, which differs with the number of ranks. All ranks call this in each micro-batch; it must draw
+        no random numbers, and must call its modules."""
         raise NotImplementedError
 
 
 def forward_pass(network: Callable[..., Tensor], path: NoisePath, batch: NoisyImages) -> Forward:
-    """Add the batch's noise and call the network: what it predicts, without hidden states."""
+    """Add the batch's noise, call the network and return the result, without hidden states."""
     t = path.timestep(batch.u, batch.position)
     x_t = path.noisy(batch.x, batch.noise, t)
     label = batch.label.masked_fill(~batch.conditional, NULL_LABEL)

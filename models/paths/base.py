@@ -1,8 +1,8 @@
-"""What a path between noise and data is: x_t = alpha(t) x + sigma(t) noise, and what the network predicts on it.
+"""What a path between noise and data is, x_t = alpha(t) x + sigma(t) noise, and what the network predicts on it.
 
-A path is its schedule (alpha, sigma and their derivatives) and its kind of prediction; all else follows: conversions
-between predictions of data, noise, velocity and score, log-SNR, losses. Paths run time in different directions;
-whatever says "noisy" or "early" therefore speaks of log-SNR, never of t.
+A path is its schedule (alpha, sigma and their derivatives) and its kind of prediction; everything else follows:
+conversions between predictions of data, noise, velocity and score, log-SNR, losses. Time runs in different directions
+on different paths, so "noisy" or "early" always refers to log-SNR, never to t.
 """
 
 from typing import Annotated, Any, ClassVar, NamedTuple
@@ -16,10 +16,11 @@ from models.paths.timesteps import TIMESTEPS
 
 
 class PathConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """Which path, which timesteps in training, and how they are weighted. A name alone stands for it as published."""
+    """Which path, which timesteps in training, and how they are weighted. A name alone stands for the path as
+    published."""
 
     default_timesteps: ClassVar[str] = "uniform"
-    steps: ClassVar[int | None] = None  # the times are the numbers of so many steps; None: they are continuous
+    steps: ClassVar[int | None] = None  # the number of steps, if times are step numbers; None: times are continuous
 
     name: str = Field("linear", json_schema_extra={"keys_of": "models.paths.registry:PATHS"})
     """The path between noise and data. linear, gvp and vp are SiT's, ddpm is DiT's, jit is JiT's."""
@@ -30,7 +31,7 @@ class PathConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
     logit_std: float = Field(0.8, gt=0)
     """Of timesteps=logit_normal: standard deviation of logit(t)."""
     min_snr: float | None = Field(None, gt=0)
-    """Weigh the loss, as an error of the data, by min(SNR, this value). null: no weighting."""
+    """Weight the loss, as an error of the data, by min(SNR, this value). null: no weighting."""
 
     @model_validator(mode="before")
     @classmethod
@@ -49,17 +50,17 @@ class PathConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
 
     @property
     def predictions(self) -> int:
-        """Numbers that the network predicts for each of an image."""
+        """Number of values that the network predicts for each value of an image."""
         return 1
 
     def same_form(self, other: "PathConfig") -> bool:
-        """Whether a network of one path can be used on the other: they have the same name and fields of their own."""
+        """Return whether a network trained on one path can be used on the other: same name and same own fields."""
         own = {"name", *type(self).model_fields} - ({*PathConfig.model_fields} - {"name"})
         return type(self) is type(other) and all(getattr(self, name) == getattr(other, name) for name in own)
 
 
 class Schedule(NamedTuple):
-    """alpha, sigma, d alpha / dt, d sigma / dt at some times, shaped like them."""
+    """alpha, sigma, d alpha / dt, d sigma / dt at some times, shaped like the times."""
 
     alpha: Tensor
     sigma: Tensor
@@ -70,9 +71,9 @@ class Schedule(NamedTuple):
 class NoisePath:
     """A path whose network predicts the velocity alpha' x + sigma' noise. Images are (B, C, H, W), times (B,).
 
-    It is sampled from time `noisiest` to time `cleanest`; `singular`: at the latter the velocity is infinite. In
-    training, times go up to `latest`. `offers` says what a prediction can be converted to for a sampler: velocity,
-    score, data, noise, or (as `reverse`) the posterior of a step. `Config` has the path's fields, its default
+    Sampling runs from time `noisiest` to time `cleanest`; `singular` means that the velocity is infinite at the latter.
+    In training, times go up to `latest`. `offers` says what a prediction can be converted to for a sampler: velocity,
+    score, data, noise, or (by `reverse`) the posterior of a step. `Config` has the path's fields, its default
     timesteps, and whether its times are numbered steps.
     """
 
@@ -86,79 +87,79 @@ class NoisePath:
 
     @property
     def name(self) -> str:
-        """Its name in a config."""
+        """Name of the path in a config."""
         return self.config.name
 
     def schedule(self, t: Tensor) -> Schedule:
-        """In float64, elementwise."""
+        """Return the schedule at times t, in float64, elementwise."""
         raise NotImplementedError
 
     def at(self, t: Tensor, like: Tensor) -> Schedule:
-        """The schedule at times (B,), as factors of images `like`."""
+        """Return the schedule at times (B,), as factors for images `like`."""
         return Schedule(*(part.to(like.dtype).view(-1, 1, 1, 1) for part in self.schedule(t)))
 
     def timestep(self, u: Tensor, position: int = 0) -> Tensor:
-        """Return times as training has them, from quantiles `u` (B,) and the images seen before the step."""
+        """Return training times, given quantiles `u` (B,) and the number of images seen before the step."""
         return self.time_at(TIMESTEPS[str(self.config.timesteps)].share(u, position, self.config))
 
     def time_at(self, share: Tensor) -> Tensor:
-        """Return the time below which such a share (B,) of the path's times lies."""
+        """Return the time below which the given share (B,) of the path's times lies."""
         return share * self.latest
 
     def even_times(self, steps: int) -> list[float]:
-        """Return the times of so many steps of equal length, from the noise to the data. Raise ValueError if the path
-        has not so many."""
+        """Return the times of the given number of equal steps, from the noise to the data. Raise ValueError if the path
+        does not have that many."""
         return torch.linspace(self.noisiest, self.cleanest, steps + 1, dtype=torch.float64).tolist()
 
     def start(self, noise: Tensor) -> Tensor:
-        """Return what sampling begins with, from standard normal noise."""
+        """Return what sampling starts from, given standard normal noise."""
         return noise
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """log(alpha^2 / sigma^2), float64, elementwise; infinite where there is no noise, or nothing else."""
+        """Return log(alpha^2 / sigma^2), float64, elementwise; infinite where there is no noise, or only noise."""
         alpha, sigma, *_ = self.schedule(t)
         return 2 * (alpha.log() - sigma.log())
 
     def noisy(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t."""
+        """Return x_t."""
         alpha, sigma, *_ = self.at(t, x)
         return alpha * x + sigma * noise
 
     def target(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network should predict."""
+        """Return what the network should predict."""
         *_, d_alpha, d_sigma = self.at(t, x)
         return d_alpha * x + d_sigma * noise
 
     def velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """dx_t/dt, which ODE samplers integrate."""
+        """Return dx_t/dt, which ODE samplers integrate."""
         return prediction
 
     def data(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean image that a prediction stands for."""
+        """Return the clean image that a prediction implies."""
         alpha, sigma, d_alpha, d_sigma = self.at(t, x_t)
         return (sigma * prediction - d_sigma * x_t) / (d_alpha * sigma - d_sigma * alpha)
 
     def noise(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise that a prediction stands for."""
+        """Return the noise that a prediction implies."""
         alpha, sigma, d_alpha, d_sigma = self.at(t, x_t)
         return (d_alpha * x_t - alpha * prediction) / (d_alpha * sigma - d_sigma * alpha)
 
     def score(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The gradient of the log-density of x_t: -noise / sigma."""
+        """Return the gradient of the log-density of x_t, -noise / sigma."""
         return -self.noise(prediction, x_t, t) / self.at(t, x_t).sigma
 
     def error(self, prediction: Tensor, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The difference that the loss squares."""
+        """Return the difference that the loss squares."""
         return prediction - self.target(x, noise, t)
 
     def data_error(self, t: Tensor) -> Tensor:
-        """The error of the data that an `error` of 1 stands for; float64, elementwise."""
+        """Return the error of the data that corresponds to an `error` of 1; float64, elementwise."""
         alpha, sigma, d_alpha, d_sigma = self.schedule(t)
         return 1 / (d_alpha - d_sigma * alpha / sigma)
 
     def loss(self, prediction: Tensor, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Squared error of a prediction (fp32), averaged over each image: (B,). With `min_snr` it is the data's, times
-        min(SNR, min_snr) (Hang et al., arXiv 2303.09556, sec. 3.4)."""
+        """Return the squared error of a prediction (fp32), averaged over each image: (B,). With `min_snr`, return the
+        squared error of the data times min(SNR, min_snr) (Hang et al., arXiv 2303.09556, sec. 3.4)."""
         loss = mean_of_image(self.error(prediction, x, noise, t).square())
         if self.config.min_snr is None:
             return loss
@@ -167,13 +168,13 @@ class NoisePath:
 
 
 def quantile_at(path: NoisePath, log_snr: float) -> tuple[float, float]:
-    """Return the quantile of the path's timesteps with the log-SNR nearest to this one; and that log-SNR."""
-    u = torch.linspace(-16, 16, 3201).sigmoid()  # as fine at both ends as float32 is
+    """Return the quantile of the path's timesteps whose log-SNR is nearest to this one, and its log-SNR."""
+    u = torch.linspace(-16, 16, 3201).sigmoid()  # as fine at both ends as float32 allows
     found = path.log_snr(path.timestep(u))
     nearest = (found - log_snr).abs().argmin()
     return float(u[nearest]), float(found[nearest])
 
 
 def mean_of_image(x: Tensor) -> Tensor:
-    """(B, ...) -> (B,)."""
+    """Return the mean of each image, (B, ...) -> (B,)."""
     return x.flatten(1).mean(dim=1)

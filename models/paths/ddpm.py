@@ -1,4 +1,4 @@
-"""DDPM's path as DiT has it: 1,000 steps of linear beta, a predicted noise and a learned variance (Ho et al., arXiv
+"""DDPM's path as in DiT: 1,000 steps with linear beta, predicted noise and learned variance (Ho et al., arXiv
 2006.11239; Nichol & Dhariwal, arXiv 2102.09672)."""
 
 import math
@@ -12,11 +12,12 @@ STEPS = 1000
 
 
 class DDPM(NoisePath):
-    """t is the number of a step: 0 is almost data, 999 almost noise, -1 the data itself. The network predicts the noise
-    and, in as many channels more, where the log-variance of a step lies between its bounds (-1: lower, 1: upper).
+    """DDPM's path. t is the number of a step: 0 is almost data, 999 almost noise, -1 the data itself. The network
+    predicts the noise and, in as many additional channels, where the log-variance of a step lies between its bounds
+    (-1: lower, 1: upper).
 
-    Its velocity is by the angle: alpha noise - sigma x (Salimans & Ho, arXiv 2202.00512, app. D). The schedule has no
-    derivatives, so ODE and SDE samplers do not apply.
+    The velocity is with respect to the angle: alpha noise - sigma x (Salimans & Ho, arXiv 2202.00512, app. D). The
+    schedule has no derivatives, so ODE and SDE samplers do not apply.
     """
 
     class Config(PathConfig, frozen=True):
@@ -32,7 +33,7 @@ class DDPM(NoisePath):
 
         @property
         def predictions(self) -> int:
-            """2 where it learns the variance."""
+            """2 if the network learns the variance, otherwise 1."""
             return 2 if self.learns_variance else 1
 
     config: Config
@@ -46,63 +47,64 @@ class DDPM(NoisePath):
         self._on_device: dict[torch.device, Tensor] = {}
 
     def alpha_bar(self, t: Tensor) -> Tensor:
-        """alpha^2 of steps from -1 on, float64."""
+        """Return alpha^2 of steps t, from -1 up, float64."""
         if t.device not in self._on_device:
-            self._on_device[t.device] = self._alpha_bar.to(t.device)  # once: the host waits for such a copy
+            self._on_device[t.device] = self._alpha_bar.to(t.device)  # only once: the host waits for this copy
         return self._on_device[t.device][t.long() + 1]
 
     def schedule(self, t: Tensor) -> Schedule:
-        """alpha^2 = alpha_bar, sigma^2 = 1 - alpha_bar; the derivatives are not defined."""
+        """Return alpha = sqrt(alpha_bar) and sigma = sqrt(1 - alpha_bar); the derivatives are undefined."""
         alpha_bar = self.alpha_bar(t)
         undefined = torch.full_like(alpha_bar, math.nan)
         return Schedule(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), undefined, undefined)
 
     def time_at(self, share: Tensor) -> Tensor:
-        """Return whole numbers from 0 to 999, each for as much of the shares."""
+        """Return whole numbers from 0 to 999, each for an equal part of the shares."""
         return (share * STEPS).floor().clamp(max=STEPS - 1)
 
     def even_times(self, steps: int) -> list[float]:
-        """Return `steps` of the 1,000 steps, evenly spaced from 999 to 0, and -1, the data (arXiv 2102.09672, sec.
-        4)."""
+        """Return `steps` of the 1,000 steps, evenly spaced from 999 to 0, followed by -1, the data (arXiv 2102.09672,
+        sec. 4)."""
         if not 2 <= steps <= STEPS:
             raise ValueError(f"sample.steps={steps}: the path ddpm has {STEPS} steps; set 2 to {STEPS}")
         return [*torch.linspace(STEPS - 1, 0, steps, dtype=torch.float64).round().tolist(), -1.0]
 
     def velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """alpha noise - sigma x."""
+        """Return alpha noise - sigma x."""
         alpha, sigma, *_ = self.at(t, x_t)
         return alpha * self.noise(prediction, x_t, t) - sigma * self.data(prediction, x_t, t)
 
     def data(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """(x_t - sigma noise) / alpha."""
+        """Return (x_t - sigma noise) / alpha."""
         alpha, sigma, *_ = self.at(t, x_t)
         return (x_t - sigma * self.noise(prediction, x_t, t)) / alpha
 
     def noise(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The prediction, without what it says of the variance."""
+        """Return the prediction without its variance channels."""
         return prediction[:, : x_t.shape[1]]
 
     def target(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The noise."""
+        """Return the noise."""
         return noise
 
     def error(self, prediction: Tensor, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Of the noise."""
+        """Return the error of the noise."""
         return self.noise(prediction, x, t) - noise
 
     def data_error(self, t: Tensor) -> Tensor:
-        """-sigma / alpha."""
+        """Return -sigma / alpha."""
         alpha, sigma, *_ = self.schedule(t)
         return -sigma / alpha
 
     def loss(self, prediction: Tensor, x: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """L_simple; where the variance is learned, plus 0.001 L_vlb, of 1,000 steps (arXiv 2102.09672, eq. 16)."""
+        """Return L_simple, plus 0.001 L_vlb of 1,000 steps if the variance is learned (arXiv 2102.09672, eq. 16)."""
         simple = super().loss(prediction, x, noise, x_t, t)
         return simple + self.bound(prediction, x, x_t, t) if self.config.learns_variance else simple
 
     def bound(self, prediction: Tensor, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Bits per number of one step of the variational bound (arXiv 2006.11239, eq. 5): the KL of the true posterior
-        and the model's; at step 0 the likelihood of x as 8 bits (eq. 13). It teaches the variance alone: (B,)."""
+        """Return one step's term of the variational bound (arXiv 2006.11239, eq. 5), (B,), in bits per value: the KL
+        divergence between the true posterior and the model's; at step 0, the negative log-likelihood of x with 8 bits
+        (eq. 13). Its gradient trains only the variance."""
         channels = x.shape[1]
         frozen = torch.cat([prediction[:, :channels].detach(), prediction[:, channels:]], dim=1)
         true_mean, true_log_variance, _ = self.posterior(x, x_t, t, t - 1)
@@ -113,10 +115,10 @@ class DDPM(NoisePath):
         return torch.where(t < 1, -mean_of_image(likelihood), mean_of_image(kl)) / math.log(2)
 
     def posterior(self, x: Tensor, x_t: Tensor, t: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of q(x_before | x, x_t): mean, log-variance, and log beta, which bounds a learned one from above (arXiv
-        2006.11239, eq. 7). `before` (B,) may be any earlier step, as in respaced sampling.
+        """Return the mean and log-variance of q(x_before | x, x_t), and log beta, the upper bound of a learned
+        log-variance (arXiv 2006.11239, eq. 7). `before` (B,) may be any earlier step, as in respaced sampling.
 
-        The variance of a step to the data would be 0: it counts as that of step 1, as in the public code.
+        The variance of a step to the data would be 0; use that of step 1 instead, as in the public code.
         """
         bar, bar_before = self.alpha_bar(t), self.alpha_bar(before)
         beta = 1 - bar / bar_before
@@ -129,7 +131,7 @@ class DDPM(NoisePath):
         return of_data * x + of_noisy * x_t, log_variance, log_beta
 
     def reverse(self, prediction: Tensor, x_t: Tensor, t: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the model's step from t to `before` (arXiv 2102.09672, eq. 15)."""
+        """Return the mean and log-variance of the model's step from t to `before` (arXiv 2102.09672, eq. 15)."""
         mean, lower, upper = self.posterior(self.data(prediction, x_t, t), x_t, t, before)
         if not self.config.learns_variance:
             return mean, lower
@@ -138,7 +140,8 @@ class DDPM(NoisePath):
 
 
 def _log_probability_of_bin(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Of the bin of width 2 / 255 around x in [-1, 1] under a Gaussian; the outermost bins have no outer end."""
+    """Return the log-probability, under a Gaussian, of the bin of width 2 / 255 around x in [-1, 1]; the outermost bins
+    are unbounded."""
     above, below = (torch.special.ndtr((x - mean + side / 255) * (-log_std).exp()) for side in (1, -1))
     inner = torch.where(x > 0.999, 1 - below, above - below)
     return torch.where(x < -0.999, above, inner).clamp(min=1e-12).log()

@@ -1,6 +1,6 @@
 """The paths, and the one that a config asks for.
 
-To add one: a subclass of `models.paths.base.NoisePath`, and a line in PATHS.
+To add one, write a subclass of `models.paths.base.NoisePath` and add a line to PATHS.
 """
 
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Pretrained image encoders by which images are compared (DINOv2, CLIP, SigLIP and the like), by transformers."""
+"""Pretrained image encoders (DINOv2, CLIP, SigLIP and the like), from transformers, for comparing images."""
 
 import numpy as np
 import torch
@@ -9,9 +9,9 @@ from transformers import AutoImageProcessor, AutoModel
 
 
 class Encoder:
-    """An image tower from a local folder or by its name on the hub, with the image processor that belongs to it.
+    """An image tower from a local folder or a hub name, with its image processor.
 
-    ValueError where weights are missing, which transformers would make up.
+    Raise ValueError if weights are missing: transformers would initialise them at random.
     """
 
     def __init__(self, name: str, device: torch.device, precision: str = "fp32") -> None:
@@ -24,14 +24,15 @@ class Encoder:
         self.transform: dict = self._processor.to_dict()
 
     def prepare(self, image: Image.Image) -> np.ndarray:
-        """An RGB image -> the network's input (3, H, W) float32: its own resizing, cropping and normalisation."""
+        """Return an RGB image as the network's input (3, H, W) float32, with its resizing, cropping and
+        normalisation."""
         return self._processor(image, return_tensors="np")["pixel_values"][0]
 
     @torch.inference_mode()
     def features(self, inputs: Tensor) -> Tensor:
-        """Inputs (B, 3, H, W) -> one vector of length 1 per image (B, d), fp32: the projected embedding of a model of
-        images and texts (CLIP, SigLIP), else the pooled output of an image tower (DINOv2: its class token), or the mean
-        of its patches (I-JEPA)."""
+        """Return one unit vector per image, (B, d) fp32, from inputs (B, 3, H, W): the projected embedding of a model
+        of images and text (CLIP, SigLIP), otherwise the pooled output of an image tower (DINOv2: its class token), or
+        the mean of its patches (I-JEPA)."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             embed = getattr(self.network, "get_image_features", self.network)
             output = embed(pixel_values=inputs)

@@ -7,7 +7,8 @@ from torch import nn
 
 
 def fingerprint(network: nn.Module) -> str:
-    """SHA-256 of names, types, shapes and values: two copies of one network have the same, whatever their files are."""
+    """Return the SHA-256 of names, types, shapes and values: the same for all copies of a network, whatever their
+    files."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,7 +1,8 @@
-"""Published weights, as tensors by name, in our names and layouts; and ours for diffusers.
+"""Convert published weights, as tensors by name, to our names and layouts, and ours to those of diffusers.
 
 All formats name their tensors as DiT does (github.com/facebookresearch/DiT, models.py), and so do we. They differ from
-ours in the patch embedding, a convolution there, in what they hold besides the network, and in how time runs.
+ours in the patch embedding (theirs is a convolution), in what they hold besides the network, and in the direction of
+time.
 """
 
 import math
@@ -22,26 +23,27 @@ Weights = dict[str, Tensor]
 PATCHES, POSITIONS, TIME = "x_embedder.proj.weight", "pos_embed", "t_embedder.mlp.0.weight"
 CLASSES, SLOTS = "y_embedder.embedding_table.weight", "sample_embedder.embedding_table.weight"
 LAST = ("final_layer.linear.weight", "final_layer.linear.bias")
-PREFIX = {"groupdiff": "denoiser."}  # of all names of a format
-BESIDES = {"repa": "projectors."}  # how names begin that are no part of the network
-ROUNDING = 1e-2  # of half precision (2e-3) or a running average (2e-4) in the positions, which are 1 at most
+PREFIX = {"groupdiff": "denoiser."}  # of all names in a format
+BESIDES = {"repa": "projectors."}  # prefix of names that are not part of the network
+ROUNDING = 1e-2  # allows for half precision (2e-3) or a running average (2e-4) of the positions, which are at most 1
 
 
 class Published(NamedTuple):
-    """A network in our names and layouts, and what a config says of it: path, data, model."""
+    """A network in our names and layouts, and its config sections path, data and model."""
 
     weights: Weights
     config: dict[str, dict]
 
 
 def first_half(weights: Weights, patch: int, channels: int) -> Weights:
-    """Without the second half of the channels that are predicted: SiT's forward drops it."""
+    """Return the last layer without the second half of the predicted channels, which SiT's forward drops."""
     return {name: _by_channel(weights[name], patch, channels)[:, 0].flatten(0, 1) for name in LAST}
 
 
 def turn_time(weights: Weights, patch: int, channels: int) -> Weights:
-    """Of a network that predicts dx/ds at s = 1 - t, the weights of one that predicts dx/dt at t. Sine and cosine of
-    (1 - t) f are sums of those of t f, so the first layer of the time embedding takes the change, in float64."""
+    """Given a network that predicts dx/ds at s = 1 - t, return the weights that change for dx/dt at t. The sine and
+    cosine of (1 - t) f are linear combinations of those of t f, so only the first layer of the time embedding (in
+    float64) and the sign of the last layer change."""
     of_cos, of_sin = weights[TIME].double().chunk(2, dim=1)
     half = of_cos.shape[1]
     frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
@@ -59,18 +61,18 @@ KINDS: dict[tuple[str, int], tuple[str, Callable[[Weights, int, int], Weights] |
     ("groupdiff", 2): ("ddpm", None),
     ("groupdiff", 1): ("linear", turn_time),
 }
-"""By format and number of predictions for a channel: our path, and what changes besides the layout.
+"""By format and number of predictions per channel: our path, and what changes besides the layout.
 
-DiT is facebookresearch/DiT; SiT is willisma/SiT, where t = 1 is data, as here. REPA is sihyun-yu/REPA, from which
-GroupDiff's SiT goes on: x_t = (1 - t) x + t noise, and the network predicts noise - x. The published weights are of
-the linear path; those that were trained on another one (REPA's cosine is our gvp) convert alike.
+DiT is facebookresearch/DiT; SiT is willisma/SiT, where t = 1 is data, as here. REPA is sihyun-yu/REPA, which
+GroupDiff's SiT builds on: x_t = (1 - t) x + t noise, and the network predicts noise - x. The published weights are for
+the linear path; weights trained on another one (REPA's cosine is our gvp) convert in the same way.
 """
 FORMATS = tuple(dict.fromkeys(name for name, _ in KINDS))
 
 
 def recognise(weights: Weights) -> str:
-    """One of FORMATS, or "ours". DiT and SiT differ in values alone: the half that SiT drops is never trained, hence 0.
-    ValueError if it cannot be told."""
+    """Return one of FORMATS, or "ours". DiT and SiT differ only in values: the half that SiT drops is never trained,
+    hence 0. Raise ValueError if the format cannot be determined."""
     for kind, mark in (PREFIX | BESIDES).items():
         if any(name.startswith(mark) for name in weights):
             return kind
@@ -83,8 +85,8 @@ def recognise(weights: Weights) -> str:
 
 
 def convert(weights: Weights, kind: str) -> Published:
-    """Weights of one of FORMATS as ours. A sample embedding that is not there becomes one row of zeros. ValueError
-    names the first tensor that is missing, unexpected, or of a wrong shape."""
+    """Return weights of one of FORMATS as ours. A missing sample embedding becomes one row of zeros. Raise ValueError
+    with the name of the first tensor that is missing, unexpected, or of the wrong shape."""
     prefix, besides = PREFIX.get(kind, ""), BESIDES.get(kind)
     for name in weights:
         if not name.startswith(prefix) and name != SLOTS:
@@ -114,12 +116,12 @@ def convert(weights: Weights, kind: str) -> Published:
 
 
 def _by_channel(tensor: Tensor, patch: int, channels: int) -> Tensor:
-    """The last layer's weight or bias as (cells of a patch, predictions for a channel, channels, ...)."""
+    """Return the last layer's weight or bias as (cells of a patch, predictions per channel, channels, ...)."""
     return tensor.unflatten(0, (patch * patch, -1, channels))
 
 
 def _join_blocks(weights: Weights) -> Weights:
-    """REPA's older files count the blocks after the projectors anew, as decoder_blocks."""
+    """Rename decoder_blocks, which REPA's older files count from 0 after the projectors, to blocks."""
     first = len(_blocks(weights))
 
     def joined(name: str) -> str:
@@ -137,7 +139,7 @@ def _rows(weights: Weights, name: str) -> int:
 
 
 def _sizes(weights: Weights, kind: str) -> tuple[int, int, int]:
-    """(side of a patch, channels of an image, predictions for each)."""
+    """Return (side of a patch, channels of an image, predictions per channel)."""
     for name in (PATCHES, LAST[0]):
         if name not in weights:
             raise ValueError(f"{name} is missing: not weights of {kind}")
@@ -153,7 +155,7 @@ def _sizes(weights: Weights, kind: str) -> tuple[int, int, int]:
 
 
 def _describe(weights: Weights, patch: int) -> dict:
-    """The fields of DiT.Config that weights tell: all but the heads."""
+    """Return the fields of DiT.Config that weights determine: all but the heads."""
     width, depth = len(weights[PATCHES]), max(len(_blocks(weights)), 1)
     ratio = _rows(weights, "blocks.0.mlp.fc1.weight") / width
     slots = _rows(weights, SLOTS)
@@ -161,16 +163,17 @@ def _describe(weights: Weights, patch: int) -> dict:
 
 
 def _as_config(model: dict) -> dict:
-    """With the published size instead of depth and width, if it is one: that tells the heads as well."""
+    """Return the config with the published size instead of depth and width if there is one, which sets the heads
+    too."""
     sizes = {(values["depth"], values["width"]): size for size, values in DiT.Config.sizes.items()}
     size = sizes.get((model["depth"], model["width"]))
     if size:
         model = {"size": size} | {name: value for name, value in model.items() if name not in ("depth", "width")}
-    return model | {"time_scale": 1.0}  # all of them embed the path's own times
+    return model | {"time_scale": 1.0}  # all formats embed the path's own times
 
 
 def _check(weights: Weights, config: Any, channels: int, predictions: int, kind: str) -> None:
-    """ValueError names the first tensor that is not as in our network."""
+    """Raise ValueError with the name of the first tensor that does not fit our network."""
     with torch.device("meta"):
         network = DiT(config, channels, config.patch, _rows(weights, CLASSES) - 1, predictions * channels)
     expected = network.state_dict()
@@ -184,7 +187,8 @@ def _check(weights: Weights, config: Any, channels: int, predictions: int, kind:
 
 
 def _cells(positions: Tensor, width: int) -> int:
-    """Patches along a side of the image. ValueError unless the positions are DiT's of a square."""
+    """Return the number of patches along a side of the image. Raise ValueError unless the positions are DiT's for a
+    square."""
     cells = math.isqrt(positions.numel() // width)
     ours = sincos_positions(width, cells)
     fits = cells > 0 and positions.numel() == ours.numel()
@@ -209,14 +213,15 @@ IN_EACH_BLOCK = {
     "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
     "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
 }
-"""diffusers' name of a layer: ours. Each block of diffusers has its own copy of the embeddings of time and class."""
+"""diffusers' name of a layer: our name. Each block of diffusers has its own copy of the time and class embeddings."""
 EQUAL = "for block in transformer.transformer_blocks: block.norm1.emb.time_proj.downscale_freq_shift = 0"
-"""What makes diffusers' class embed time as DiT does: without, its frequencies are 10000^(-i/127), not ^(-i/128)."""
+"""Makes diffusers' class embed time as DiT does; otherwise its frequencies are 10000^(-i/127), not 10000^(-i/128)."""
 
 
 def to_diffusers(weights: Weights, config: BackboneConfig, path: PathConfig, side: int) -> tuple[dict, Weights]:
-    """(arguments, weights) of diffusers' DiTTransformer2DModel that is this network once EQUAL is done to it. The one
-    row of the sample embedding is added to the classes'. ValueError for networks that it cannot be."""
+    """Return (arguments, weights) of diffusers' DiTTransformer2DModel, which equals this network once EQUAL is applied.
+    The one row of the sample embedding is added to those of the classes. Raise ValueError if diffusers' class cannot
+    represent the network."""
     for name, value, wanted in (
         ("path", path.name, "ddpm"),
         ("model.backbone", config.backbone, "dit"),

@@ -10,7 +10,7 @@ from torch import Tensor
 class VAE:
     """Images (B, 3, H, W) in [-1, 1] <-> moments (B, 2C, h, w) and latents (B, C, h, w).
 
-    ValueError where weights are missing, which diffusers would make up.
+    Raise ValueError if weights are missing: diffusers would initialise them at random.
     """
 
     def __init__(self, name: str, device: torch.device, precision: str = "fp32") -> None:
@@ -22,7 +22,7 @@ class VAE:
         self.network = network.to(device).eval().requires_grad_(False)
         config = self.network.config
         self.channels: int = config.latent_channels
-        self.factor: int = 2 ** (len(config.block_out_channels) - 1)  # pixels a side of a latent
+        self.factor: int = 2 ** (len(config.block_out_channels) - 1)  # image pixels per latent pixel, along a side
         self.scaling: float = config.scaling_factor
         self.shift: float = config.shift_factor or 0.0
 
@@ -31,14 +31,14 @@ class VAE:
 
     @torch.inference_mode()
     def moments(self, images: Tensor) -> Tensor:
-        """Mean and log-variance, stacked along the channels, of the posterior of each image; fp32, not scaled."""
-        images = images.contiguous(memory_format=torch.channels_last)  # a fifth faster, on CPUs as well
+        """Return the mean and log-variance of each image's posterior, stacked along the channels; fp32, unscaled."""
+        images = images.contiguous(memory_format=torch.channels_last)  # a fifth faster, even on CPUs
         with self._autocast():
             posterior = self.network.encode(images).latent_dist
         return torch.cat([posterior.mean.float(), posterior.logvar.float()], dim=1)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images of latents as the network is trained on them: (z - shift) * scaling."""
+        """Return the images of latents as networks are trained on them, (z - shift) * scaling."""
         with self._autocast():
             return self.network.decode(latents / self.scaling + self.shift).sample.float()

@@ -1,4 +1,4 @@
-"""The velocity field of whole groups, guidance included: to be differentiated, or followed by methods of one's own."""
+"""The velocity field of whole groups, with guidance, to differentiate or to integrate with your own methods."""
 
 from collections.abc import Callable
 
@@ -15,8 +15,8 @@ def velocity_field(
 ) -> Callable[[Tensor, float], Tensor]:
     """Return field(x, t): dx/dt (B, C, H, W) of images x at time t, with label (B,) and slot (B,); B is whole groups.
 
-    It is differentiable in x by vjp and jvp, any number of times: attention is computed by plain products, because
-    fused kernels have no forward derivative. Raise ValueError if the path has no velocity.
+    It is differentiable in x by vjp and jvp, any number of times: attention is computed with plain matrix products,
+    because fused kernels have no forward derivative. Raise ValueError if the path has no velocity.
     """
     if "velocity" not in path.offers:
         raise ValueError(f"path={path.name}: has no velocity; give one of continuous times")

@@ -1,4 +1,4 @@
-"""From noise to images: sampler, guidance and group sizes put together."""
+"""Turn noise into images: sampler, guidance and group sizes combined."""
 
 from typing import Annotated
 
@@ -22,14 +22,14 @@ class SampleConfig(
     use_attribute_docstrings=True,
     json_schema_extra={"sampling": "only", "may_change": True},
 ):
-    """How images are generated: for every class `per_class` of them, in groups of the larger of C and UC."""
+    """How images are generated: `per_class` images of every class, in groups of the larger of C and UC."""
 
     sampler: Annotated[str, NameOf(SAMPLERS)] = "heun"
     """The method that follows the path from noise to images; which ones fit depends on the path."""
     steps: int = Field(50, ge=1)
     """Number of steps from noise to image. dopri5 chooses its own."""
     guidance: tuple[Weight, ...] = Field((1.5,), min_length=1)
-    """Guidance weight w of u + w (c - u), where 1 means none. Of several, groups take one after the other in turn."""
+    """Guidance weight w of u + w (c - u), where 1 means none. If there are several, groups use them in turn."""
     interval: Interval | None = None
     """Lowest and highest log-SNR at which guidance acts. null: everywhere."""
     guided_channels: int | None = Field(None, ge=1)
@@ -42,11 +42,11 @@ class SampleConfig(
     group_window: Interval | None = None
     """Lowest and highest log-SNR at which groups share attention. null: as groups.window."""
     weaker: str | None = Field(None, json_schema_extra={"path": True})
-    """Weights of a network whose prediction takes the place of the unconditional one in guidance. null: none."""
+    """Weights of a network whose prediction replaces the unconditional one in guidance. null: none."""
     small: str | None = Field(None, json_schema_extra={"path": True})
-    """Weights of a smaller network that does the noisiest steps. null: none."""
+    """Weights of a smaller network that takes the noisiest steps. null: none."""
     small_share: float = Field(0.4, ge=0, le=1)
-    """Share of the steps that `small` does."""
+    """Share of the steps that `small` takes."""
     per_class: int = Field(16, ge=1)
     """Images to generate of each class."""
     batch: int = Field(256, ge=1)
@@ -61,18 +61,18 @@ class SampleConfig(
 
     @property
     def group_size(self) -> int:
-        """Images that are generated together."""
+        """Number of images that are generated together."""
         return max(self.cond_group_size or 1, self.uncond_group_size or 1)
 
     def guidance_of(self, weight: float | Tensor) -> Guidance:
-        """Return how predictions are combined at a weight, one or (B,). C and UC must be filled in."""
+        """Return the guidance for a weight, one number or (B,). Raise ValueError unless C and UC are filled in."""
         if self.cond_group_size is None or self.uncond_group_size is None:
             raise ValueError("sample.cond_group_size=null: the group sizes are not filled in; call for_variant")
         sizes = self.cond_group_size, self.uncond_group_size
         return Guidance(weight, *sizes, self.interval, self.group_window, self.guided_channels)
 
     def for_variant(self, variant: str, size: int, window: Interval | None) -> "SampleConfig":
-        """With C, UC and window filled in as the variant was trained (arXiv 2512.10954)."""
+        """Return the config with C, UC and window filled in as the variant was trained (arXiv 2512.10954)."""
         c, uc = {"none": (1, 1), "light": (1, size), "full": (size, size)}[variant]
         c, uc = self.cond_group_size or c, self.uncond_group_size or uc
         if max(c, uc) % min(c, uc):
@@ -96,9 +96,9 @@ def sample_images(
     weight: float | Tensor,
     draw: Draw,
 ) -> tuple[Tensor, int]:
-    """Return (images (B, C, H, W), number of evaluations) from noise of that shape, label (B,) and slot (B,); B is
-    whole groups, each contiguous. `weight`: of guidance, one or (B,). `draw(i)`: noise of the i-th step, for samplers
-    that take some. One evaluation is a prediction with its guidance, so one or two calls of a network."""
+    """Return (images (B, C, H, W), number of evaluations), given noise of that shape, label (B,) and slot (B,); B is
+    whole groups, each contiguous. `weight`: of guidance, one number or (B,). `draw(i)`: noise of the i-th step, for
+    samplers that need it. One evaluation is a prediction with its guidance, so one or two network calls."""
     sampler = SAMPLERS[config.sampler]
     times = sampler.times(path, config.steps, config)
     guidance = config.guidance_of(weight)
@@ -106,7 +106,7 @@ def sample_images(
     if networks.small:
         noisiest = int(config.small_share * config.steps + 1e-9)  # 0.29 * 100 is 28.999...
         first = guided(networks._replace(network=networks.small), path, guidance, label, slot)
-        whole = noisiest == config.steps  # also at the data, whose log-SNR is below no switch
+        whole = noisiest == config.steps  # also at the data, whose log-SNR is not below any switch
         denoise = first if whole else stitched(first, denoise, path, log_snr_at(path, times[noisiest]))
     evaluations = 0
 

@@ -1,4 +1,4 @@
-"""Samplers of the ODE dx = velocity dt, and DDIM: nothing in them is random."""
+"""Deterministic samplers: those of the ODE dx = velocity dt, and DDIM."""
 
 from typing import Any
 
@@ -6,19 +6,19 @@ import torch
 
 from models.sampling.samplers import Problem, State, same_time
 
-SINGULAR_END = 1e-3  # before a singular end, where an adaptive sampler stops
+SINGULAR_END = 1e-3  # how far before a singular end an adaptive sampler stops
 
 
 def euler(problem: Problem, state: State) -> State:
-    """Euler's method, order 1: one evaluation a step."""
+    """Take a step of Euler's method, order 1: one evaluation per step."""
     x, i, _ = state
     t, after = problem.times[i : i + 2]
     return State(x + (after - t) * problem.velocity(x, t), i + 1)
 
 
 def heun(problem: Problem, state: State) -> State:
-    """Heun's method, order 2 (Karras et al., arXiv 2206.00364, alg. 1 without noise): two evaluations a step; one in
-    the last, where the path is singular there."""
+    """Take a step of Heun's method, order 2 (Karras et al., arXiv 2206.00364, alg. 1 without noise): two evaluations
+    per step, but one in the last if the path is singular there."""
     x, i, _ = state
     t, after = problem.times[i : i + 2]
     slope = problem.velocity(x, t)
@@ -29,8 +29,8 @@ def heun(problem: Problem, state: State) -> State:
 
 
 def pseudo_corrector(problem: Problem, state: State) -> State:
-    """FlowTurbo's (Zhao et al., arXiv 2409.18128, eq. 8): Heun's, but the slope at a step's end, where the predictor
-    arrived, serves for the next step's begin: order 2, one evaluation a step and one at the start."""
+    """Take a step of FlowTurbo's method (Zhao et al., arXiv 2409.18128, eq. 8): Heun's, but the slope at the predictor
+    is reused at the beginning of the next step. Order 2, one evaluation per step and one at the start."""
     x, i, kept = state
     t, after = problem.times[i : i + 2]
     slope = kept[0] if kept else problem.velocity(x, t)
@@ -41,17 +41,17 @@ def pseudo_corrector(problem: Problem, state: State) -> State:
 
 
 def dopri5(problem: Problem, state: State) -> State:
-    """Dormand and Prince's method of order 5 with steps as the tolerance asks, by torchdiffeq: from the state's time to
-    the end at once. Before a singular end it stops, and goes to the predicted data."""
-    from torchdiffeq import odeint  # with scipy it takes half a second to import, and no training needs it
+    """Integrate from the state's time to the end by Dormand and Prince's method of order 5, by torchdiffeq, with steps
+    that meet the tolerance. Before a singular end, stop and go to the predicted data."""
+    from torchdiffeq import odeint  # slow to import (half a second, with scipy), and training does not need it
 
     path, times = problem.path, problem.times
     end = times[-1] - SINGULAR_END * path.singular
     span = torch.tensor([times[state.step], end], dtype=torch.float64, device=state.x.device)
-    last = {"step_t": span[1:]}  # a step ends there: none goes on beyond it, where there is no path
+    last = {"step_t": span[1:]}  # a step ends there: none goes beyond it, where there is no path
     tolerance = problem.settings.tolerance
     x: Any = odeint(
-        lambda t, x: problem.velocity(x, min(float(t), end)),  # its guess of a first step may look beyond
+        lambda t, x: problem.velocity(x, min(float(t), end)),  # its guess of a first step may go beyond the end
         state.x,
         span,
         rtol=tolerance,
@@ -64,8 +64,8 @@ def dopri5(problem: Problem, state: State) -> State:
 
 
 def ddim(problem: Problem, state: State) -> State:
-    """DDIM without noise (Song et al., arXiv 2010.02502, eq. 12): the predicted data and noise, mixed as at the next
-    time; on any path. One evaluation a step."""
+    """Take a step of DDIM without noise (Song et al., arXiv 2010.02502, eq. 12), on any path: mix the predicted data
+    and noise as at the next time. One evaluation per step."""
     (x, i, _), path = state, problem.path
     t, after = problem.times[i : i + 2]
     prediction = problem.denoise(x, t)
@@ -74,5 +74,5 @@ def ddim(problem: Problem, state: State) -> State:
 
 
 def ends_singular(problem: Problem, after: float) -> bool:
-    """Whether a step ends at the data of a path whose velocity is infinite there."""
+    """Return whether a step ends at the data, on a path whose velocity is infinite there."""
     return problem.path.singular and after == problem.path.cleanest

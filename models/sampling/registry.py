@@ -1,6 +1,6 @@
 """The samplers, and which of them fit a path.
 
-To add one: a function (problem, state) -> state, and a line in SAMPLERS.
+To add one, write a function (problem, state) -> state and add a line to SAMPLERS.
 """
 
 from models.paths.base import NoisePath

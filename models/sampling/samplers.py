@@ -1,4 +1,4 @@
-"""What a sampler is: it goes step by step from noise along a path to images, by a function `denoise(x, t)` that gives
+"""What a sampler is: it follows a path from noise to images step by step, using a function `denoise(x, t)` that returns
 the network's prediction. It knows nothing of groups, classes or guidance."""
 
 from collections.abc import Callable
@@ -17,10 +17,10 @@ Draw = Callable[[int], Tensor]
 class SamplerConfig(
     BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, json_schema_extra={"sampling": "only"}
 ):
-    """What some samplers have of their own."""
+    """Config fields of particular samplers."""
 
     tolerance: float = Field(1e-4, gt=0)
-    """Of dopri5: relative and absolute error that a step may have."""
+    """Of dopri5: relative and absolute error allowed in a step."""
     diffusion: Literal["sigma", "linear", "constant", "decreasing", "rising-falling", "sbdm"] = "sigma"
     """Of sde: how the strength of the added noise depends on time, under SiT's names."""
     diffusion_norm: float = Field(1.0, gt=0)
@@ -28,8 +28,8 @@ class SamplerConfig(
 
 
 class Problem(NamedTuple):
-    """What is to be sampled: `times` runs from the noise to the data, `draw(i)` is standard normal noise shaped like
-    the images for step i, and `settings` are the sampler's own fields of the config."""
+    """What to sample: `times` runs from the noise to the data, `draw(i)` returns standard normal noise for step i,
+    shaped like the images, and `settings` holds the sampler's own config fields."""
 
     denoise: Denoise
     path: NoisePath
@@ -43,8 +43,8 @@ class Problem(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where a sampler is: images x (B, C, H, W) at the beginning of step number `step`, and what the sampler keeps of
-    the steps before. Steps change no tensor in place, so a state that is kept stays as it is."""
+    """The state of a sampler: images x (B, C, H, W) at the beginning of step number `step`, and what the sampler keeps
+    from earlier steps. Steps change no tensor in place, so a saved state stays valid."""
 
     x: Tensor
     step: int = 0
@@ -52,15 +52,15 @@ class State(NamedTuple):
 
 
 class Sampler(NamedTuple):
-    """A sampler: `step` returns the state at the end of a step, usually of the next one; `needs` are what it converts
-    predictions to (see NoisePath.offers); `times` gives the times by (path, number of steps, settings)."""
+    """A sampler: `step` returns the state after one step, or after several; `needs` names what it converts predictions
+    to (see NoisePath.offers); `times` returns the times, given (path, number of steps, settings)."""
 
     step: Callable[[Problem, State], State]
     needs: frozenset[str]
     times: Callable[[NoisePath, int, SamplerConfig], list[float]]
 
     def run(self, problem: Problem, state: State, until: int | None = None) -> State:
-        """Go on from a state until step number `until` begins; None: to the end."""
+        """Continue from a state until step number `until` begins; None: to the end."""
         until = len(problem.times) - 1 if until is None else until
         while state.step < until:
             state = self.step(problem, state)

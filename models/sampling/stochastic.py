@@ -1,4 +1,4 @@
-"""Samplers that draw noise on the way: ancestral sampling, and SiT's SDE."""
+"""Stochastic samplers: ancestral sampling, and SiT's SDE."""
 
 import math
 from typing import Any
@@ -8,13 +8,14 @@ import torch
 from models.paths.base import NoisePath
 from models.sampling.samplers import Problem, SamplerConfig, State, same_time
 
-SDE_END, SBDM_START = 0.04, 1e-3  # SiT's: the last step's size; where its diffusion is finite
+SDE_END, SBDM_START = 0.04, 1e-3  # SiT's: the size of the last step; the first time, where sbdm's diffusion is finite
 
 
 def ddpm(problem: Problem, state: State) -> State:
-    """Ancestral sampling (Ho et al., arXiv 2006.11239, alg. 2), with the variance as learned. One evaluation a step."""
+    """Take a step of ancestral sampling (Ho et al., arXiv 2006.11239, alg. 2) with the model's variance. One evaluation
+    per step."""
     x, i, _ = state
-    path: Any = problem.path  # one that offers the posterior has `reverse`
+    path: Any = problem.path  # a path that offers the posterior has `reverse`
     t, before = problem.times[i : i + 2]
     mean, log_variance = path.reverse(problem.denoise(x, t), x, same_time(t, x), same_time(before, x))
     last = before == path.cleanest
@@ -22,8 +23,8 @@ def ddpm(problem: Problem, state: State) -> State:
 
 
 def sde(problem: Problem, state: State) -> State:
-    """Euler-Maruyama on SiT's SDE, dx = (velocity + w score) dt + sqrt(2 w) dW (arXiv 2401.08740, eq. 10, 11); the last
-    step has no noise ("mean" in SiT's code). One evaluation a step."""
+    """Take an Euler-Maruyama step on SiT's SDE, dx = (velocity + w score) dt + sqrt(2 w) dW (arXiv 2401.08740, eq. 10,
+    11); the last step has no noise ("mean" in SiT's code). One evaluation per step."""
     (x, i, _), path = state, problem.path
     t, after = problem.times[i : i + 2]
     prediction, now, step = problem.denoise(x, t), same_time(t, x), after - t
@@ -35,7 +36,7 @@ def sde(problem: Problem, state: State) -> State:
 
 
 def _diffusion(path: NoisePath, t: float, settings: SamplerConfig) -> float:
-    """w at a time (table 2 of arXiv 2401.08740; the last two as in its code)."""
+    """Return w at a time (table 2 of arXiv 2401.08740; the last two as in its code)."""
     alpha, sigma, d_alpha, d_sigma = (float(part) for part in path.schedule(torch.tensor(t, dtype=torch.float64)))
     norm = settings.diffusion_norm
     match settings.diffusion:
