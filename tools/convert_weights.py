@@ -14,6 +14,7 @@ from command_line import HelpFormatter, run_tool
 from torch import Tensor
 
 from data.sets.form import ImageForm
+from data.stores.files import appearing_path
 from models.backbones.registry import model_config
 from models.paths.registry import path_config
 from models.pretrained.published import CLASSES, EQUAL, FORMATS, convert, recognise, to_diffusers
@@ -92,14 +93,13 @@ def write_diffusers(weights: dict[str, Tensor], config: dict, out: Path, like: P
 
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel  # slow to import
 
-    partial = out.with_name(f"{out.name}.partial")
     transformer = DiTTransformer2DModel(**settings)
     transformer.load_state_dict(converted)
     try:
-        transformer.save_pretrained(partial)
-        for file in partial.iterdir():
-            shutil.copymode(like, file)
-        partial.rename(out)
+        with appearing_path(out, folder=True) as partial:
+            transformer.save_pretrained(partial)
+            for file in partial.iterdir():
+                shutil.copymode(like, file)
     except NOT_LOADED as error:
         raise RunError(f"{out}: cannot be written ({first_line(error)}); give another place") from None
     classes = settings["num_embeds_ada_norm"]

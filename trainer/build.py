@@ -86,9 +86,10 @@ def build_network(config: Config, images: ImageForm) -> Backbone:
 def initial_network(config: Config, images: ImageForm) -> nn.Module:
     """Return the network of a new run, with the weights `init_from` if the config has them. All ranks call it."""
     network = build_network(config, images)
-    if config.init_from:
+    start = config.init_from
+    if start:
         # one answer for all ranks: that run may still be training and keep writing newer checkpoints
-        source = from_rank_0(lambda: find_weights(config.init_from))
+        source = from_rank_0(lambda: find_weights(start))
         start_from(network, read_weights(source), str(source))
     return network
 

@@ -25,6 +25,6 @@ def add_facts(error: BaseException, **facts: Any) -> None:
     vars(error).update(facts)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the message of a library's exception, in short."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -4,34 +4,65 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
 from data.errors import DataError
 
 WORK = ".work"  # holds what is being written, inside the folder where it will appear
+TRIES = 100  # to write there, while other processes remove the empty folder
 
 
 @contextmanager
 def appearing(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing. It gets its name if the block succeeds and is removed if the block fails."""
+    with appearing_path(path) as partial, partial.open("wb") as file:
+        yield file
+        sync(file)
+
+
+@contextmanager
+def appearing_path(path: Path, folder: bool = False) -> Iterator[Path]:
+    """Make an empty file or folder for a library to write, which gets its name if the block succeeds and is
+    removed if the block fails. The caller calls `sync` on what must survive a power failure."""
     partial = partial_of(path)
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    _make(partial, folder)
     try:
-        with partial.open("wb") as file:
-            yield file
-            sync(file)
+        yield partial
         partial.replace(path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
         raise
+    finally:
+        with suppress(OSError):  # others write or hold locks there, or have removed it
+            partial.parent.rmdir()
 
 
 def partial_of(path: Path) -> Path:
     """Return the path where this process writes what will become `path`; other processes write elsewhere."""
     return path.parent / WORK / f"{path.name}.{os.uname().nodename}-{os.getpid()}"
+
+
+def _make(partial: Path, folder: bool) -> None:
+    for left in reversed(range(TRIES)):
+        try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            _remove(partial)  # of a killed process with the same number
+            partial.mkdir() if folder else partial.touch()
+            return
+        except (FileNotFoundError, FileExistsError):  # removed by a writer that was the last one there
+            if not left:
+                raise
+
+
+def _remove(partial: Path) -> None:
+    if partial.is_dir():
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -162,6 +162,7 @@ def test_an_exported_run_becomes_a_folder_of_diffusers(learns, call, tmp_path):
         "config.json",
         "diffusion_pytorch_model.safetensors",
     ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dit", "ema.safetensors", "run"]
     assert EQUAL in printed.splitlines() and "which is 10 here" in printed
     transformer = transformer_of(tmp_path / "dit")
     exec(EQUAL, {"transformer": transformer})
@@ -173,6 +174,20 @@ def test_an_exported_run_becomes_a_folder_of_diffusers(learns, call, tmp_path):
         expected = network(x, t, ours, torch.zeros_like(label))
         found = transformer(x, t, label).sample
     assert expected.abs().max() > 0 and (found - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+
+
+def test_a_run_exported_by_an_older_version_becomes_a_folder_of_diffusers(call, tmp_path):
+    overrides = ["path.name=ddpm", "sample.sampler=ddim", "model.max_group_size=1"]
+    config = load_config("configs/digits.yaml", [f"run={tmp_path}/run", *SMALL, *SHORT, *overrides])
+    tree = config.model_dump(mode="json")
+    tree["path"]["noise_scale"] = 1.0  # 0.1 wrote the fields of all paths, and not the form of the images
+    save_file(
+        build_network(config, open_data(config)).state_dict(),
+        tmp_path / "old.safetensors",
+        {"config": yaml.safe_dump(tree)},
+    )
+    call("convert_weights", "--to", "diffusers", tmp_path / "old.safetensors", tmp_path / "dit")
+    assert transformer_of(tmp_path / "dit").config.sample_size == 8
 
 
 def test_published_weights_become_a_pipeline_of_diffusers(published, call, save_vae, tmp_path, monkeypatch):

@@ -140,7 +140,7 @@ def summarise(cells: list[Cell], out: Path) -> list[dict]:
         runs = [_read_result(out / f"{c.name}.json") for c in cells if (c.axis, c.value) == (axis, value)]
         curves = [run["curve"] for run in runs]
         best = [min(curve, key=lambda point: point["frechet"]) for curve in curves]
-        matched = [at_real_accuracy(curve) for curve in curves]
+        matched = [found for found in map(at_real_accuracy, curves) if found is not None]
         measured = [run["s_cross"] for run in runs if run["s_cross"] is not None]
         rows.append(
             {
@@ -149,7 +149,7 @@ def summarise(cells: list[Cell], out: Path) -> list[dict]:
                 "seeds": len(runs),
                 "best": _statistics(best),
                 "curve": [_statistics(points) for points in zip(*curves, strict=True)],
-                "matched": None if None in matched else _mean_std(matched),
+                "matched": _mean_std(matched) if len(matched) == len(curves) else None,
                 "s_cross": _mean_std(measured) if measured else None,
             }
         )

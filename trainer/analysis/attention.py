@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.batches.batch import Batch, MicroBatch, make_batch
 from data.batches.plan import form_groups
@@ -113,6 +113,7 @@ def one_group(loaded: Loaded, groups: Groups, chosen: tuple[int, int, int, int],
     ):
         if not 0 <= value < limit:
             raise RunError(f"patch: {name} {value} is not there; choose from 0 to {limit - 1}")
+    assert isinstance(network, nn.Module)  # as `load` makes it
     group, image, row, column = chosen
     batch = _batch(loaded, groups, np.array([group]))
     masses: list[Tensor] = []

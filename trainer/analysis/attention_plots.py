@@ -49,7 +49,7 @@ def image_map(group: OneGroup, name: str) -> Figure:
         f" (white: {100 / size:g}, uniform attention)",
         fontsize=10,
     )
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 2))
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 2))[:, 0]
     for number, axes in enumerate(above.subplots(1, size, squeeze=False)[0]):
         _image(axes, group, number)
     panels, colours = below.subplots(1, levels), _around(100 / size, 100 * group.mass)

@@ -47,7 +47,8 @@ def watched(network: Network, path: NoisePath, sums: list[Tensor], module: nn.Mo
     """Return the network, wrapped so that each call with groups adds the input of `mean_attention` to `sums`. In such a
     call all groups share attention, but those beyond the first `grouped` images, which should not, do not count.
     `module` does the computing; None: the network itself."""
-    module = network if module is None else module
+    computes = network if module is None else module
+    assert isinstance(computes, nn.Module)
 
     def forward(
         x: Tensor, t: Tensor, label: Tensor, slot: Tensor, group_size: int = 1, grouped: int | None = None
@@ -55,7 +56,7 @@ def watched(network: Network, path: NoisePath, sums: list[Tensor], module: nn.Mo
         if group_size == 1:
             return network(x, t, label, slot)
         masses: list[Tensor] = []
-        with observing(module, keep_masses(masses, len(x), group_size)):
+        with observing(computes, keep_masses(masses, len(x), group_size)):
             out = network(x, t, label, slot, group_size)
         mass, log_snr = torch.stack(masses), path.log_snr(t[::group_size])
         counted = torch.arange(len(log_snr), device=x.device) < (len(x) if grouped is None else grouped) // group_size

@@ -16,9 +16,8 @@ from mmap import PAGESIZE, mmap
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from isal.isal_zlib import crc32  # several times as fast as zlib's
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 
 from trainer.errors import RunError
 
@@ -139,7 +138,7 @@ class _Files(FileSystem):
         self.sums[new_path.name] = self.sums.pop(path.name)
 
 
-class Writer(dcp.FileSystemWriter):
+class Writer(FileSystemWriter):
     """DCP's writer. When it is done, its files are on disk, and those that this rank wrote are listed in `sums`."""
 
     def __init__(self, folder: Path) -> None:

@@ -19,10 +19,11 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from data.sets.form import ImageForm
 from trainer.checkpoints.files import Damaged, Sums, Writer, check_file, check_size, damaged, written
@@ -58,7 +59,7 @@ def save(
             return
         writer = Writer(partial)
         with _without_collections():
-            dcp.save(state, storage_writer=writer, process_group=group)
+            dcp_save(state, storage_writer=writer, process_group=group)
         parts = _everywhere(group, lambda: writer.sums)
 
         def finish() -> None:
@@ -163,7 +164,7 @@ def load(checkpoint: Path, state: dict[str, dict]) -> int:
     try:
         with warnings.catch_warnings(), _without_collections():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-            dcp.load(state, storage_reader=reader)
+            dcp_load(state, storage_reader=reader)
     except CheckpointException as error:
         causes = _causes(error)
         cause = next((one for one in causes if isinstance(one, Damaged)), causes[0])

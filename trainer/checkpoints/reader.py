@@ -9,8 +9,8 @@ from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
@@ -38,7 +38,7 @@ _INDEX_CLASSES = {
 }
 
 
-class Reader(dcp.FileSystemReader):
+class Reader(FileSystemReader):
     """DCP's reader, whose pickled index may name only the classes that an index consists of.
 
     Each of the manifest's `files` is read and checksummed whole by one rank: Damaged if it is not as it was written.
@@ -53,6 +53,7 @@ class Reader(dcp.FileSystemReader):
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
         """Return the index. Raise RunError if it is none, or names other classes: unpickling those would run code."""
         self._index = self._index or self._read_index()
+        assert self._index.storage_meta is not None  # _read_index has set a field of it
         self._index.storage_meta.load_id = self.load_id  # a new one for each load
         return self._index
 
@@ -203,7 +204,9 @@ class _IndexUnpickler(pickle.Unpickler):
             return found
 
         def make(_: type, *arguments: object) -> object:
-            return found.__new__(found, *arguments) if is_dataclass(found) else found(*arguments)
+            if isinstance(found, type) and is_dataclass(found):
+                return found.__new__(found, *arguments)
+            return found(*arguments)
 
         # return a function that makes such objects, not the class: a pickle could set attributes of the class
         return type(name, (), {"__new__": make})

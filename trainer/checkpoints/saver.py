@@ -28,7 +28,9 @@ class Saver:
 
     def __init__(self, run: Path, config: CheckpointConfig, timeout: float) -> None:
         self._run, self._config = run, config
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        assert isinstance(group, dist.ProcessGroup)  # all ranks are in it
+        self._group = group
         cuda = torch.cuda.is_available()
         self._device = torch.cuda.current_device() if cuda else None
         self._stager = DefaultStager(
@@ -46,9 +48,11 @@ class Saver:
         if self._config.asynchronous:
             if torch.accelerator.is_available():  # the copy's stream is not the update's
                 torch.accelerator.current_stream().synchronize()
-            states = self._stager.stage(states)
+            copied = self._stager.stage(states)
+        else:
+            copied = states
         # a daemon, so that a failing process does not wait for it
-        arguments = (position, states, config, images, metrics)
+        arguments = (position, copied, config, images, metrics)
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._thread.start()
         if not self._config.asynchronous:
@@ -58,14 +62,21 @@ class Saver:
         """Wait until the state being saved may change."""
         self._stager.synchronize_staging()
 
-    def _write(self, position: int, states: States | Future[States], *about: object) -> None:
+    def _write(
+        self,
+        position: int,
+        states: States | Future[States],
+        config: str,
+        images: ImageForm,
+        metrics: dict[str, float],
+    ) -> None:
         try:
             if self._device is not None:
                 torch.cuda.set_device(self._device)  # a new thread starts with the first GPU
             if isinstance(states, Future):
                 states = states.result()
             for name, state in states.items():
-                checkpoint.save(self._run / name, position, state, *about, group=self._group)
+                checkpoint.save(self._run / name, position, state, config, images, metrics, self._group)
             if dist.get_rank() == 0:
                 prune(self._run / CHECKPOINTS, self._config)
         except BaseException as error:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.sets.form import ImageForm, read_form
+from data.stores.files import appearing_path, sync
 from trainer.checkpoints import folder as checkpoint
 from trainer.errors import RunError, first_line
 
@@ -140,12 +141,12 @@ def write_weights(weights: dict[str, Tensor], out: Path, folder: Path, kind: str
 
 def save_weights(weights: dict[str, Tensor], out: Path, metadata: dict[str, str], like: Path) -> None:
     """Write a .safetensors file, whole or not at all, readable by everyone who may read the file `like`."""
-    partial = out.with_suffix(".partial")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(weights, partial, metadata)
-        shutil.copymode(like, partial)
-        partial.replace(out)
+        with appearing_path(out) as partial:
+            save_file(weights, partial, metadata)
+            shutil.copymode(like, partial)
+            with partial.open("rb") as file:
+                sync(file)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out}: cannot be written ({first_line(error)}); give another place") from None
 

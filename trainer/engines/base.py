@@ -44,6 +44,7 @@ class Engine(ABC):
     """
 
     options: ClassVar[tuple[str, ...]] = ()  # the fields of EngineConfig that only this and some other engines use
+    network: nn.Module  # computes the prediction, and may be wrapped; analyses observe its layers
     weights: dict[str, Tensor]  # of the network, by name, as they are trained on this rank
     averages: dict[str, EMA]  # of `weights`, by their name in checkpoints; "ema" is the one that makes samples
     steps: int = 0  # taken so far, including those before a checkpoint

@@ -43,6 +43,7 @@ class DeepSpeed(Engine):
         from trainer.engines import zero
 
         self._device, self._bf16, self._clip = ranks.device, config.precision == "bf16", optim.clip
+        self.network = network
         self.weights = dict(network.named_parameters())
         trained = self.weights | head_weights(heads)
         self._shapes = {name: weight.shape for name, weight in trained.items()}

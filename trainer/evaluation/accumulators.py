@@ -45,8 +45,10 @@ class FeatureSample:
     """Vectors (d,) of all images, or of `most` of them at equal intervals, as float32 in order of their numbers."""
 
     def __init__(self, width: int, images: int, most: int | None = None) -> None:
-        everyone = most is None or images <= most
-        self._kept = np.arange(images) if everyone else np.linspace(0, images - 1, most).astype(int)
+        if most is None or images <= most:
+            self._kept = np.arange(images)
+        else:
+            self._kept = np.linspace(0, images - 1, most).astype(int)
         self._features = torch.empty(len(self._kept), width)  # uses memory only where it is filled
         self._first = self._last = 0  # range of the rows filled so far
 

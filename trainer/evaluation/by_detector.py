@@ -77,7 +77,7 @@ def make_evaluator(
         generated = compute_statistics(detector, samples, wanted, ranks, progress)
         if ranks.rank:
             return None
-        _warn_if_few(chosen, generated, real)
+        _warn_if_few(chosen, generated, {len(samples), real.images or len(samples)})
         return {
             **{name: one.compute(generated.values, real.values, ranks.device) for name, one in chosen.items()},
             "images": {"images": len(samples)},
@@ -97,8 +97,8 @@ def _choose(names: list[str] | None, detector: Detector, outputs: set[str]) -> d
     return {name: METRICS[name] for name in names or there}
 
 
-def _warn_if_few(metrics: dict[str, Metric], generated: Statistics, real: Statistics) -> None:
-    """Warn for each Frechet distance, which needs moments, whose images are too few."""
+def _warn_if_few(metrics: dict[str, Metric], generated: Statistics, numbers: set[int]) -> None:
+    """Warn for each Frechet distance, which needs moments, if one of the `numbers` of images is too small."""
     for moments in (one for metric in metrics.values() for one in metric.needs if one in (MOMENTS, SPATIAL)):
-        for images in {generated.images, real.images or generated.images}:
+        for images in numbers:
             warn_if_few(images, len(generated.values[moments.name][0]))

@@ -24,12 +24,16 @@ THREADS = min(8, os.cpu_count() or 1)  # threads that read and decode
 class ImageSet(Protocol):
     """Images, read by number."""
 
-    shape: tuple[int, int, int]  # H, W, C of an image
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """H, W, C of an image."""
+        ...
 
     def __len__(self) -> int: ...
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return images `start` to `stop` as uint8 (stop - start, H, W, C). Raise RunError if one cannot be read."""
+        ...
 
 
 class StoredImages(ImageSet, Protocol):
@@ -37,6 +41,7 @@ class StoredImages(ImageSet, Protocol):
 
     def checksum(self) -> str:
         """Return the SHA-256 of the files' content."""
+        ...
 
 
 class ArrayFile:
@@ -47,13 +52,15 @@ class ArrayFile:
         with open_npz(path) as archive:
             if ARRAY not in archive.files:
                 raise RunError(f"{path}: no {ARRAY} in it, only {', '.join(archive.files)}; put the images there")
+            assert archive.zip is not None  # it is open
             self._offset, shape, dtype, fortran = _place(archive.zip, path)
             if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or not all(shape):
                 raise RunError(
                     f"{path}: {ARRAY} {_describe(archive, shape, dtype)}; give uint8 (n, H, W, 1 or 3), 0 to 255"
                 )
             self._whole = archive[ARRAY] if fortran or self._offset is None else None
-        self._number, *self.shape = shape
+        self._number, height, width, channels = shape
+        self.shape = height, width, channels
 
     def __len__(self) -> int:
         return self._number
@@ -62,6 +69,7 @@ class ArrayFile:
         """As ImageSet.read."""
         if self._whole is not None:
             return self._whole[start:stop]
+        assert self._offset is not None  # else the whole is in memory
         size = int(np.prod(self.shape))
         with self.path.open("rb") as file:  # not a memory map: its pages count as this process's memory
             file.seek(self._offset + start * size)
@@ -80,7 +88,8 @@ class Pictures:
 
     def __init__(self, path: Path, items: list[Item], side: int | None) -> None:
         self.path, self._items, self._side = path, items, side
-        self.shape = (side, side, 3) if side else self._decode(items[0]).shape
+        height, width = (side, side) if side else self._decode(items[0]).shape[:2]
+        self.shape = height, width, 3
 
     def __len__(self) -> int:
         return len(self._items)

@@ -22,12 +22,15 @@ class Accumulator(Protocol):
 
     def add(self, values: Tensor, numbers: Tensor) -> None:
         """Add an output (n, d) of the detector for the images `numbers` (n,), which ascend."""
+        ...
 
     def reduce(self, ranks: Ranks) -> None:
         """Combine the statistics of all ranks, at least on rank 0. All ranks call it, once."""
+        ...
 
     def value(self) -> Arrays:
         """Return the statistic of everything that was added."""
+        ...
 
 
 class Statistic(NamedTuple):

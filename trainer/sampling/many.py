@@ -7,7 +7,7 @@ one kind of machine, and the same command resumes where it stopped.
 
 import zipfile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ def _sample_many(
             pixels = to_uint8(decode(made).cpu())[: number - part * per_part * size]
             if form == "png":
                 _write_pngs(out, pixels, part * per_part * size, size, images.num_classes)
-            kept = {"images": pixels} if form == "npz" else {}
+            kept: dict[str, Any] = {"images": pixels} if form == "npz" else {}
             with appearing(out / PARTS / names[part]) as target:
                 np.savez(target, evaluations=evaluations, **kept)
             claims.release(part)

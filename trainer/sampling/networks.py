@@ -54,7 +54,9 @@ def load(source: WeightSource, config: Config) -> Loaded:
         part = "model" if source.raw else "ema"
         checkpoint.load(source.checkpoint, {part: network.state_dict()})  # fills the network's own tensors
     others = [_load_other(name, config, images) for name in ("weaker", "small")]
-    return Loaded(config, images, Networks(*(net and net.to(device).eval() for net in (network, *others))), device)
+    ready = network.to(device).eval()
+    weaker, small = (other and other.to(device).eval() for other in others)
+    return Loaded(config, images, Networks(ready, weaker, small), device)
 
 
 def _load_other(name: str, config: Config, images: ImageForm) -> nn.Module | None:

@@ -13,7 +13,7 @@ import pytest
 
 from data.errors import DataError
 from data.stores.claims import Claims, wait_for_lock
-from data.stores.files import WORK, appearing, partial_of
+from data.stores.files import WORK, appearing, appearing_path, partial_of
 
 FORK = get_context("fork")
 
@@ -237,7 +237,31 @@ def test_a_file_whose_writer_fails_stays_as_it_was(tmp_path, before):
         file.write(b"new")
         raise KeyboardInterrupt
     assert ((tmp_path / "file").read_bytes() if before else (tmp_path / "file").exists()) == (before or False)
-    assert list((tmp_path / WORK).iterdir()) == []
+    assert not (tmp_path / WORK).exists()
+
+
+def write_often(folder, number):
+    for i in range(500):
+        with appearing(folder / f"{number}-{i}") as file:
+            file.write(b"x")
+
+
+def test_writers_that_remove_the_folder_they_wrote_in_do_not_disturb_one_another(tmp_path):
+    writers = [start(write_often, tmp_path, number) for number in range(4)]
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0] * 4
+    assert len(list(tmp_path.iterdir())) == 4 * 500, "every file, and nothing else"
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with appearing_path(tmp_path / "made", folder=True) as partial:
+        (partial / "file").write_text("new")
+        assert not (tmp_path / "made").exists()
+    with pytest.raises(KeyboardInterrupt), appearing_path(tmp_path / "failed", folder=True) as partial:
+        (partial / "file").write_text("new")
+        raise KeyboardInterrupt
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["made", "made/file"]
 
 
 @pytest.mark.parametrize("below", ["", "below/it"])
