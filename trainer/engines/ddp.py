@@ -1,5 +1,6 @@
 """The whole network on each rank; gradients are averaged while they are computed."""
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -19,9 +20,11 @@ class DDP(Single):
         self, network: nn.Module, heads: nn.ModuleDict, config: EngineConfig, optim: OptimConfig, ranks: Ranks
     ) -> None:
         devices = [ranks.device] if ranks.device.type == "cuda" else None
-        self._replica = DistributedDataParallel(
-            network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        with warnings.catch_warnings():  # from torch 2.13 on, of an argument whose successor older ones lack
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self._replica = DistributedDataParallel(
+                network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         super().__init__(network, heads, config, optim, ranks)
         self.network = self._replica
 
