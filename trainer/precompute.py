@@ -69,16 +69,13 @@ def latents_work(
         "dtype": dtype,
     }
 
-    def prepare(image: Image.Image) -> np.ndarray:
-        return center_crop(image, image_size).transpose(2, 0, 1)
-
     def encode(pixels: Tensor) -> dict[str, np.ndarray]:
         x = pixels.to(vae.device, non_blocking=True) / 127.5 - 1
         moments = vae.moments(torch.cat([x, x.flip(3)]))
         both = moments.unflatten(0, (2, len(x))).transpose(0, 1)
         return {"moments": both.to(getattr(torch, dtype)).cpu().numpy()}
 
-    return Work("latents", images, out, settings, prepare, encode, part_size, batch, workers, max_rejects)
+    return Work("latents", images, out, settings, _cropped(image_size), encode, part_size, batch, workers, max_rejects)
 
 
 def precompute_features(
@@ -108,6 +105,11 @@ def precompute_features(
 
     work = Work("features", images, out, settings, network.prepare, encode, part_size, batch, workers, max_rejects)
     return extract(work, process, processes)
+
+
+def _cropped(size: int) -> Callable[[Image.Image], np.ndarray]:
+    """Return the preparation of an image as a centre crop, uint8 (3, size, size)."""
+    return lambda image: center_crop(image, size).transpose(2, 0, 1)
 
 
 def _load(option: str, name: str, load: Callable[[], T]) -> T:
@@ -140,11 +142,10 @@ def precompute_pixels(
     stored. Return the manifest, or None if other processes are still making shards."""
     settings = {"size": image_size, "transform": "ADM centre crop"}
 
-    def prepare(image: Image.Image) -> np.ndarray:
-        return center_crop(image, image_size).transpose(2, 0, 1)
-
     def encode(pixels: Tensor) -> dict[str, np.ndarray]:
         return {"pixels": pixels.numpy()}
 
-    work = Work("pixels", images, out, settings, prepare, encode, part_size, PIXELS_AT_ONCE, workers, max_rejects)
+    work = Work(
+        "pixels", images, out, settings, _cropped(image_size), encode, part_size, PIXELS_AT_ONCE, workers, max_rejects
+    )
     return extract(work, process, processes)

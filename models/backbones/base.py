@@ -1,5 +1,6 @@
 """What a backbone is, and the config fields that all backbones have."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
 
@@ -75,7 +76,7 @@ class BackboneConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
         return self.group_layers is None or layer in self.group_layers
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """A network for images (channels, side, side) of `num_classes` classes that predicts `out_channels`. A subclass is
     constructed from (config, channels, side, num_classes, out_channels), freshly initialised.
 
@@ -98,6 +99,7 @@ class Backbone(nn.Module):
             raise ValueError(f"model.patch={config.patch}: must divide the image side {side}")
         self.config, self.out_channels = config, out_channels or channels
 
+    @abstractmethod
     def forward(
         self, x: Tensor, t: Tensor, label: Tensor, slot: Tensor, group_size: int = 1, grouped: int | None = None
     ) -> Tensor:
@@ -107,4 +109,3 @@ class Backbone(nn.Module):
         Groups are `group_size` contiguous images. The first `grouped` images share attention in their groups (None:
         all), the others attend only to themselves.
         """
-        raise NotImplementedError

@@ -3,6 +3,7 @@
 To add a term, write a subclass of Term in a file of its own and add a line to TERMS (registry.py).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
@@ -86,7 +87,7 @@ class TermConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstring
     """Factor of the term in the loss. 0: leave the term out."""
 
 
-class Term:
+class Term(ABC):
     """A loss per image that is added to the other terms.
 
     It is constructed once per run; the random initial weights of `modules` depend on the run's seed and the term's
@@ -104,11 +105,11 @@ class Term:
         fit these."""
         self.config = config
 
+    @abstractmethod
     def __call__(self, forward: Forward, batch: NoisyImages, path: NoisePath) -> Tensor:
         """Return the loss of each image, (B,), fp32. It may depend on the other images of the group, but not on the
         rest of the batch, which differs with the number of ranks. All ranks call this in each micro-batch; it must draw
         no random numbers, and must call its modules."""
-        raise NotImplementedError
 
 
 def forward_pass(network: Callable[..., Tensor], path: NoisePath, batch: NoisyImages) -> Forward:

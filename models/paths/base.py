@@ -5,6 +5,7 @@ conversions between predictions of data, noise, velocity and score, log-SNR, los
 on different paths, so "noisy" or "early" always refers to log-SNR, never to t.
 """
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
@@ -68,7 +69,7 @@ class Schedule(NamedTuple):
     d_sigma: Tensor
 
 
-class NoisePath:
+class NoisePath(ABC):
     """A path whose network predicts the velocity alpha' x + sigma' noise. Images are (B, C, H, W), times (B,).
 
     Sampling runs from time `noisiest` to time `cleanest`; `singular` means that the velocity is infinite at the latter.
@@ -90,9 +91,9 @@ class NoisePath:
         """Name of the path in a config."""
         return self.config.name
 
+    @abstractmethod
     def schedule(self, t: Tensor) -> Schedule:
         """Return the schedule at times t, in float64, elementwise."""
-        raise NotImplementedError
 
     def at(self, t: Tensor, like: Tensor) -> Schedule:
         """Return the schedule at times (B,), as factors for images `like`."""

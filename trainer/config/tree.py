@@ -73,7 +73,7 @@ class EvaluateConfig(
     """Samples of each class to measure."""
     detector: str | None = Field(None, json_schema_extra={"path": True})
     """File or name of the network whose features are compared, as for tools/evaluate.py. null: a small classifier of
-    digits or glyphs."""
+    the run's own images (digits, glyphs, pixels)."""
     reference: str | None = Field(None, json_schema_extra={"path": True})
     """Real images, or their statistics, to compare with; goes with `detector`."""
     metrics: tuple[str, ...] | None = None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from trainer.engines.base import Shards
 from trainer.engines.config import EngineConfig, OptimConfig
@@ -67,6 +68,12 @@ class FSDP(Single):
         """Exchange gradients in the last micro-batch of a step only."""
         self._sharded.set_requires_gradient_sync(last)
         return nullcontext()
+
+    def step(self, lr: float) -> Tensor:
+        """Do the same as one process, on shards. Return the norm over all of them."""
+        norm = super().step(lr)
+        assert isinstance(norm, DTensor)
+        return norm.full_tensor()
 
     def reshard(self) -> None:
         """Free the weights that the root keeps from a forward pass until a backward pass."""

@@ -4,7 +4,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from trainer.engines.base import HEADS, Engine, Shards, head_weights
 from trainer.engines.config import EngineConfig, OptimConfig
@@ -72,7 +71,7 @@ class Single(Engine):
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.update_averages()
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return norm
 
     def reshard(self) -> None:
         """Do nothing: nothing is sharded."""
