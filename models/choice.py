@@ -78,6 +78,17 @@ class OneOf:
         return {"anyOf": [{"type": "string", "enum": list(self.table)}, *sections]}
 
 
+@dataclass(frozen=True)
+class Sections:
+    """Mark a config field that is a dict of sections: `classes()` returns the class of each possible one, by name."""
+
+    classes: Callable[[], dict[str, type[BaseModel]]]
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        sections = {name: handler(config.__pydantic_core_schema__) for name, config in self.classes().items()}
+        return {"type": "object", "properties": sections, "additionalProperties": False}
+
+
 def _error(error: PydanticKnownError, value: object, field: str) -> ValidationError:
     """Return the error at a field of the section."""
     details = InitErrorDetails(type=error.type, ctx=error.context or {}, loc=(field,), input=value)

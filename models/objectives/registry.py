@@ -1,29 +1,16 @@
 """The loss terms, and their section in a config."""
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, SerializeAsAny, create_model
-from pydantic.json_schema import JsonSchemaValue
+from pydantic import BeforeValidator, ConfigDict, Field, SerializeAsAny, create_model
 
+from models.choice import Sections
 from models.objectives.denoising import Denoising
 from models.objectives.term import Term, TermConfig
 
 MAIN = "denoising"  # the term that a run has by default
 TERMS: dict[str, type[Term]] = {MAIN: Denoising}
-
-
-@dataclass(frozen=True)
-class Sections:
-    """Mark a config field that is a dict of sections: `classes()` returns the class of each possible one, by name."""
-
-    classes: Callable[[], dict[str, type[BaseModel]]]
-
-    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        sections = {name: handler(config.__pydantic_core_schema__) for name, config in self.classes().items()}
-        return {"type": "object", "properties": sections, "additionalProperties": False}
 
 
 def _known(value: object) -> object:

@@ -16,8 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from models.choice import OneOf
-from models.objectives.registry import Sections
+from models.choice import OneOf, Sections
 
 
 class ConfigField(NamedTuple):
