@@ -7,6 +7,7 @@ import torch
 
 from models.backbones.dit import DiT
 from models.backbones.embeddings import NULL_LABEL
+from models.backbones.registry import model_config
 from models.paths.registry import path_config
 from models.pretrained.published import EQUAL, convert, first_half, recognise, to_diffusers, turn_time
 from tests.published import CHANNELS, CLASSES, NETWORKS, SIDE, SLOTS, Denoiser, make
@@ -270,14 +271,14 @@ def test_diffusers_class_predicts_the_same_once_its_frequencies_are_ours(name, p
         ({"max_group_size": 16}, "ddpm", "model.max_group_size=16: "),
         ({"mlp_ratio": 2.0}, "ddpm", "model.mlp_ratio=2.0: "),
         ({"time_scale": 1000.0}, "ddpm", "model.time_scale=1000.0: "),
-        ({"backbone": "jit", "context_start": 1}, "ddpm", "model.backbone=jit: "),
+        ({"backbone": "jit", "width": 24, "context_start": 1}, "ddpm", "model.backbone=jit: "),
         ({"depth": 3}, "ddpm", "blocks.2.attn.qkv.weight is missing"),
         ({"width": 12}, "ddpm", "x_embedder.proj.weight is (24, 12), must be (12, 12)"),
     ],
 )
 def test_what_diffusers_cannot_be_is_refused(model, path, said, published):
     ours, config = convert(published("dit")[1], "dit")
-    wrong = DiT.Config(**{**config["model"], "heads": 3, **model})
+    wrong = model_config({**config["model"], "heads": 3, **model})
     with pytest.raises(ValueError) as caught:
         to_diffusers(ours, wrong, path_config({"name": path}), SIDE)
     assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
