@@ -59,7 +59,7 @@ def estimate(config: Config, images: ImageForm, world_size: int, utilisation: fl
 def _layout(config: Config, ranks: int) -> tuple[int, float, float]:
     """Return (ranks that share a copy of the weights, bytes of states and numbers sent by a rank per parameter)."""
     weights, gradients, moments = ENGINES[config.engine].shards(config, ranks)
-    averages = 1 + len(config.optim.power_ema)
+    averages = len(config.optim.ema) + len(config.optim.power_ema)
     states = 4 * (1 + averages) / weights + 4 / gradients + 8 / moments
     copies = ranks // weights
     return weights, states, 3 * (weights - 1) / weights + 2 * (copies - 1) / copies / weights

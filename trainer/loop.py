@@ -18,6 +18,7 @@ from trainer.config.parsing import to_yaml
 from trainer.config.tree import Config, check_world
 from trainer.engines.build import build_engine
 from trainer.engines.ema import power_averages
+from trainer.engines.schedules import lr_at
 from trainer.engines.stop_vote import StopVote
 from trainer.monitor import Monitor
 from trainer.periodic import Periodic, has_passed
@@ -77,7 +78,7 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
             # update
             saver.wait_for_copy()
             before, position = position, (step + 1) * batch
-            lr = config.optim.lr_at(position)
+            lr = lr_at(config.optim, position, config.train.images)
             grad_norm = engine.step(lr)
             grouped = sum(len(m.u) for m in micro_batches if m.in_groups) / images_per_rank
             fallbacks = sum(m.fallbacks for m in micro_batches)

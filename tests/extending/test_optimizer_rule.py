@@ -75,7 +75,7 @@ def test_an_optimizer_of_ones_own_trains_saves_resumes_and_samples(engine, run, 
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("optim.decay=some", r"optim.decay=some: .* 'all' or 'no_biases'"),
+        ("optim.decay=some", r"optim.decay=some: .* 'all' or 'matrices' or 'no_biases'"),
         ("optim.name=adam", r"optim.name=adam: .* 'adamw' or 'sgd'"),
         ("optim.name=sgd engine=deepspeed", r"optim.name=sgd: not with engine=deepspeed; set adamw"),
     ],

@@ -22,6 +22,7 @@ from trainer.checkpoints import folder as checkpoint
 from trainer.config.tree import load_config
 from trainer.engines.base import Engine
 from trainer.engines.build import build_engine
+from trainer.engines.schedules import lr_at
 from trainer.ranks import process_group
 
 
@@ -96,7 +97,7 @@ def go_on(*overrides: str) -> None:
                         part = loss_of_images.sum() * ranks.world_size / batch
                         engine.backward(part)
                         loss += part.detach()
-                engine.step(config.optim.lr_at(batch * (first + len(losses) + 1)))
+                engine.step(lr_at(config.optim, batch * (first + len(losses) + 1), config.train.images))
                 dist.all_reduce(loss)
                 losses.append(loss.item() / ranks.world_size)
             results[source.name] = {"errors": errors, "losses": losses}

@@ -24,6 +24,7 @@ from trainer.config.strict_yaml import YamlError, parse
 from trainer.config.sweeps import parse_sweep
 from trainer.engines.build import check_engine, check_ranks
 from trainer.engines.config import EngineConfig, OptimConfig
+from trainer.engines.schedules import check_schedule
 from trainer.errors import RunError
 from trainer.sinks import SINKS
 
@@ -111,6 +112,7 @@ class Config(EngineConfig, extra="forbid", frozen=True, use_attribute_docstrings
     @model_validator(mode="after")
     def _check(self) -> "Config":
         check_engine(self, self.optim)
+        check_schedule(self.optim, self.train.images)
         size, limit = self.groups.size, self.model.max_group_size
         if size > limit:
             raise ValueError(f"groups.size={size}: above model.max_group_size={limit}; lower one or raise the other")

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.engines.ema import EMA
+from trainer.engines.optimizer import HEADS
 from trainer.ranks import Ranks
-
-HEADS = "heads"  # the part of a checkpoint that holds them, and the first word of their parameters' names
 
 
 class Shards(NamedTuple):

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from trainer.engines.power_ema import WIDEST
 
@@ -32,15 +32,24 @@ class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
 
 Std = Annotated[float, Field(gt=0, lt=WIDEST)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """The optimizer, with a constant learning rate after a linear warm-up, and the averages of its weights."""
+    """The optimizer, its learning rate over the run, and the averages of its weights."""
 
     lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
     """Learning rate after the warm-up."""
     warmup: int = Field(0, ge=0)
     """Images over which the learning rate rises from 0 to `lr`. 0: no warm-up."""
+    schedule: str = Field("constant", json_schema_extra={"keys_of": "trainer.engines.schedules:SCHEDULES"})
+    """The learning rate after the warm-up. constant: `lr`; cosine, linear: falls to `final_lr` over `decay_images`; wsd
+    (warm-up, stable, decay): `lr`, and a linear fall over the last `decay_images` of the run."""
+    decay_images: int | None = Field(None, ge=1)
+    """Images over which the schedule lets the learning rate fall. null: cosine and linear fall until train.images, wsd
+    over the last tenth of what follows the warm-up."""
+    final_lr: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Learning rate at the end of the fall, and after it."""
     name: str = Field("adamw", json_schema_extra={"keys_of": "trainer.engines.optimizer:OPTIMIZERS"})
     """The optimizer."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
@@ -48,14 +57,23 @@ class OptimConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     weight_decay: float = Field(0.01, ge=0)
     """AdamW's weight decay."""
     decay: str = Field("all", json_schema_extra={"keys_of": "trainer.engines.optimizer:RULES"})
-    """Rule for which parameters decay. all: every parameter."""
+    """Rule for which parameters decay. all: every parameter; matrices: those of two or more dimensions, but for norms,
+    embeddings and class tokens."""
     clip: float | None = Field(3.0, gt=0)
     """Largest norm of the gradient; a larger one is scaled down to it. null: no clipping."""
-    ema: float = Field(0.9999, ge=0, lt=1)
-    """Decay per step of the averaged weights."""
+    ema: tuple[Decay, ...] = Field((0.9999,), min_length=1)
+    """Decay per step of the averaged weights. If there are several, the first average makes the samples; the others are
+    called ema_<decay>, as in `tools/sample.py --weights ema_0.9996`."""
     power_ema: tuple[Std, ...] = ()
     """Relative standard deviations of further averages for tools/reconstruct_ema.py, like [0.05, 0.1]. []: none."""
 
-    def lr_at(self, position: int) -> float:
-        """Return the learning rate of the step that brings the images seen to `position`."""
-        return self.lr * min(1.0, position / self.warmup) if self.warmup else self.lr
+    @field_validator("ema", mode="before", json_schema_input_type=Decay | tuple[Decay, ...])
+    @classmethod
+    def _one_or_more(cls, value: object) -> object:
+        return value if isinstance(value, list | tuple) else (value,)
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimConfig":
+        if len(set(self.ema)) < len(self.ema):
+            raise ValueError(f"ema={list(self.ema)}: two averages of one decay are the same; give each once")
+        return self

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.engines.base import HEADS, Engine, Shards, head_weights
+from trainer.engines.base import Engine, Shards, head_weights
 from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.engines.deepspeed_config import deepspeed_config
 from trainer.engines.ema import make_averages
-from trainer.engines.optimizer import RULES, Group, parameter_groups, stateless_adamw
+from trainer.engines.optimizer import HEADS, Group, parameter_groups, stateless_adamw
 from trainer.ranks import Ranks
 
 
@@ -49,7 +49,7 @@ class DeepSpeed(Engine):
         self._shapes = {name: weight.shape for name, weight in trained.items()}
         settings = deepspeed_config(config, optim)
         numbers = settings["zero_optimization"]["allgather_bucket_size"]
-        adamw = stateless_adamw(_cut(parameter_groups(trained, RULES[optim.decay]), numbers), optim)
+        adamw = stateless_adamw(_cut(parameter_groups(trained, optim), numbers), optim)
         model = _WithHeads(network, heads) if len(heads) else network
         self._engine: Any = zero.initialize(model, adamw, settings)
         self._stage = zero.STAGES[config.zero](self._engine, adamw, trained, ranks)

@@ -13,7 +13,7 @@ _OURS = {
     "gradient_accumulation_steps": "train.micro_batch",
     "gradient_clipping": "optim.clip",
     "optimizer": "optim",
-    "scheduler": "optim.warmup",
+    "scheduler": "optim.schedule",
     "fp16": "precision",
     "bf16": "precision",
     "amp": "precision",

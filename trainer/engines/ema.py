@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, _foreach_copy_, _foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
@@ -11,6 +12,7 @@ from trainer.engines.config import OptimConfig
 from trainer.engines.power_ema import power_decay
 
 POWER = "ema-"  # followed by the std: the name of an average with a power profile
+FURTHER = "ema_"  # followed by the decay: the name of an average after the first of `optim.ema`
 
 
 def local_shards(tensors: dict[str, Tensor]) -> list[Tensor]:
@@ -53,9 +55,16 @@ def power_name(std: float) -> str:
 
 
 def make_averages(weights: dict[str, Tensor], optim: OptimConfig) -> dict[str, EMA]:
-    """Return averages by their names in checkpoints: "ema", of exponential decay, and those of `optim.power_ema`."""
-    powers = {power_name(std): EMA(weights, power_decay(std)) for std in optim.power_ema}
-    return {"ema": EMA(weights, lambda step: optim.ema), **powers}
+    """Return averages by their names in checkpoints: "ema", of exponential decay, the further ones of `optim.ema`, and
+    those of `optim.power_ema`."""
+    names = ["ema", *(f"{FURTHER}{decay}" for decay in optim.ema[1:])]
+    decays = {name: partial(_constant, decay) for name, decay in zip(names, optim.ema, strict=True)}
+    powers = {power_name(std): power_decay(std) for std in optim.power_ema}
+    return {name: EMA(weights, decay) for name, decay in (decays | powers).items()}
+
+
+def _constant(decay: float, step: int) -> float:
+    return decay
 
 
 def power_averages(state: dict[str, dict]) -> dict[str, dict]:

@@ -17,10 +17,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from trainer.engines.config import OptimConfig
+from trainer.errors import RunError
 
 Settings = dict[str, Any]
 Group = dict[str, Any]  # "params": the parameters; and their settings
 Rule = Callable[[str, Tensor], Settings]
+
+HEADS = "heads"  # the first word of the names of their parameters, and the part of a checkpoint that holds them
+NOT_MATRICES = ("ln", "bias", "norm", "gamma", "emb", "token")  # in the name of a parameter that does not decay
 
 
 def all_decay(name: str, parameter: Tensor) -> Settings:
@@ -28,11 +32,24 @@ def all_decay(name: str, parameter: Tensor) -> Settings:
     return {}
 
 
-RULES: dict[str, Rule] = {"all": all_decay}
+def matrices_decay(name: str, parameter: Tensor) -> Settings:
+    """Decay what has two or more dimensions, unless its name says that it is no matrix of a layer.
+
+    This is the rule of GroupDiff's release, whose list has "embed" and "embedding" where "emb" is here, for JiT's
+    `in_context_posemb` too. Capitals matter: `adaLN_modulation` decays. What a head is called says nothing.
+    """
+    own = name.split(".", 2)[2] if name.startswith(f"{HEADS}.") else name
+    exempt = parameter.ndim < 2 or any(word in own for word in NOT_MATRICES)
+    return {"weight_decay": 0.0} if exempt else {}
 
 
-def parameter_groups(parameters: dict[str, Tensor], rule: Rule) -> list[Group]:
-    """Sort named parameters by the settings that the rule gives them; groups and parameters keep their order."""
+RULES: dict[str, Rule] = {"all": all_decay, "matrices": matrices_decay}
+
+
+def parameter_groups(parameters: dict[str, Tensor], optim: OptimConfig) -> list[Group]:
+    """Sort named parameters by the settings that the configured rule gives them; groups and parameters keep their
+    order. Raise RunError if there is a weight decay, and it acts on none of them."""
+    rule = RULES[optim.decay]
     groups: list[tuple[Settings, list[Tensor]]] = []
     for name, parameter in parameters.items():
         settings = rule(name, parameter)
@@ -40,6 +57,10 @@ def parameter_groups(parameters: dict[str, Tensor], rule: Rule) -> list[Group]:
         if members is None:
             groups.append((settings, members := []))
         members.append(parameter)
+    if optim.weight_decay and not any(settings.get("weight_decay", 1) for settings, _ in groups):
+        raise RunError(
+            f"optim.decay={optim.decay}: no parameter decays by this rule; set another, or optim.weight_decay=0"
+        )
     return [{"params": members, **settings} for settings, members in groups]
 
 
@@ -69,4 +90,4 @@ OPTIMIZERS: dict[str, Callable[[list[Group], OptimConfig], Optimizer]] = {"adamw
 
 def make_optimizer(parameters: dict[str, Tensor], optim: OptimConfig) -> Optimizer:
     """Return the configured optimizer of named parameters, grouped by the configured rule."""
-    return OPTIMIZERS[optim.name](parameter_groups(parameters, RULES[optim.decay]), optim)
+    return OPTIMIZERS[optim.name](parameter_groups(parameters, optim), optim)

@@ -5,10 +5,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from trainer.engines.base import HEADS, Engine, Shards, head_weights
+from trainer.engines.base import Engine, Shards, head_weights
 from trainer.engines.config import EngineConfig, OptimConfig
 from trainer.engines.ema import make_averages
-from trainer.engines.optimizer import make_optimizer
+from trainer.engines.optimizer import HEADS, make_optimizer
 from trainer.errors import RunError
 from trainer.ranks import Ranks
 

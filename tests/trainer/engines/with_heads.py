@@ -18,6 +18,7 @@ from trainer.checkpoints import folder as checkpoint
 from trainer.config.tree import load_config
 from trainer.engines.build import build_engine
 from trainer.engines.optimizer import RULES
+from trainer.engines.schedules import lr_at
 from trainer.ranks import process_group
 
 STEPS = 3
@@ -69,7 +70,7 @@ class Training:
                     loss = self.loss(micro).sum() * self.ranks.world_size / batch
                     engine.backward(loss)
                 total += loss.detach() / self.ranks.world_size
-            norm = engine.step(config.optim.lr_at(batch * (first + len(rows) + 1)))
+            norm = engine.step(lr_at(config.optim, batch * (first + len(rows) + 1), config.train.images))
             dist.all_reduce(total)
             rows.append([total.item(), norm.item()])
         return rows
