@@ -100,7 +100,7 @@ class Denoiser(nn.Module):
         half = FREQUENCIES // 2
         rates = torch.exp(-math.log(10000) * torch.arange(0, half, dtype=torch.float32) / half)
         angles = t[:, None].float() * rates[None]
-        c = self.t_embedder["mlp"](torch.cat([angles.cos(), angles.sin()], dim=-1))
+        c = self.t_embedder["mlp"](torch.cat([angles.cos(), angles.sin()], dim=-1).to(x.dtype))
         c = c + self.y_embedder["embedding_table"](y)
         if hasattr(self, "sample_embedder"):
             c = c + self.sample_embedder["embedding_table"](slot)

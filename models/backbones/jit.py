@@ -29,10 +29,15 @@ def rotations(head_width: int, side: int, context: int = 0) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()]).float()
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Return x in fp32, or unchanged if it is in fp64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotate each pair of adjacent numbers of x (B, L, heads, head width) by the angle of its token, in fp32."""
     cos, sin = rotation
-    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    first, second = at_least_fp32(x).unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return turned.flatten(-2).to(x.dtype)
 
@@ -44,7 +49,8 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+        wide, weight = at_least_fp32(x), at_least_fp32(self.weight)
+        return F.rms_norm(wide, self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
 class BottleneckPatchEmbedder(nn.Module):

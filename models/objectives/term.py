@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
+import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
@@ -76,7 +77,7 @@ class Forward:
 
     x_t: Tensor  # (B, C, H, W)
     t: Tensor  # (B,)
-    prediction: Tensor  # (B, out channels, H, W), fp32
+    prediction: Tensor  # (B, out channels, H, W), fp32 (fp64 from a network in fp64)
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
 
 
@@ -118,4 +119,4 @@ def forward_pass(network: Callable[..., Tensor], path: NoisePath, batch: NoisyIm
     x_t = path.noisy(batch.x, batch.noise, t)
     label = batch.label.masked_fill(~batch.conditional, NULL_LABEL)
     prediction = network(x_t, t, label, batch.slot, batch.group_size, batch.grouped)
-    return Forward(x_t, t, prediction.float())
+    return Forward(x_t, t, prediction.to(torch.promote_types(prediction.dtype, torch.float32)))
