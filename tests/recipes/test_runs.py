@@ -15,16 +15,16 @@ from torch.func import functional_call
 
 from data.batches.steps import Steps
 from tests.published import Denoiser
-from tests.recipes.reference import Images, Recipe, State, accumulate, begin, gradient, move, sit_loss
+from tests.recipes.reference import Images, Recipe, State, accumulate, begin, gradient, move, release_decays, sit_loss
 from tests.trainer.forked import TINY, Forked, train_tiny
 from tests.trainer.go_on import stored
 from trainer.build import build_network, open_data
 from trainer.config.tree import load_config
 
 BATCH, STEPS = 32, 3
-RECIPE = Recipe(lr=1e-3, betas=(0.9, 0.95), decay=0.01, clip=1.0, averages=(0.9,), warmup=320)
+RECIPE = Recipe(lr=1e-3, betas=(0.9, 0.95), decay=1.0, decays=release_decays, clip=1.0, averages=(0.9,), warmup=320)
 CONFIG = [
-    "optim={lr: 1e-3, betas: [0.9, 0.95], weight_decay: 0.01, clip: 1.0, ema: 0.9, warmup: 320}",
+    "optim={lr: 1e-3, betas: [0.9, 0.95], weight_decay: 1.0, decay: matrices, clip: 1.0, ema: 0.9, warmup: 320}",
     f"train.images={STEPS * BATCH}",
     f"checkpoint.every={BATCH}",
 ]
