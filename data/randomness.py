@@ -45,14 +45,16 @@ def draw(
     mirrored: bool = False,
 ) -> Draws:
     """Return the numbers of the images at `positions` (B,) of a stream, in groups of `group_size`. Each depends only on
-    the image's position, except for the slots, which depend on the position of the group's first image."""
+    the image's position, except for the slots, which depend on the position of the group's first image. With a
+    `max_group_size` of 0, numbers are as with 1: all slots are 0."""
+    rows = max(max_group_size, 1)
     noise = np.empty((1 + posterior, len(positions), *shape), np.float32)
-    uniform = np.empty((len(positions), 3 + max_group_size + mirrored))
+    uniform = np.empty((len(positions), 3 + rows + mirrored))
     for i, rng in enumerate(generators(seed, purpose, positions)):
         rng.random(out=uniform[i])
         for part in noise:
             rng.standard_normal(out=part[i], dtype=np.float32)
-    order = np.argsort(uniform[::group_size, 3 : 3 + max_group_size], axis=1, kind="stable")
+    order = np.argsort(uniform[::group_size, 3 : 3 + rows], axis=1, kind="stable")
     drawn = Draws(noise[0], uniform[:, :3], order[:, :group_size].ravel())
     if posterior:
         drawn = replace(drawn, posterior=noise[1])

@@ -93,13 +93,12 @@ def start(args: argparse.Namespace) -> None:
     if cluster != "slurm" and nodes > 1:
         raise LaunchError(f"--nodes {nodes}: --cluster {cluster} is this one machine; use --procs for more processes")
     tasks, gpus = places(args.procs, args.cpu, cluster == "slurm", options)
-    configs = load_sweep(args.config, args.overrides, args.sweep)
+    configs = [check_folder(config) for config in load_sweep(args.config, args.overrides, args.sweep)]
     forms = []
     for config in configs:
         check_world(config, nodes * tasks)
         here = data_are_here(config) or not args.dry_run
         forms.append(form_of(open_data(config)) if here else form_from_config(config, args.classes))
-        check_folder(config)
         if here:
             check_start(config, forms[-1])
     root = Path(configs[0].run).parent if args.sweep else Path(configs[0].run)

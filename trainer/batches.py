@@ -42,7 +42,7 @@ def make_batches(
     steps = Steps(
         config.groups,
         config.train.global_batch,
-        config.model.max_group_size,
+        config.model.slots,
         config.seed,
         first,
         last,

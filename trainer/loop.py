@@ -34,7 +34,7 @@ def train(config: Config, stop_requested: Callable[[], bool] = lambda: False) ->
     """
     with process_group(config.train.timeout) as ranks, ExitStack() as closing:
         check_world(config, ranks.world_size)
-        from_rank_0(lambda: check_folder(config))
+        config = from_rank_0(lambda: check_folder(config))
         folder, batch = Path(config.run), config.train.global_batch
 
         # what to train on

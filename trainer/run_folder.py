@@ -15,13 +15,17 @@ from trainer.errors import RunError
 CONFIG, LOCK = STORED, "lock"
 
 
-def check_folder(config: Config) -> None:
-    """Raise RunError if the run folder holds a run of another config; a folder without a run is fine."""
-    stored = Path(config.run) / CONFIG
-    if not stored.is_file():
-        return
+def check_folder(config: Config) -> Config:
+    """Return the config to go on with: as given, but plain runs of 0.1 keep the sample embedding that they have. Raise
+    RunError if the run folder holds a run of another config; a folder without a run is fine."""
+    if not (Path(config.run) / CONFIG).is_file():
+        return config
+    begun = read_config(config.run)
+    if config.groups.variant == "none" and not config.model.slots:
+        model = config.model.model_copy(update={"max_group_size": begun.model.max_group_size})
+        config = config.model_copy(update={"model": model})
     free = marked(Config, "may_change", True)
-    before, now = dotted(read_config(config.run).model_dump()), dotted(config.model_dump())
+    before, now = dotted(begun.model_dump()), dotted(config.model_dump())
     for name in {**now, **before}:  # a loss term that was removed is only in the old config
         value = now.get(name)
         if value != before.get(name) and not matches(name, free):
@@ -29,6 +33,7 @@ def check_folder(config: Config) -> None:
                 f"{name}={value}: the run in {config.run} has {name}={before.get(name)};"
                 " set it back, or set run= to a new folder"
             )
+    return config
 
 
 def read_config(folder: str | Path) -> Config:

@@ -35,8 +35,9 @@ class BackboneConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     """Side of a patch, in latent pixels or image pixels; must divide the side of an image."""
     mlp_ratio: float = Field(4.0, gt=0)
     """Hidden width of a block's MLP, as a multiple of `width`."""
-    max_group_size: int = Field(16, ge=1)
-    """Largest group that the network can take: the rows of its sample embedding."""
+    max_group_size: int | None = Field(None, ge=0)
+    """Largest group that the network can take: the rows of its sample embedding. 0: no sample embedding, as in plain
+    diffusion. null: 0 for groups.variant=none, 16 otherwise."""
     group_layers: tuple[int, ...] | None = Field(None, json_schema_extra={"sampling": "also"})
     """Blocks in which a group shares attention, counted from 0. null: all blocks."""
     time_scale: float = Field(1.0, gt=0)
@@ -71,6 +72,11 @@ class BackboneConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
                 raise ValueError(f"group_layers={list(self.group_layers or ())}: blocks are 0 to {self.depth - 1}")
         return self
 
+    @property
+    def slots(self) -> int:
+        """Return the rows of the sample embedding; 0: there is none."""
+        return 16 if self.max_group_size is None else self.max_group_size
+
     def shares(self, layer: int) -> bool:
         """Return whether groups share attention in a block."""
         return self.group_layers is None or layer in self.group_layers
@@ -104,7 +110,8 @@ class Backbone(nn.Module, ABC):
         self, x: Tensor, t: Tensor, label: Tensor, slot: Tensor, group_size: int = 1, grouped: int | None = None
     ) -> Tensor:
         """Return the prediction (B, out_channels, side, side) for noisy images x (B, channels, side, side) at times t
-        (B,), with class label (B,) (NULL_LABEL: unconditional) and slot (B,) in the group.
+        (B,), with class label (B,) (NULL_LABEL: unconditional) and slot (B,) in the group, which only the sample
+        embedding looks at.
 
         Groups are `group_size` contiguous images. The first `grouped` images share attention in their groups (None:
         all), the others attend only to themselves.

@@ -69,7 +69,7 @@ class DiT(Backbone):
         self.x_embedder = PatchEmbedder(config.patch, channels, config.width)
         self.t_embedder = TimestepEmbedder(config.width)
         self.y_embedder = LabelEmbedder(num_classes, config.width)
-        self.sample_embedder = SampleEmbedder(config.max_group_size, config.width)
+        self.sample_embedder = SampleEmbedder(config.slots, config.width) if config.slots else None
         positions = sincos_positions(config.width, side // config.patch)
         self.tokens = len(positions)
         self.register_buffer("pos_embed", positions, persistent=False)
@@ -80,7 +80,9 @@ class DiT(Backbone):
     def forward(
         self, x: Tensor, t: Tensor, label: Tensor, slot: Tensor, group_size: int = 1, grouped: int | None = None
     ) -> Tensor:
-        c = self.t_embedder(self.config.time_scale * t) + self.y_embedder(label) + self.sample_embedder(slot)
+        c = self.t_embedder(self.config.time_scale * t) + self.y_embedder(label)
+        if self.sample_embedder:
+            c = c + self.sample_embedder(slot)
         tokens = self.x_embedder(x)
         tokens = tokens + self.pos_embed.to(tokens.dtype)
         for layer, block in enumerate(self.blocks):

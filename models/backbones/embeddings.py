@@ -66,9 +66,9 @@ class LabelEmbedder(nn.Module):
 class SampleEmbedder(nn.Module):
     """Slot (B,) -> (B, width): which image of its group this is (Group Diffusion's "sample embedding")."""
 
-    def __init__(self, max_group_size: int, width: int) -> None:
+    def __init__(self, slots: int, width: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(max_group_size, width)
+        self.embedding_table = nn.Embedding(slots, width)
 
     def forward(self, slot: Tensor) -> Tensor:
         return self.embedding_table(slot)

@@ -147,7 +147,7 @@ class JiT(Backbone):
         self.x_embedder = BottleneckPatchEmbedder(config.patch, channels, config.bottleneck, config.width)
         self.t_embedder = TimestepEmbedder(config.width)
         self.y_embedder = LabelEmbedder(num_classes, config.width)
-        self.sample_embedder = SampleEmbedder(config.max_group_size, config.width)
+        self.sample_embedder = SampleEmbedder(config.slots, config.width) if config.slots else None
         cells, head_width = side // config.patch, config.width // config.heads
         with_context = 1 - config.context_start / config.depth  # share of the blocks
         self.tokens = cells**2 + config.context_tokens * with_context
@@ -168,7 +168,9 @@ class JiT(Backbone):
         self, x: Tensor, t: Tensor, label: Tensor, slot: Tensor, group_size: int = 1, grouped: int | None = None
     ) -> Tensor:
         config, y = self.config, self.y_embedder(label)
-        c = self.t_embedder(config.time_scale * t) + y + self.sample_embedder(slot)
+        c = self.t_embedder(config.time_scale * t) + y
+        if self.sample_embedder:
+            c = c + self.sample_embedder(slot)
         tokens = self.x_embedder(x)
         tokens = tokens + self.pos_embed.to(tokens.dtype)
         for layer, block in enumerate(self.blocks):

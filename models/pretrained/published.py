@@ -16,12 +16,10 @@ from torch import Tensor
 from models.backbones.base import BackboneConfig
 from models.backbones.dit import DiT
 from models.backbones.embeddings import sincos_positions
+from models.backbones.sample_embedding import CLASSES, SLOTS, Weights, fold
 from models.paths.base import PathConfig
 
-Weights = dict[str, Tensor]
-
 PATCHES, POSITIONS, TIME = "x_embedder.proj.weight", "pos_embed", "t_embedder.mlp.0.weight"
-CLASSES, SLOTS = "y_embedder.embedding_table.weight", "sample_embedder.embedding_table.weight"
 LAST = ("final_layer.linear.weight", "final_layer.linear.bias")
 PREFIX = {"groupdiff": "denoiser."}  # of all names in a format
 BESIDES = {"repa": "projectors."}  # prefix of names that are not part of the network
@@ -85,8 +83,8 @@ def recognise(weights: Weights) -> str:
 
 
 def convert(weights: Weights, kind: str) -> Published:
-    """Return weights of one of FORMATS as ours. A missing sample embedding becomes one row of zeros. Raise ValueError
-    with the name of the first tensor that is missing, unexpected, or of the wrong shape."""
+    """Return weights of one of FORMATS as ours. Raise ValueError with the name of the first tensor that is missing,
+    unexpected, or of the wrong shape."""
     prefix, besides = PREFIX.get(kind, ""), BESIDES.get(kind)
     for name in weights:
         if not name.startswith(prefix) and name != SLOTS:
@@ -99,7 +97,6 @@ def convert(weights: Weights, kind: str) -> Published:
         raise ValueError(f"{LAST[0]} predicts {predictions} numbers a channel; weights of {kind} do not")
     path, change = KINDS[kind, predictions]
     found[PATCHES] = found[PATCHES].flatten(1)
-    found.setdefault(SLOTS, torch.zeros(1, len(found[PATCHES])))
     positions = found.pop(POSITIONS, None)
     model = _describe(found, patch)
     if model["width"] % 4:
@@ -158,7 +155,7 @@ def _describe(weights: Weights, patch: int) -> dict:
     """Return the fields of DiT.Config that weights determine: all but the heads."""
     width, depth = len(weights[PATCHES]), max(len(_blocks(weights)), 1)
     ratio = _rows(weights, "blocks.0.mlp.fc1.weight") / width
-    slots = _rows(weights, SLOTS)
+    slots = _rows(weights, SLOTS) if SLOTS in weights else 0
     return {"depth": depth, "width": width, "patch": patch, "mlp_ratio": ratio, "max_group_size": slots}
 
 
@@ -220,12 +217,11 @@ EQUAL = "for block in transformer.transformer_blocks: block.norm1.emb.time_proj.
 
 def to_diffusers(weights: Weights, config: BackboneConfig, path: PathConfig, side: int) -> tuple[dict, Weights]:
     """Return (arguments, weights) of diffusers' DiTTransformer2DModel, which equals this network once EQUAL is applied.
-    The one row of the sample embedding is added to those of the classes. Raise ValueError if diffusers' class cannot
-    represent the network."""
+    A sample embedding of one row is folded. Raise ValueError if diffusers' class cannot represent the network."""
     for name, value, wanted in (
         ("path", path.name, "ddpm"),
         ("model.backbone", config.backbone, "dit"),
-        ("model.max_group_size", config.max_group_size, 1),
+        ("model.max_group_size", config.slots, min(config.slots, 1)),
         ("model.mlp_ratio", config.mlp_ratio, 4.0),
         ("model.time_scale", config.time_scale, 1.0),
         ("model.attention", config.attention, "softmax"),
@@ -237,7 +233,7 @@ def to_diffusers(weights: Weights, config: BackboneConfig, path: PathConfig, sid
     cell, predictions = config.patch**2, path.predictions
     channels = weights[PATCHES].shape[-1] // cell if PATCHES in weights else 1
     _check(weights, config, channels, predictions, "ours")
-    classes = weights[CLASSES] + weights[SLOTS]
+    weights = fold(weights) if config.slots else weights
     arguments = {
         "num_attention_heads": config.heads,
         "attention_head_dim": config.width // config.heads,
@@ -246,7 +242,7 @@ def to_diffusers(weights: Weights, config: BackboneConfig, path: PathConfig, sid
         "num_layers": config.depth,
         "sample_size": side,
         "patch_size": config.patch,
-        "num_embeds_ada_norm": len(classes) - 1,
+        "num_embeds_ada_norm": len(weights[CLASSES]) - 1,
         "norm_eps": 1e-6,
     }
     layers, out = dict(OUTSIDE), {}
@@ -254,7 +250,7 @@ def to_diffusers(weights: Weights, config: BackboneConfig, path: PathConfig, sid
         theirs, ours = f"transformer_blocks.{i}.", f"blocks.{i}."
         layers |= {theirs + name: ours + own for name, own in IN_BLOCK.items()}
         layers |= {theirs + name: own for name, own in IN_EACH_BLOCK.items()}
-        out[f"{theirs}norm1.emb.class_embedder.embedding_table.weight"] = classes
+        out[f"{theirs}norm1.emb.class_embedder.embedding_table.weight"] = weights[CLASSES]
         for kind in ("weight", "bias"):
             qkv = weights[f"{ours}attn.qkv.{kind}"].chunk(3)
             out |= {f"{theirs}attn1.to_{name}.{kind}": part for name, part in zip("qkv", qkv, strict=True)}

@@ -25,7 +25,7 @@ class Toy(Backbone):
         self.tokens = (side // config.patch) ** 2
         self.patches = PatchEmbedder(config.patch, channels, config.width)
         self.time, self.label = TimestepEmbedder(config.width), LabelEmbedder(num_classes, config.width)
-        self.slot = SampleEmbedder(config.max_group_size, config.width)
+        self.slot = SampleEmbedder(config.slots, config.width)
         self.blocks = nn.ModuleList(GroupAttention(config.width, config.heads) for _ in range(config.depth))
         self.last = nn.Linear(config.width, config.patch**2 * self.out_channels)
 

@@ -97,6 +97,30 @@ def test_a_run_goes_on_to_the_same_weights(old, name):
     assert sorted(path.name for path in run.glob("snapshots/*")) == snapshots
 
 
+def test_a_plain_run_keeps_the_sample_embedding_that_plain_networks_now_lack(old):
+    """A user's config does not name it: the run goes on as ever, and its samples are those of a network without."""
+    run, config = old / "plain-run", old / "user/config.yaml"
+    config.parent.mkdir()
+    text = (run / "config.yaml").read_text()
+    assert text.count("  max_group_size: 1\n") == 1
+    config.write_text(text.replace("  max_group_size: 1\n", ""))
+    weights = old / "expected/plain-run.safetensors"
+    call("sample", config, "--weights", weights, "--out", old / "samples", "sample.per_class=2")
+    check_pixels(old / "samples/samples.npz", old / "expected/plain-run-samples.npz")
+
+    start = exported(run)
+    call("submit", *HERE, config, f"run={run}", f"train.images={LENGTHS['plain-run']}")
+    assert losses(run) == expected_losses(old, "plain-run-continued")
+    check_close(exported(run), load_file(old / "expected/plain-run-continued.safetensors"), start)
+    assert "  max_group_size: 1\n" in (run / "config.yaml").read_text()
+
+    new = ["optim.lr=1e-30", "train.images=64", f"init_from={weights}", f"run={old}/new"]
+    call("submit", *HERE, config, *new)
+    expected = load_file(weights)
+    expected["y_embedder.embedding_table.weight"] += expected.pop("sample_embedder.embedding_table.weight")
+    check_close(exported(old / "new", "--raw"), expected)
+
+
 def test_it_goes_on_likewise_on_two_ranks(old):
     """In the usual way, supervised; the folder has a state.json and no logs/."""
     run = old / "run"

@@ -74,6 +74,6 @@ def _bare_seconds(config: Config) -> float:
 
 
 def _batches(config: Config, device: torch.device) -> list[list[Batch]]:
-    steps = Steps(config.groups, config.train.global_batch, config.model.max_group_size, config.seed, 0, STEPS)
+    steps = Steps(config.groups, config.train.global_batch, config.model.slots, config.seed, 0, STEPS)
     batches_of_steps = open_images(config.data).batches(steps, lambda *plan: None)
     return [[batch.to(device) for batch in micro_batches] for micro_batches in batches_of_steps]

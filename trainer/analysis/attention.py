@@ -147,5 +147,5 @@ def _batch(loaded: Loaded, groups: Groups, chosen: np.ndarray) -> Batch:
     config = loaded.config
     numbers = groups.numbers[chosen].ravel()
     where = MicroBatch(int(chosen[0]) * config.groups.size, numbers, in_groups=True)
-    settings = config.groups, config.model.max_group_size, config.seed
+    settings = config.groups, config.model.slots, config.seed
     return make_batch(groups.source, *settings, where, shares_attention(config)).to(loaded.device)

@@ -88,7 +88,7 @@ def features(
     def keep(layer: int, tokens: Tensor) -> None:
         found[layer].append(tokens[:, -patches:].float().mean(dim=1).cpu())  # without class tokens
 
-    settings = config.groups, config.model.max_group_size, config.seed
+    settings = config.groups, config.model.slots, config.seed
     with ExitStack() as hooks, loaded.inference():
         for layer, block in enumerate(network.blocks):
             hooks.callback(block.register_forward_hook(lambda *args, layer=layer: keep(layer, args[-1])).remove)

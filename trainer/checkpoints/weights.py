@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from data.sets.form import ImageForm, read_form
 from data.stores.files import appearing_path, sync
+from models.backbones.sample_embedding import SLOTS, fit, fits
 from trainer.checkpoints import folder as checkpoint
 from trainer.errors import RunError, first_line
 
-SAMPLE_TABLE = "sample_embedder.embedding_table.weight"  # a row per slot: the only tensor whose length may differ
 _GIVE = "give a run folder, one of its checkpoints/*, a .safetensors or a .pt file"
 
 
@@ -102,20 +102,17 @@ def read_weights(path: str | Path, raw: bool = False, values: bool = True) -> di
 
 
 def start_from(network: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Copy weights into a whole network; one on the meta device is only compared. Of the sample embedding, copy the
-    rows that both have and leave the others as they are; if the weights have a single row, add it to the others,
-    because all of their images had it. Raise RunError, which names the first parameter that differs."""
+    """Copy weights into a whole network; one on the meta device is only compared. The sample embedding, which may be
+    longer or absent, is fitted. Raise RunError, which names the first parameter that differs."""
     own = network.state_dict()
     for name in own | weights:
         wanted, found = (tuple(part[name].shape) if name in part else "missing" for part in (own, weights))
-        if wanted != found and not (name == SAMPLE_TABLE and wanted[1:] == found[1:]):
+        if wanted != found and not (name == SLOTS and fits(weights, own)):
             differs = f"{name} is {found}, the network's is {wanted}"
-            raise RunError(f"{source}: {differs}: weights of another model; set model.* to what they are of")
-    for name, tensor in own.items():
-        rows = min(len(tensor), len(weights[name]))
-        tensor[:rows].copy_(weights[name][:rows])
-        if name == SAMPLE_TABLE and len(weights[name]) == 1:
-            tensor[1:] += weights[name]
+            fix = f"max_group_size={found[0]}" if name == SLOTS and wanted == "missing" else "* to what they are of"
+            raise RunError(f"{source}: {differs}: weights of another model; set model.{fix}")
+    for name, tensor in fit(weights, own).items():
+        own[name].copy_(tensor)
 
 
 def export_weights(source: Path, out: Path, raw: bool = False) -> Path:

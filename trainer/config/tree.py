@@ -113,9 +113,12 @@ class Config(EngineConfig, extra="forbid", frozen=True, use_attribute_docstrings
     def _check(self) -> "Config":
         check_engine(self, self.optim)
         check_schedule(self.optim, self.train.images)
-        size, limit = self.groups.size, self.model.max_group_size
-        if size > limit:
-            raise ValueError(f"groups.size={size}: above model.max_group_size={limit}; lower one or raise the other")
+        if self.model.max_group_size is None:
+            slots = 0 if self.groups.variant == "none" else self.model.slots
+            self._resolve("model", self.model.model_copy(update={"max_group_size": slots}))
+        size, slots = self.groups.size, self.model.slots
+        if size > max(slots, 1):
+            raise ValueError(f"groups.size={size}: above model.max_group_size={slots}; lower one or raise the other")
         if self.train.images < self.train.global_batch:
             raise ValueError(f"train.images={self.train.images}: less than one batch of {self.train.global_batch}")
         if self.checkpoint.snapshot_every and not self.optim.power_ema:
@@ -141,10 +144,14 @@ class Config(EngineConfig, extra="forbid", frozen=True, use_attribute_docstrings
         sample = self.sample.for_variant(self.groups.variant, size, self.groups.window)
         for name in ("cond_group_size", "uncond_group_size"):
             value = getattr(sample, name)
-            if value > limit:
-                raise ValueError(f"sample.{name}={value}: above model.max_group_size={limit}; lower it")
-        object.__setattr__(self, "sample", sample)  # the resolved tree shows the group sizes; `frozen` is for users
+            if value > max(slots, 1):
+                raise ValueError(f"sample.{name}={value}: above model.max_group_size={slots}; lower it")
+        self._resolve("sample", sample)
         return self
+
+    def _resolve(self, name: str, section: BaseModel) -> None:
+        """Replace a section by one that shows what its nulls mean; `frozen` is for users."""
+        object.__setattr__(self, name, section)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

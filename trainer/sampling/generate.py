@@ -65,7 +65,7 @@ def generate_groups(
     (b,) and classes (b,). An image's randomness depends only on its number: its group's, and its place in the group."""
     sample, size = config.sample, config.sample.group_size
     numbers = (groups[:, None] * size + np.arange(size)).ravel()
-    drawn = draw(sample.seed, Purpose.SAMPLING, numbers, shape, size, config.model.max_group_size)
+    drawn = draw(sample.seed, Purpose.SAMPLING, numbers, shape, size, config.model.slots)
     weights = np.array(sample.guidance, np.float32)[groups % len(sample.guidance)]
     arrays = (drawn.noise, classes.repeat(size), drawn.slot, weights.repeat(size))
     noise, label, slot, weight = (torch.from_numpy(array).to(device) for array in arrays)

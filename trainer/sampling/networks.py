@@ -67,10 +67,11 @@ def _load_other(name: str, config: Config, images: ImageForm) -> nn.Module | Non
     own = read_config(find_checkpoint(Path(source))) if Path(source).is_dir() else config
     if not own.path.same_form(config.path):
         raise RunError(f"sample.{name}={source}: was trained on another path ({own.path.name}); give one on the run's")
-    if own.model.max_group_size < config.model.max_group_size:
+    has, needs = own.model.slots, config.model.slots
+    size = config.sample.cond_group_size if name == "weaker" else config.sample.group_size
+    if has < needs and not (has == 0 and size == 1):  # a plain network ignores slots
         raise RunError(
-            f"sample.{name}={source}: has model.max_group_size={own.model.max_group_size}, the run"
-            f" {config.model.max_group_size}; give one with as many or more"
+            f"sample.{name}={source}: has model.max_group_size={has}, the run {needs}; give one with as many or more"
         )
     network = build_network(own, images)
     start_from(network, read_weights(source), str(source))

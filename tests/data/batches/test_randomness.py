@@ -65,6 +65,14 @@ def test_slots_of_a_group_are_distinct_rows_of_the_table(seed, rows, others):
         assert set(slots.tolist()) <= set(range(rows))
 
 
+@given(SEEDS, POSITIONS, st.booleans())
+def test_without_a_sample_embedding_numbers_are_those_of_one_row_and_slots_are_0(seed, position, more):
+    """So that samples of a network are the same when its row is folded."""
+    none, one = (draw(seed, Purpose.SAMPLING, position + np.arange(3), (2,), 1, rows, more, more) for rows in (0, 1))
+    assert all(np.array_equal(value, getattr(one, name)) for name, value in vars(none).items())
+    assert none.slot.tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize(("size", "rows"), [(1, 16), (4, 16), (3, 3), (16, 16)])
 def test_each_image_of_a_group_takes_any_slot_with_equal_chance(size, rows):
     slots = draw(7, Purpose.TRAINING, np.arange(200 * rows * size), (1,), size, rows).slot.reshape(-1, size)

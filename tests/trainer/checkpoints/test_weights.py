@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.sets.registry import DataConfig, open_images
+from models.backbones.sample_embedding import SLOTS, fold
 from trainer.build import build_network, check_start, initial_network
 from trainer.checkpoints import folder as checkpoint
-from trainer.checkpoints.weights import SAMPLE_TABLE, export_weights, read_weights, start_from
+from trainer.checkpoints.weights import export_weights, read_weights, start_from
 from trainer.config.tree import load_config
 from trainer.errors import RunError
 from trainer.loop import train
@@ -148,11 +149,9 @@ def test_of_the_sample_embedding_the_common_rows_are_taken_and_new_ones_are_as_i
         torch.save(weights, tmp_path / "weights.pt")
         started = config(f"model.max_group_size={has}", f"init_from={tmp_path}/weights.pt")
         check_start(started, IMAGES)
-        table = torch.cat(
-            [weights[SAMPLE_TABLE][:has], build_network(started, IMAGES).state_dict()[SAMPLE_TABLE][had:]]
-        )
+        table = torch.cat([weights[SLOTS][:has], build_network(started, IMAGES).state_dict()[SLOTS][had:]])
         assert len(table) == has
-        assert_equal(initial_network(started, IMAGES).state_dict(), weights | {SAMPLE_TABLE: table})
+        assert_equal(initial_network(started, IMAGES).state_dict(), weights | {SLOTS: table})
 
 
 def test_the_first_parameter_that_differs_is_named_and_nothing_is_copied(network):
@@ -164,7 +163,7 @@ def test_the_first_parameter_that_differs_is_named_and_nothing_is_copied(network
         first, second = (names[i] for i in chosen)
         shape = tuple(before[first].shape)
         weights[second] = torch.zeros(*before[second].shape, 1)
-        if RANDOM.random() < 0.5:
+        if first != SLOTS and RANDOM.random() < 0.5:  # a plain network's have no sample embedding
             del weights[first]
             said = f"there: {first} is missing, the network's is {shape}: "
         else:
@@ -282,21 +281,36 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_written(run, tmp_p
     assert out.stat().st_mode == (run / NEWEST / "config.yaml").stat().st_mode
 
 
-def test_slots_of_weights_with_one_are_spread_around_it(config, alone, tmp_path):
-    """Which all images of a plain run had, so that its network is not another one for most images of a group."""
-    weights = drawn(
-        build_network(
-            config("groups.variant=none", "groups.size=1", "groups.share=0", "model.max_group_size=1"), IMAGES
-        )
-    )
+PLAIN = ["groups.variant=none", "groups.size=1", "groups.share=0", "model.max_group_size=null"]
+
+
+@pytest.mark.parametrize("rows", [None, 1])
+def test_group_diffusion_starts_at_a_plain_network(rows, config, alone, tmp_path):
+    """Without a sample embedding, as all are now, or with the one row that older ones have."""
+    plain = config(*PLAIN, *([f"model.max_group_size={rows}"] if rows else []))
+    weights = drawn(build_network(plain, IMAGES))
+    assert (SLOTS in weights) == bool(rows)
     torch.save(weights, tmp_path / "weights.pt")
     started = config("model.max_group_size=9", f"init_from={tmp_path}/weights.pt")
-    fresh, table = (
-        network.state_dict()[SAMPLE_TABLE]
-        for network in (build_network(started, IMAGES), initial_network(started, IMAGES))
-    )
-    assert torch.equal(table[:1], weights[SAMPLE_TABLE])
-    assert torch.equal(table[1:], fresh[1:] + weights[SAMPLE_TABLE])
+    check_start(started, IMAGES)
+    state = initial_network(started, IMAGES).state_dict()
+    table = weights.get(SLOTS, torch.zeros(1, 32)).repeat(9, 1)
+    assert_equal(state, {name: table if name == SLOTS else weights[name] for name in state})
+
+
+def test_a_plain_network_takes_a_single_row_into_its_classes_and_refuses_several(config, alone, tmp_path):
+    started = config(*PLAIN, f"init_from={tmp_path}/weights.pt")
+    weights = drawn(build_network(config(*PLAIN, "model.max_group_size=1"), IMAGES))
+    torch.save(weights, tmp_path / "weights.pt")
+    check_start(started, IMAGES)
+    state = initial_network(started, IMAGES).state_dict()
+    assert SLOTS not in state
+    assert_equal(state, fold(weights))
+
+    torch.save(drawn(build_network(config(*PLAIN, "model.max_group_size=16"), IMAGES)), tmp_path / "weights.pt")
+    for function in (check_start, initial_network):
+        said = error_of(function, started, IMAGES)
+        assert f"{SLOTS} is (16, 32), the network's is missing" in said and said.endswith("set model.max_group_size=16")
 
 
 def test_the_continued_recipe_takes_the_weights_of_the_plain_one():

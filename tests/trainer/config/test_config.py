@@ -60,6 +60,25 @@ def test_a_size_can_be_named_and_group_sizes_of_sampling_follow_the_variant():
     assert (config.sample.cond_group_size, config.sample.uncond_group_size, config.groups.share) == (4, 4, 1)
 
 
+def test_plain_networks_have_no_sample_embedding_unless_a_config_says_so():
+    plain = ["groups.variant=none", "groups.size=1"]
+    for overrides, slots in (
+        (plain, 0),
+        ([*plain, "model.max_group_size=null"], 0),
+        ([*plain, "model.backbone=jit", "path=jit", "model.time_scale=1"], 0),
+        ([*plain, "model.max_group_size=1"], 1),
+        ([*plain, "model.max_group_size=7"], 7),
+        ([], 16),
+        (["model.max_group_size=null"], 16),
+        (["groups.variant=full"], 16),
+        (["model.max_group_size=4"], 4),
+        (["groups.size=1", "model.max_group_size=0"], 0),
+    ):
+        config = load_config("configs/digits.yaml", overrides)
+        assert config.model.max_group_size == config.model.slots == slots, overrides
+        assert parse_config(config.model_dump()) == config
+
+
 @pytest.mark.parametrize(
     ("override", "named"),
     [
@@ -92,6 +111,13 @@ def test_a_size_can_be_named_and_group_sizes_of_sampling_follow_the_variant():
         ("model.size=S", ["model.depth=6", "size=S"]),
         ("model.size=Q", ["model.size=Q", "XL"]),
         ("model.max_group_size=2", ["groups.size=4", "model.max_group_size=2", "raise"]),
+        ("model.max_group_size=0", ["groups.size=4", "model.max_group_size=0", "raise"]),
+        ("model.max_group_size=-1", ["model.max_group_size=-1", "greater than or equal to 0"]),
+        (
+            "groups.variant=none groups.size=1 sample.uncond_group_size=2",
+            ["sample.uncond_group_size=2", "size=0; lower"],
+        ),
+        ("groups.variant=none groups.size=1 sample.cond_group_size=4", ["sample.cond_group_size=4", "size=0; lower"]),
         ("sample.uncond_group_size=32", ["sample.uncond_group_size=32", "model.max_group_size=16"]),
         ("sample.cond_group_size=3", ["sample.uncond_group_size=4", "cond_group_size=3"]),
         ("sample.interval=[2, -2]", ["sample.interval=[2", "lowest"]),

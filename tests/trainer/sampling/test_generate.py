@@ -77,7 +77,7 @@ def test_noise_labels_slots_and_weights_are_those_of_the_groups(make):
 
     made, evaluations = generate_groups(Networks(network), config, SHAPE, groups, classes, CPU)
     numbers = (4 * groups[:, None] + np.arange(4)).ravel()
-    drawn = draw(config.sample.seed, Purpose.SAMPLING, numbers, SHAPE, 4, config.model.max_group_size)
+    drawn = draw(config.sample.seed, Purpose.SAMPLING, numbers, SHAPE, 4, config.model.slots)
     (x, label, slot, c), (_, null, same_slot, uc) = calls[:2]
     assert evaluations == 3 and len(calls) == 6
     assert torch.equal(x, torch.from_numpy(drawn.noise))

@@ -17,7 +17,7 @@ from trainer.errors import RunError
 from trainer.loop import train
 
 TINY = "tests/trainer/tiny.yaml"
-ALONE = ["groups.variant=none", "groups.size=1", "groups.share=0", "model.max_group_size=1"]
+ALONE = ["groups.variant=none", "groups.size=1", "groups.share=0", "model.max_group_size=null"]
 SHORT = [*ALONE, "engine=single", "path=ddpm", "sample.sampler=ddim", "train.images=64"]
 
 
