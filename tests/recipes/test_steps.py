@@ -74,9 +74,9 @@ def jit(network, random_weights, seed):
 SIT = Recipe()
 GROUPDIFF = Recipe(betas=(0.9, 0.95), decay=0.01, decays=release_decays, clip=2.0)  # its 3 would clip nothing here
 RECIPES = {  # name -> (published network, model, path, its loss, groups, optimizer)
-    "dit": (denoiser(sigma=True, slots=1), WIDTH, "ddpm", dit_loss, PLAIN, SIT),
-    "sit": (denoiser(slots=1), WIDTH, "linear", sit_loss, PLAIN, SIT),
-    "sit clipped, as in repa": (denoiser(slots=1), WIDTH, "linear", sit_loss, PLAIN, replace(SIT, clip=1.0)),
+    "dit": (denoiser(sigma=True), WIDTH, "ddpm", dit_loss, PLAIN, SIT),
+    "sit": (denoiser(), WIDTH, "linear", sit_loss, PLAIN, SIT),
+    "sit clipped, as in repa": (denoiser(), WIDTH, "linear", sit_loss, PLAIN, replace(SIT, clip=1.0)),
     "jit": (jit, WIDTH | JIT, "jit", jit_loss, PLAIN, Recipe(5e-5, (0.9, 0.95), averages=(0.9999, 0.9996), warmup=32)),
     "groupdiff-light dit": (denoiser(sigma=True, slots=8), WIDTH, "ddpm", dit_loss, LIGHT, GROUPDIFF),
     "groupdiff-light sit": (denoiser(slots=8), WIDTH, "linear", sit_loss, LIGHT, GROUPDIFF),
@@ -147,7 +147,7 @@ def distance(found, expected, start):
 @pytest.mark.parametrize("name", RECIPES)
 def test_three_steps_are_those_of_the_published_code(name, seed, random_weights):
     build, model, path_name, loss, groups, recipe = RECIPES[name]
-    slots = 1 if groups is PLAIN else 8
+    slots = 0 if groups is PLAIN else 8
     path = make_path(path_config(path_name))
     model = model_config({**model, "max_group_size": slots})
     network = make_network(model, CHANNELS, SIDE, CLASSES, path.config.predictions * CHANNELS)
