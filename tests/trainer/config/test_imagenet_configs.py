@@ -13,9 +13,16 @@ from trainer.config.tree import load_config
 
 ROOT = Path("configs")
 VARIANTS = {"light-4": (1, 4), "light-8": (1, 8), "light-16": (1, 16), "full-4": (4, 4)}  # C and UC
+RELEASE = {  # Group Diffusion's training, where DiT's and SiT's is another
+    "train.images": 800 * 1_281_167,
+    "optim.betas": (0.9, 0.95),
+    "optim.weight_decay": 0.01,
+    "optim.decay": "matrices",
+    "optim.clip": 3.0,
+}
 OWN = {  # of Group Diffusion on a backbone, whatever the groups
-    "dit-xl-2": {"train.images": 800 * 1_281_167, "sample.guidance": (1.65,), "sample.guided_channels": None},
-    "sit-xl-2": {"train.images": 800 * 1_281_167, "sample.guidance": (2.585,), "sample.interval": (-2.1973, 2.1973)},
+    "dit-xl-2": RELEASE | {"sample.guidance": (1.65,), "sample.guided_channels": None},
+    "sit-xl-2": RELEASE | {"sample.guidance": (2.585,), "sample.interval": (-2.1973, 2.1973)},
 }
 RUNS = sorted(path for path in ROOT.glob("imagenet*/**/*.yaml") if path.parent.name != "groups")
 BACKBONES = ["dit-xl-2", "sit-xl-2", "jit-b-16", "jit-l-16"]
