@@ -16,6 +16,8 @@ class Purpose(IntEnum):
 
     TRAINING = 0
     SAMPLING = 1
+    LABELS = 2
+    SLOTS = 3
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ def draw(
         rng.random(out=uniform[i])
         for part in noise:
             rng.standard_normal(out=part[i], dtype=np.float32)
-    order = np.argsort(uniform[::group_size, 3 : 3 + rows], axis=1, kind="stable")
-    drawn = Draws(noise[0], uniform[:, :3], order[:, :group_size].ravel())
+    slot = _distinct_rows(uniform[::group_size, 3 : 3 + rows], group_size)
+    drawn = Draws(noise[0], uniform[:, :3], slot)
     if posterior:
         drawn = replace(drawn, posterior=noise[1])
     return replace(drawn, flip=uniform[:, -1] < 0.5) if mirrored else drawn
@@ -70,6 +72,20 @@ def step_noise(seed: int, positions: np.ndarray, shape: tuple[int, ...], step: i
     return noise
 
 
+def group_labels(seed: int, groups: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return a class (b,) int64 of each group of samples with numbers `groups` (b,), uniform and independent."""
+    return np.array([rng.integers(num_classes) for rng in generators(seed, Purpose.LABELS, groups)], np.int64)
+
+
+def call_slots(seed: int, groups: np.ndarray, group_size: int, max_group_size: int, call: int) -> np.ndarray:
+    """Return rows of the sample embedding (b * group_size,) int64, drawn without replacement in each of the groups of
+    samples with numbers `groups` (b,), anew for each number of a network's `call`."""
+    uniform = np.empty((len(groups), max_group_size))
+    for out, rng in zip(uniform, generators(seed, Purpose.SLOTS, groups, call), strict=True):
+        rng.random(out=out)
+    return _distinct_rows(uniform, group_size)
+
+
 def generators(seed: int, purpose: Purpose, positions: Iterable[int], part: int = 0) -> Iterator[np.random.Generator]:
     """Yield the generator of each position (counted from 0) in turn. A position has many parts of 2^128 numbers each.
     All are one object whose state is reset: building one for each image would cost more than drawing its numbers."""
@@ -79,3 +95,8 @@ def generators(seed: int, purpose: Purpose, positions: Iterable[int], part: int 
         state["state"]["counter"][2:] = part, position
         philox.state = state
         yield rng
+
+
+def _distinct_rows(uniform: np.ndarray, group_size: int) -> np.ndarray:
+    """Return the first `group_size` of a random order of rows for each group, given a number for each row."""
+    return np.argsort(uniform, axis=1, kind="stable")[:, :group_size].ravel()

@@ -29,7 +29,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where to write; default: the run folder, or samples-N in it"
     )
-    parser.add_argument("--num", type=positive, metavar="N", help="so many samples for metrics, of all classes in turn")
+    parser.add_argument(
+        "--num", type=positive, metavar="N", help="so many samples for metrics, with classes as sample.labels"
+    )
     parser.add_argument("--format", choices=["npz", "png"], help="with --num: one file, or one for each; default: npz")
     add_cluster_options(parser)
     args = parser.parse_intermixed_args(arguments)

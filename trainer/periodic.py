@@ -13,6 +13,7 @@ from data.sets.form import form_of
 from data.sets.images import Images
 from data.sets.registry import open_halves
 from models.paths.base import NoisePath
+from models.sampling.generation import Sampled
 from trainer.analysis.cross_attention import CrossAttention, step_attention
 from trainer.checkpoints.weights import WeightSource
 from trainer.config.tree import Config
@@ -22,6 +23,7 @@ from trainer.evaluation.precision_recall import NEIGHBOURS
 from trainer.monitor import Monitor
 from trainer.ranks import Ranks, from_rank_0
 from trainer.sampling.decode import make_decoder
+from trainer.sampling.finite import not_finite
 from trainer.sampling.generate import generate
 from trainer.sampling.networks import Networks
 from trainer.sampling.pictures import classes_shown, grid, to_uint8
@@ -66,9 +68,9 @@ class Periodic:
         if passed(train.sample_every):
             classes = classes_shown(self._images.num_classes, self._height)
             with engine.ema_weights():
-                samples, _ = generate(Networks(engine), config, self._images, self._ranks, classes=classes)
-            if self._ranks.rank == 0:
-                pixels = to_uint8(self._decoder()(samples))
+                made = generate(Networks(engine), config, self._images, self._ranks, classes=classes)
+            if self._usable(made, f"no samples at {position} images", monitor) and self._ranks.rank == 0:
+                pixels = to_uint8(self._decoder()(made.images))
                 monitor.picture("samples", grid(pixels, config.sample.group_size), position)
         if passed(config.evaluate.every):
             self._evaluate(engine, position, monitor)
@@ -82,12 +84,20 @@ class Periodic:
     def _evaluate(self, engine: Engine, position: int, monitor: Monitor) -> None:
         config = evaluation_config(self._config)
         with engine.ema_weights():
-            samples, _ = generate(Networks(engine), config, self._images, self._ranks)
+            made = generate(Networks(engine), config, self._images, self._ranks)
+        if not self._usable(made, f"no evaluation at {position} images", monitor):
+            return
         assert self._compute_metrics  # evaluate.every is set
-        record = self._compute_metrics(samples)
+        record = self._compute_metrics(made.images)
         if record is not None:  # on rank 0
             about = describe(WeightSource(None), config) | {"position": position}
             monitor.evaluation(record | {"samples": about}, position)
+
+    def _usable(self, made: Sampled, otherwise: str, monitor: Monitor) -> bool:
+        """Return whether all samples are finite, alike on all ranks; if not, say so: the run goes on."""
+        if wrong := not_finite(made, self._config.sample, WeightSource(None).weights):
+            monitor.say(f"error: {otherwise}: {wrong}")
+        return not wrong
 
     def _decoder(self) -> Callable[[Tensor], Tensor]:
         return make_decoder(self._images.vae, self._images.shape[0], self._ranks.device)
@@ -110,7 +120,7 @@ def has_passed(every: int, before: int, position: int) -> bool:
 
 def evaluation_config(config: Config) -> Config:
     """Return the config of the samples to evaluate: as for the sample grids, but `evaluate.per_class` of each class."""
-    sample = config.sample.model_copy(update={"per_class": config.evaluate.per_class})
+    sample = config.sample.model_copy(update={"per_class": config.evaluate.per_class, "labels": "balanced"})
     return config.model_copy(update={"sample": sample})
 
 

@@ -30,14 +30,15 @@ def shard_names(kind: str, parts: int) -> list[str]:
     return [f"{kind}-{part:06d}.tar" for part in range(parts)]
 
 
-def agree_on_settings(folder: Path, settings: dict) -> None:
-    """Record the settings in the folder. Raise DataError if it was begun with others."""
+def agree_on_settings(folder: Path, settings: dict, unsaid: dict | None = None) -> None:
+    """Record the settings in the folder. Raise DataError if it was begun with others. `unsaid`: settings of older
+    versions, which did not record them."""
     path = folder / SETTINGS
     if not path.exists():
         with wait_for_lock(folder, SETTINGS):
             if not path.exists():
                 write_json(path, settings)
-    before, now = json.loads(path.read_text()), json.loads(json.dumps(settings))
+    before, now = (unsaid or {}) | json.loads(path.read_text()), json.loads(json.dumps(settings))
     for name in (before | now).keys() - {"name"}:  # a network is identified by its weights, not its name
         if before.get(name) != now.get(name):
             raise DataError(

@@ -20,7 +20,7 @@ def velocity_field(
     """
     if "velocity" not in path.offers:
         raise ValueError(f"path={path.name}: has no velocity; give one of continuous times")
-    denoise = guided(networks, path, guidance, label, slot)
+    denoise = guided(networks, path, guidance, label, lambda prediction: slot)
 
     def field(x: Tensor, t: float) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):

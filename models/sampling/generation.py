@@ -1,16 +1,17 @@
 """Turn noise into images: sampler, guidance and group sizes combined."""
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Literal, NamedTuple
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from models.choice import NameOf
 from models.paths.base import NoisePath
 from models.sampling.guidance import Guidance, Interval, Networks, guided, log_snr_at, stitched
 from models.sampling.registry import SAMPLERS
-from models.sampling.samplers import Draw, Problem, SamplerConfig, State
+from models.sampling.samplers import Draw, NotFinite, Problem, SamplerConfig, State, all_finite
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -47,8 +48,14 @@ class SampleConfig(
     """Weights of a smaller network that takes the noisiest steps. null: none."""
     small_share: float = Field(0.4, ge=0, le=1)
     """Share of the steps that `small` takes."""
+    slots: Literal["fixed", "redrawn"] = "fixed"
+    """Rows of the sample embedding: each image keeps one (fixed), or each network call draws them anew (redrawn, as
+    GroupDiff's public code does)."""
     per_class: int = Field(16, ge=1)
     """Images to generate of each class."""
+    labels: Literal["balanced", "random"] = "balanced"
+    """Classes of a number of images (--num): as many of each, whatever the group size (balanced), or one drawn for each
+    group (random)."""
     batch: int = Field(256, ge=1)
     """Most images that a process generates at once; at least one group."""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -58,6 +65,15 @@ class SampleConfig(
     @classmethod
     def _one_or_more(cls, value: object) -> object:
         return value if isinstance(value, list | tuple) else (value,)
+
+    @model_validator(mode="after")
+    def _check(self) -> "SampleConfig":
+        if self.slots == "redrawn" and SAMPLERS[self.sampler].adaptive:
+            raise ValueError(
+                f"slots=redrawn: not for sampler={self.sampler}, whose calls are as many as a whole batch needs; set"
+                " fixed, or another sampler"
+            )
+        return self
 
     @property
     def group_size(self) -> int:
@@ -85,6 +101,15 @@ class SampleConfig(
         return self.model_copy(update=changes)
 
 
+class Sampled(NamedTuple):
+    """Images (B, C, H, W), the number of evaluations that they took, and after how many steps each was still finite,
+    (B,) int64. If one of them is not finite, see `trainer.sampling.finite`."""
+
+    images: Tensor
+    evaluations: int
+    finite: Tensor
+
+
 @torch.no_grad()
 def sample_images(
     networks: Networks,
@@ -92,28 +117,42 @@ def sample_images(
     config: SampleConfig,
     noise: Tensor,
     label: Tensor,
-    slot: Tensor,
+    slot: Tensor | Callable[[int, int], Tensor],
     weight: float | Tensor,
     draw: Draw,
-) -> tuple[Tensor, int]:
-    """Return (images (B, C, H, W), number of evaluations), given noise of that shape, label (B,) and slot (B,); B is
-    whole groups, each contiguous. `weight`: of guidance, one number or (B,). `draw(i)`: noise of the i-th step, for
-    samplers that need it. One evaluation is a prediction with its guidance, so one or two network calls."""
+) -> Sampled:
+    """Return images (B, C, H, W), given noise of that shape, label (B,) and slot (B,), or a function that returns slot
+    given the number of the evaluation, from 0, and of its prediction (0: conditional, 1: the other); B is whole groups,
+    each contiguous. `weight`: of guidance, one number or (B,). `draw(i)`: noise of the i-th step, for samplers that
+    need it. One evaluation is a prediction with its guidance, so one or two network calls."""
     sampler = SAMPLERS[config.sampler]
     times = sampler.times(path, config.steps, config)
     guidance = config.guidance_of(weight)
-    denoise = guided(networks, path, guidance, label, slot)
+    evaluations = 0
+
+    def slots(prediction: int) -> Tensor:
+        return slot if isinstance(slot, Tensor) else slot(evaluations, prediction)
+
+    denoise = guided(networks, path, guidance, label, slots)
     if networks.small:
         noisiest = int(config.small_share * config.steps + 1e-9)  # 0.29 * 100 is 28.999...
-        first = guided(networks._replace(network=networks.small), path, guidance, label, slot)
+        first = guided(networks._replace(network=networks.small), path, guidance, label, slots)
         whole = noisiest == config.steps  # also at the data, whose log-SNR is not below any switch
         denoise = first if whole else stitched(first, denoise, path, log_snr_at(path, times[noisiest]))
-    evaluations = 0
 
     def counted(x: Tensor, t: float) -> Tensor:
         nonlocal evaluations
+        prediction = denoise(x, t)
         evaluations += 1
-        return denoise(x, t)
+        return prediction
 
-    problem = Problem(counted, path, times, draw, config)
-    return sampler.run(problem, State(path.start(noise))).x, evaluations
+    problem, state, last = Problem(counted, path, times, draw, config), State(path.start(noise)), len(times) - 1
+    finite = torch.zeros_like(label)
+    while state.step < last:
+        try:
+            state = sampler.step(problem, state)
+            steps_on = all_finite(state.x)
+        except NotFinite as stopped:
+            state, steps_on = State(torch.full_like(noise, torch.nan), last), stopped.finite
+        finite = torch.where(steps_on, state.step, finite)
+    return Sampled(state.x, evaluations, finite)

@@ -14,6 +14,7 @@ from models.paths.base import NoisePath
 from models.sampling.samplers import Denoise
 
 Network = Callable[..., Tensor]
+Slots = Callable[[int], Tensor]  # of prediction 0, c, or 1, u: which row of the sample embedding each image has, (B,)
 Level = Annotated[float, Field(ge=-math.inf)]  # not NaN
 Interval = tuple[Level | None, Level | None]  # of log-SNR, closed; null: no end
 
@@ -44,7 +45,7 @@ class Guidance(NamedTuple):
     channels: int | None = None  # how many, from the first, are guided; None: all
 
 
-def guided(networks: Networks, path: NoisePath, guidance: Guidance, label: Tensor, slot: Tensor) -> Denoise:
+def guided(networks: Networks, path: NoisePath, guidance: Guidance, label: Tensor, slots: Slots) -> Denoise:
     """Return the function that a sampler calls: u + weight * (c - u), the convention of the public code; the paper's
     scale is weight - 1.
 
@@ -68,10 +69,10 @@ def guided(networks: Networks, path: NoisePath, guidance: Guidance, label: Tenso
         time = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
         log_snr = log_snr_at(path, t)
         c, uc = (cond_group_size, uncond_group_size) if inside(log_snr, window) else (1, 1)
-        prediction = network(x, time, label, slot, c).to(x.dtype)  # the network may be bf16, the arithmetic is fp32
+        prediction = network(x, time, label, slots(0), c).to(x.dtype)  # the network may be bf16, the arithmetic is fp32
         if unguided or not inside(log_snr, interval):
             return prediction
-        other = weaker(x, time, label, slot, c) if weaker else network(x, time, null, slot, uc)
+        other = weaker(x, time, label, slots(1), c) if weaker else network(x, time, null, slots(1), uc)
         first = min(channels or x.shape[1], x.shape[1])  # the variance follows
         other = other[:, :first].to(x.dtype)
         mixed = other + factor * (prediction[:, :first] - other)

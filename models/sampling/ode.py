@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from models.sampling.samplers import Problem, State, same_time
+from models.sampling.samplers import NotFinite, Problem, State, all_finite, same_time
 
 SINGULAR_END = 1e-3  # how far before a singular end an adaptive sampler stops
 
@@ -42,7 +43,8 @@ def pseudo_corrector(problem: Problem, state: State) -> State:
 
 def dopri5(problem: Problem, state: State) -> State:
     """Integrate from the state's time to the end by Dormand and Prince's method of order 5, by torchdiffeq, with steps
-    that meet the tolerance. Before a singular end, stop and go to the predicted data."""
+    that meet the tolerance. Before a singular end, stop and go to the predicted data. Raise NotFinite where a velocity
+    is not finite: no step would meet the tolerance."""
     from torchdiffeq import odeint  # slow to import (half a second, with scipy), and training does not need it
 
     path, times = problem.path, problem.times
@@ -50,8 +52,16 @@ def dopri5(problem: Problem, state: State) -> State:
     span = torch.tensor([times[state.step], end], dtype=torch.float64, device=state.x.device)
     last = {"step_t": span[1:]}  # a step ends there: none goes beyond it, where there is no path
     tolerance = problem.settings.tolerance
+
+    def velocity(t: Tensor, x: Tensor) -> Tensor:
+        slope = problem.velocity(x, min(float(t), end))  # its guess of a first step may go beyond the end
+        finite = all_finite(slope)
+        if not finite.all():
+            raise NotFinite(finite)
+        return slope
+
     x: Any = odeint(
-        lambda t, x: problem.velocity(x, min(float(t), end)),  # its guess of a first step may go beyond the end
+        velocity,
         state.x,
         span,
         rtol=tolerance,

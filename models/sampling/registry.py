@@ -13,7 +13,7 @@ SAMPLERS = {
     "euler": Sampler(euler, VELOCITY, even_times),
     "heun": Sampler(heun, VELOCITY, even_times),
     "pseudo_corrector": Sampler(pseudo_corrector, VELOCITY, even_times),
-    "dopri5": Sampler(dopri5, frozenset({"velocity", "data"}), even_times),
+    "dopri5": Sampler(dopri5, frozenset({"velocity", "data"}), even_times, adaptive=True),
     "sde": Sampler(sde, frozenset({"velocity", "score"}), sde_times),
     "ddim": Sampler(ddim, frozenset({"data", "noise"}), even_times),
     "ddpm": Sampler(ddpm, frozenset({"posterior"}), even_times),

@@ -42,6 +42,14 @@ class Problem(NamedTuple):
         return self.path.velocity(self.denoise(x, t), x, same_time(t, x))
 
 
+class NotFinite(ArithmeticError):
+    """A sampler whose steps are of a whole batch cannot go on; `finite` (B,) bool: whose prediction is finite."""
+
+    def __init__(self, finite: Tensor) -> None:
+        super().__init__("a prediction is not finite")
+        self.finite = finite
+
+
 class State(NamedTuple):
     """The state of a sampler: images x (B, C, H, W) at the beginning of step number `step`, and what the sampler keeps
     from earlier steps. Steps change no tensor in place, so a saved state stays valid."""
@@ -53,11 +61,13 @@ class State(NamedTuple):
 
 class Sampler(NamedTuple):
     """A sampler: `step` returns the state after one step, or after several; `needs` names what it converts predictions
-    to (see NoisePath.offers); `times` returns the times, given (path, number of steps, settings)."""
+    to (see NoisePath.offers); `times` returns the times, given (path, number of steps, settings); `adaptive`: its steps
+    are as all images of a batch need them."""
 
     step: Callable[[Problem, State], State]
     needs: frozenset[str]
     times: Callable[[NoisePath, int, SamplerConfig], list[float]]
+    adaptive: bool = False
 
     def run(self, problem: Problem, state: State, until: int | None = None) -> State:
         """Continue from a state until step number `until` begins; None: to the end."""
@@ -70,6 +80,11 @@ class Sampler(NamedTuple):
 def even_times(path: NoisePath, steps: int, settings: SamplerConfig) -> list[float]:
     """Return the path's evenly spaced times."""
     return path.even_times(steps)
+
+
+def all_finite(x: Tensor) -> Tensor:
+    """Return of each image (B, ...) whether it is finite, (B,) bool, without waiting for the device."""
+    return x.flatten(1).isfinite().all(dim=1)
 
 
 def same_time(t: float, x: Tensor) -> Tensor:

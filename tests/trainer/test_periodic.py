@@ -27,6 +27,8 @@ ENGINES = {  # name -> (ranks, overrides)
     "zero3": (2, ["engine=deepspeed", "zero=3"]),
 }
 RUN = ["groups.size=4", "groups.splits=4", "train.images=192", "checkpoint.every=64"]
+LOOKS = ["train.sample_every=64", "evaluate.every=64"]
+DIVERGED = ["sample.sampler=sde", "sample.diffusion=constant", "sample.diffusion_norm=1e300"]  # beyond fp32
 FIGURES = ("fid", "kid", "precision", "recall")
 
 
@@ -50,6 +52,7 @@ def runs(module_ranks, there):
         for how, evaluation in (("evaluated", ["evaluate.every=64", *detector]), ("plain", []))
     ]
     of_engines.append((2, [*RUN, "engine=ddp", f"run={there}/classified", "evaluate.every=128"]))
+    of_engines.append((2, [*RUN, *ENGINES["fsdp"][1], f"run={there}/fsdp-diverged", *LOOKS, *DIVERGED]))
     for world in (1, 2):
         module_ranks.run_many(world, train_tiny, *(run for ranks, run in of_engines if ranks == world))
     return there
@@ -105,6 +108,28 @@ def test_without_a_detector_the_classifier_measures(runs):
     assert row["images"] == expected["images"] == 100
     for name in ("frechet", "class_accuracy", "heldout_accuracy"):
         assert row[name] == pytest.approx(expected[name], rel=1e-3, abs=0.02), name
+
+
+def test_where_samples_are_not_finite_the_run_goes_on_without_them(runs, same):
+    """On both ranks, to the same weights."""
+    same(runs / "fsdp-diverged", runs / "fsdp-plain", "", "checkpoints/000000000192")
+    assert rows(runs / "fsdp-diverged") == []
+    events = EventAccumulator(str(runs / "fsdp-diverged")).Reload()
+    assert "samples" not in events.Tags()["images"]
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("settings", [DIVERGED, ["sample.sampler=dopri5", "sample.guidance=1e39"]])
+def test_it_says_so_in_a_line(tmp_path, capsys, settings):
+    train_tiny(*RUN, "engine=single", f"run={tmp_path}/run", *LOOKS, *settings)
+    said = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    when = "in dopri5" if "sample.sampler=dopri5" in settings else "after step 1 of 2"
+    for position in (64, 128, 192):
+        for missing in ("samples", "evaluation"):
+            line = said.pop(0)
+            start = f"error: no {missing} at {position} images: weights=ema: image 0 is not finite {when}; "
+            assert line.startswith(start), line
+    assert not said and rows(tmp_path / "run") == []
 
 
 def test_a_run_that_goes_on_from_an_older_checkpoint_has_each_evaluation_once(runs, ranks, tmp_path):

@@ -25,6 +25,7 @@ from trainer.errors import RunError
 from trainer.evaluation.classifier import make_evaluator
 from trainer.loop import train
 from trainer.ranks import local_device
+from trainer.sampling.labels import check_per_class
 from trainer.sampling.samples import make_samples
 
 ATTENTION_GROUPS = 64  # groups over which a run's S_cross is measured
@@ -56,6 +57,7 @@ def plan_cells(
                 config = load_config(
                     path, [*overrides, f"{name}={value}", f"seed={seed}", f"run={out / 'runs' / label}"]
                 )
+                check_per_class(config.sample)
                 content = to_yaml(config.model_copy(update={"run": ""}))
                 first = known.setdefault(content, label)
                 configs.setdefault(first, config)

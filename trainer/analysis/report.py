@@ -114,7 +114,17 @@ def _plain(record: dict) -> dict:
     row = {name: value for name, value in record.items() if isinstance(value, int | float | str)}
     row |= record.get("axes", {})
     made = record.get("samples", {})
-    names = ("position", "weights", "sampler", "steps", "evaluations", "guidance", "uncond_group_size", "seed")
+    names = (
+        "position",
+        "weights",
+        "sampler",
+        "steps",
+        "evaluations",
+        "guidance",
+        "uncond_group_size",
+        "labels",
+        "seed",
+    )
     row |= {name: _value(made[name]) for name in names if name in made and name not in row}
     return row | ({"count": record["images"]["images"]} if isinstance(record.get("images"), dict) else {})
 

@@ -14,7 +14,7 @@ from models.backbones.registry import ModelConfig, model_config
 from models.objectives.registry import Losses
 from models.paths.registry import ChosenPath, make_path, path_config
 from models.sampling.generation import SampleConfig
-from models.sampling.registry import fitting_samplers
+from models.sampling.registry import SAMPLERS, fitting_samplers
 from trainer.checkpoints.config import CheckpointConfig, ResumeConfig
 from trainer.config.fields import text_fields, walk
 from trainer.config.legacy import rename, upgrade
@@ -141,6 +141,8 @@ class Config(EngineConfig, extra="forbid", frozen=True, use_attribute_docstrings
         if self.sample.sampler not in (fitting := fitting_samplers(path)):
             fix = f"not for path={self.path.name}; set {' or '.join(fitting)}"
             raise ValueError(f"sample.sampler={self.sample.sampler}: {fix}")
+        if self.sample.slots == "redrawn" and not slots:
+            raise ValueError("sample.slots=redrawn: model.max_group_size=0 has no sample embedding to draw; set fixed")
         sample = self.sample.for_variant(self.groups.variant, size, self.groups.window)
         for name in ("cond_group_size", "uncond_group_size"):
             value = getattr(sample, name)
@@ -212,10 +214,10 @@ def check_world(config: Config, world_size: int) -> None:
         part, name = every.split(".")
         if not (value := getattr(getattr(config, part), name)):
             continue
-        if world_size > 1 and config.sample.sampler == "dopri5":
+        if world_size > 1 and SAMPLERS[config.sample.sampler].adaptive:
             raise RunError(
-                f"{every}={value}: with sample.sampler=dopri5 ranks would take different numbers of steps and wait"
-                f" forever; set another sampler, or {every}=0"
+                f"{every}={value}: with sample.sampler={config.sample.sampler} ranks would take different numbers of"
+                f" steps and wait forever; set another sampler, or {every}=0"
             )
         for other in ("weaker", "small"):
             if file := getattr(config.sample, other):

@@ -1,10 +1,11 @@
 """Make any number of samples with any number of processes, here or on many nodes: for FID and the like.
 
-The samples are split into parts of whole groups. A part is claimed by one process and made in one batch, and its
-randomness depends only on the numbers of its samples. So any number of processes makes the same images, bit for bit on
-one kind of machine, and the same command resumes where it stopped.
+Their groups, whose classes follow `sample.labels`, are split into parts. A part is claimed by one process and made in
+one batch, and its randomness depends only on the numbers of its groups. So any number of processes makes the same
+images, bit for bit on one kind of machine, and the same command resumes where it stopped.
 """
 
+import itertools
 import zipfile
 from pathlib import Path
 from typing import Any, Literal
@@ -17,14 +18,18 @@ from tqdm import tqdm
 from data.stores.claims import Claims, wait_for_lock
 from data.stores.files import appearing, disk_errors, write_json
 from data.stores.shards import agree_on_settings
+from trainer.build import find_form
 from trainer.checkpoints.weights import WeightSource
 from trainer.config.tree import Config
+from trainer.errors import RunError
 from trainer.ranks import local_device
 from trainer.sampling.decode import make_decoder
+from trainer.sampling.finite import not_finite
 from trainer.sampling.generate import generate_groups
+from trainer.sampling.labels import deal_classes
 from trainer.sampling.networks import load
 from trainer.sampling.pictures import to_uint8
-from trainer.sampling.samples import describe
+from trainer.sampling.samples import RECORDED_LATER, describe
 
 PARTS, SAMPLES, RECORD = "parts", "samples.npz", "samples.json"
 
@@ -41,8 +46,9 @@ def sample_many(
     """Make the parts that no other process makes; return whether all parts, and so all `number` samples, are then
     there.
 
-    Each group has one class, in turn. npz: samples.npz with arr_0 (number, H, W, C) uint8 and arr_1, the classes; png:
-    a file per sample, in a folder per class. Raise DataError if `out` holds other samples, or the disk is full.
+    npz: samples.npz with arr_0 (number, H, W, C) uint8 and arr_1, the classes; png: a file per sample, in a folder per
+    class. Both are in the order of the groups. Raise DataError if `out` holds other samples, or the disk is full, and
+    RunError if a sample is not finite.
     """
     with disk_errors(out):
         return _sample_many(source, config, number, out, form, process, processes)
@@ -58,13 +64,19 @@ def _sample_many(
     processes: int,
 ) -> bool:
     record = describe(source, config) | {"number": number, "form": form}
-    agree_on_settings(out, {name: value for name, value in record.items() if name != "per_class"})
+    size, num_classes = config.sample.group_size, find_form(config, source).num_classes
+    whole = number % (num_classes * size) == 0  # or else older versions made more of some classes
+    before = RECORDED_LATER | ({} if whole else {"labels": "groups in turn"})
+    agree_on_settings(out, {name: value for name, value in record.items() if name != "per_class"}, before)
     if (out / RECORD).exists():
         return True
-    size = config.sample.group_size
-    groups = -(-number // size)
+    classes, kept = deal_classes(config.sample, number, num_classes)
+    label = classes.repeat(kept)
     per_part = max(config.sample.batch // size, 1)
-    names = [f"part-{part:06d}.npz" for part in range(-(-groups // per_part))]
+    groups = np.split(np.arange(len(kept)), range(per_part, len(kept), per_part))  # of each part
+    sizes = [int(kept[own].sum()) for own in groups]
+    first = [0, *itertools.accumulate(sizes)]
+    names = [f"part-{part:06d}.npz" for part in range(len(groups))]
 
     if local_device().type == "cpu":
         torch.set_num_threads(1)  # sums depend on the number of threads, and that on the number of processes
@@ -72,19 +84,21 @@ def _sample_many(
     images = loaded.images
     decode = make_decoder(images.vae, images.shape[0], loaded.device)
     claims = Claims(out / PARTS, names, process * len(names) // processes, complete=out / RECORD)
-    with tqdm(total=number, unit="img", desc="sample", initial=_made(out, names, per_part * size, number)) as bar:
+    with tqdm(total=number, unit="img", desc="sample", initial=_made(out, names, sizes)) as bar:
         for part in claims:
-            chosen = np.arange(part * per_part, min((part + 1) * per_part, groups))
+            own = groups[part]
             with loaded.inference():
-                made, evaluations = generate_groups(
-                    loaded.networks, config, images.shape, chosen, chosen % images.num_classes, loaded.device
-                )
-            pixels = to_uint8(decode(made).cpu())[: number - part * per_part * size]
+                made = generate_groups(loaded.networks, config, images.shape, own, classes[own], loaded.device)
+            keep = torch.from_numpy((np.arange(size) < kept[own, None]).ravel())
+            made = made._replace(images=made.images.cpu()[keep], finite=made.finite.cpu()[keep])
+            if wrong := not_finite(made, config.sample, source.weights, first[part]):
+                raise RunError(wrong)
+            pixels = to_uint8(decode(made.images).cpu())
             if form == "png":
-                _write_pngs(out, pixels, part * per_part * size, size, images.num_classes)
-            kept: dict[str, Any] = {"images": pixels} if form == "npz" else {}
+                _write_pngs(out, pixels, label, first[part])
+            stored: dict[str, Any] = {"images": pixels} if form == "npz" else {}
             with appearing(out / PARTS / names[part]) as target:
-                np.savez(target, evaluations=evaluations, **kept)
+                np.savez(target, evaluations=made.evaluations, **stored)
             claims.release(part)
             bar.update(len(pixels))
     parts = [out / PARTS / name for name in names]
@@ -92,7 +106,6 @@ def _sample_many(
         return False
     with wait_for_lock(out, RECORD):
         if not (out / RECORD).exists():
-            label = (np.arange(number) // size % images.num_classes).astype(np.int64)
             if form == "npz":
                 _join(out / SAMPLES, parts, label)
             most = max(int(np.load(path)["evaluations"]) for path in parts)
@@ -100,14 +113,14 @@ def _sample_many(
     return True
 
 
-def _made(out: Path, names: list[str], per_part: int, number: int) -> int:
+def _made(out: Path, names: list[str], sizes: list[int]) -> int:
     """Return how many samples exist."""
-    return sum(min(per_part, number - i * per_part) for i, name in enumerate(names) if (out / PARTS / name).exists())
+    return sum(size for name, size in zip(names, sizes, strict=True) if (out / PARTS / name).exists())
 
 
-def _write_pngs(out: Path, pixels: np.ndarray, first: int, size: int, num_classes: int) -> None:
+def _write_pngs(out: Path, pixels: np.ndarray, label: np.ndarray, first: int) -> None:
     for sample, image in enumerate(pixels, start=first):
-        path = out / f"{sample // size % num_classes:04d}" / f"{sample:06d}.png"
+        path = out / f"{label[sample]:04d}" / f"{sample:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         with appearing(path) as target:
             Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(target, "png")

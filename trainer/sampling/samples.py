@@ -9,24 +9,35 @@ from PIL import Image
 from data.stores.files import appearing, sha256, write_json
 from trainer.checkpoints.weights import WeightSource
 from trainer.config.tree import Config
+from trainer.errors import RunError
 from trainer.ranks import Ranks
 from trainer.sampling.decode import make_decoder
+from trainer.sampling.finite import not_finite
 from trainer.sampling.generate import generate
+from trainer.sampling.labels import check_per_class
 from trainer.sampling.networks import load
 from trainer.sampling.pictures import classes_shown, grid, to_uint8
+
+RECORDED_LATER = {
+    "labels": "balanced",
+    "slots": "fixed",
+}  # how older versions made samples, whose records do not say it
 
 
 def make_samples(
     source: WeightSource, config: Config, progress: Callable[[int], object] = lambda number: None
 ) -> tuple[np.ndarray, np.ndarray, dict]:
     """Return (images (classes, per_class, H, W, C) uint8, labels (classes, per_class), record of how they were made),
-    generated in this process."""
+    generated in this process. Raise RunError if one is not finite."""
+    check_per_class(config.sample)
     loaded = load(source, config)
     decode = make_decoder(loaded.images.vae, loaded.images.shape[0], loaded.device)
     with loaded.inference():
-        made, evaluations = generate(loaded.networks, config, loaded.images, Ranks(0, 1, loaded.device), progress)
-    label = np.repeat(np.arange(len(made))[:, None], made.shape[1], axis=1)
-    return to_uint8(decode(made)), label, describe(source, config) | {"evaluations": evaluations}
+        made = generate(loaded.networks, config, loaded.images, Ranks(0, 1, loaded.device), progress)
+    if wrong := not_finite(made, config.sample, source.weights):
+        raise RunError(wrong)
+    label = np.repeat(np.arange(len(made.images))[:, None], made.images.shape[1], axis=1)
+    return to_uint8(decode(made.images)), label, describe(source, config) | {"evaluations": made.evaluations}
 
 
 def describe(source: WeightSource, config: Config) -> dict:

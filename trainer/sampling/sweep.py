@@ -10,8 +10,9 @@ from trainer.config.sweeps import combinations, parse_sweep
 from trainer.config.tree import Config, change_config
 from trainer.errors import RunError
 from trainer.run_folder import read_config
+from trainer.sampling.labels import check_per_class
 from trainer.sampling.networks import fixed
-from trainer.sampling.samples import make_samples, write_samples
+from trainer.sampling.samples import RECORDED_LATER, make_samples, write_samples
 
 WEIGHTS = "weights"  # the axis of the weights: ema, raw, or a file, like those of tools/reconstruct_ema.py
 Axes = dict[str, list[str]]  # values of each swept setting
@@ -63,7 +64,9 @@ def _config(checkpoint: Path, overrides: list[str], choice: dict[str, str]) -> C
     for setting in settings:
         if not _of_sampling(setting.partition("=")[0]):
             raise RunError(f"{setting}: only sample.* can be set here; the rest is what the run was trained with")
-    return fixed(change_config(read_config(checkpoint), settings))
+    config = fixed(change_config(read_config(checkpoint), settings))
+    check_per_class(config.sample)
+    return config
 
 
 def _of_sampling(name: str) -> bool:
@@ -75,7 +78,7 @@ def _there(folder: Path, checkpoint: Path, config: Config, weights: str) -> bool
     because the file may have changed."""
     if weights not in ("ema", "raw") or not (folder / "samples.json").is_file():
         return False
-    stored = json.loads((folder / "samples.json").read_text())
+    stored = RECORDED_LATER | json.loads((folder / "samples.json").read_text())
     expected = {
         **json.loads(config.sample.model_dump_json()),
         "checkpoint": str(checkpoint),

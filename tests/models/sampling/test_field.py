@@ -41,7 +41,7 @@ def test_images_feel_those_of_their_group_and_no_others(random_dit, size):
 def test_it_is_what_samplers_follow_and_ddpm_has_none(random_dit):
     guidance, path = Guidance(2.0, 1, 4), make_path(path_config("gvp"))
     x, networks = images(0), Networks(random_dit(0).double())
-    expected = guided(networks, path, guidance, LABEL, SLOT)(x, 0.4)
+    expected = guided(networks, path, guidance, LABEL, lambda prediction: SLOT)(x, 0.4)
     torch.testing.assert_close(velocity_field(networks, path, guidance, LABEL, SLOT)(x, 0.4), expected)
     with pytest.raises(ValueError, match="path=ddpm: has no velocity"):
         field_of(random_dit, guidance, "ddpm")

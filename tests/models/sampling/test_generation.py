@@ -159,7 +159,7 @@ def test_the_evaluations_of_every_sampler_are_counted(random_inputs, path, name)
         config = SampleConfig(sampler=name, steps=steps, guidance=weight, tolerance=0.1).for_variant("light", 4, None)
         counted = Counted(net)
         arguments = (config, noise, LABEL, slot, weight, lambda i: torch.zeros_like(noise))
-        images, evaluations = sample_images(Networks(counted), PATHS[path](), *arguments)
+        images, evaluations, _ = sample_images(Networks(counted), PATHS[path](), *arguments)
         assert counted.calls == calls * evaluations
         assert images.shape == noise.shape and images.dtype == noise.dtype and images.isfinite().all()
         expected = {"heun": 11 if path == "jit" else 12, "pseudo_corrector": 7, "dopri5": evaluations}.get(name, steps)
@@ -171,9 +171,9 @@ def test_the_evaluations_of_every_sampler_are_counted(random_inputs, path, name)
 def test_each_group_is_sampled_with_its_own_weight(random_dit, random_inputs, seed):
     net, (config, noise, slot) = random_dit(seed), setting(seed, random_inputs)
     weight = torch.tensor([1.2, 3.0]).repeat_interleave(4)
-    together, _ = sample_images(Networks(net), PATH, config, noise, LABEL, slot, weight, no_draw)
+    together, *_ = sample_images(Networks(net), PATH, config, noise, LABEL, slot, weight, no_draw)
     for group, own in ((slice(0, 4), 1.2), (slice(4, 8), 3.0)):
-        alone, _ = sample_images(Networks(net), PATH, config, noise[group], LABEL[group], slot[group], own, no_draw)
+        alone, *_ = sample_images(Networks(net), PATH, config, noise[group], LABEL[group], slot[group], own, no_draw)
         torch.testing.assert_close(together[group], alone, rtol=0, atol=1e-5)
 
 

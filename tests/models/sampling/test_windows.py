@@ -52,7 +52,7 @@ def draw(step):
 def sample(network, path, small=None, seed=0, **values):
     config = SampleConfig(**{"guidance": 2.0, "steps": 7, "tolerance": 1e-2, **values}).for_variant("light", 4, None)
     networks = Networks(network, small=small)
-    made, _ = sample_images(networks, PATHS[path](), config, noise(seed), LABEL, SLOT, config.guidance[0], draw)
+    made, *_ = sample_images(networks, PATHS[path](), config, noise(seed), LABEL, SLOT, config.guidance[0], draw)
     return made
 
 

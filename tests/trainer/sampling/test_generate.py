@@ -46,13 +46,13 @@ def test_groups_in_one_batch_are_those_of_two_halves(make, sampler, path):
     overrides = [f"path={path}", f"sample.sampler={sampler}", "sample.guidance=[1.2, 2.0, 3.0]"]
     config, network, small = make(*overrides, "sample.group_window=[-100, 0]")
     networks, groups, classes = Networks(network, small=small), np.array([7, 2, 5, 11]), np.array([3, 0, 1, 9])
-    whole, _ = generate_groups(networks, config, SHAPE, groups, classes, CPU)
+    whole, *_ = generate_groups(networks, config, SHAPE, groups, classes, CPU)
     assert whole.shape == (16, *SHAPE) and whole.isfinite().all()
     halves = [generate_groups(networks, config, SHAPE, groups[i], classes[i], CPU)[0] for i in ([0, 1], [2, 3])]
     alone = [generate_groups(networks, config, SHAPE, groups[i], classes[i], CPU)[0] for i in ([0], [1], [2], [3])]
     for parts in (halves, alone):
         torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-4)
-    other, _ = generate_groups(networks, config, SHAPE, groups + 1, classes, CPU)
+    other, *_ = generate_groups(networks, config, SHAPE, groups + 1, classes, CPU)
     assert (other - whole).abs().flatten(1).amax(dim=1).min() > 1e-3
 
 
@@ -61,7 +61,7 @@ def test_batches_change_what_dopri5_makes_within_its_tolerance_alone(make, path)
     """Of a network that is no stiff problem."""
     config, *_ = make(f"path={path}", "sample.sampler=dopri5", "sample.tolerance=1e-5")
     networks, groups, classes = Networks(lambda x, *others: x.sin()), np.array([7, 2, 5, 11]), np.array([3, 0, 1, 9])
-    whole, _ = generate_groups(networks, config, SHAPE, groups, classes, CPU)
+    whole, *_ = generate_groups(networks, config, SHAPE, groups, classes, CPU)
     halves = [generate_groups(networks, config, SHAPE, groups[i], classes[i], CPU)[0] for i in ([0, 1], [2, 3])]
     torch.testing.assert_close(torch.cat(halves), whole, rtol=1e-3, atol=1e-3)
 
@@ -75,7 +75,7 @@ def test_noise_labels_slots_and_weights_are_those_of_the_groups(make):
         calls.append((x.clone(), label, slot, group_size))
         return torch.where(label < 0, 0.0, 1.0).view(-1, 1, 1, 1).expand_as(x)
 
-    made, evaluations = generate_groups(Networks(network), config, SHAPE, groups, classes, CPU)
+    made, evaluations, _ = generate_groups(Networks(network), config, SHAPE, groups, classes, CPU)
     numbers = (4 * groups[:, None] + np.arange(4)).ravel()
     drawn = draw(config.sample.seed, Purpose.SAMPLING, numbers, SHAPE, 4, config.model.slots)
     (x, label, slot, c), (_, null, same_slot, uc) = calls[:2]
@@ -94,11 +94,11 @@ def test_noise_labels_slots_and_weights_are_those_of_the_groups(make):
 @pytest.mark.parametrize("batch", [1, 5, 64])
 def test_all_samples_are_those_of_their_groups_whatever_the_batch(make, batch):
     config, network, _ = make("path=ddpm", "sample.sampler=ddpm", "sample.per_class=6", f"sample.batch={batch}")
-    made, evaluations = generate(Networks(network), config, open_images(config.data), Ranks(0, 1, CPU))
+    made, evaluations, _ = generate(Networks(network), config, open_images(config.data), Ranks(0, 1, CPU))
     assert made.shape == (10, 6, *SHAPE) and evaluations == 5
     for number in (0, 3, 9):  # a class has two groups of 4, cut to 6
         groups = np.array([2 * number, 2 * number + 1])
-        own, _ = generate_groups(Networks(network), config, SHAPE, groups, np.full(2, number), CPU)
+        own, *_ = generate_groups(Networks(network), config, SHAPE, groups, np.full(2, number), CPU)
         torch.testing.assert_close(made[number], own[:6], rtol=1e-4, atol=1e-4)
 
 
@@ -127,7 +127,7 @@ def test_in_a_runs_batches_groups_share_attention_at_the_noisy_end(tiny, tmp_pat
 def test_all_ranks_call_the_network_as_often(make, monkeypatch, guidance, world_size):
     """Which a sharded network needs, whatever the weights of a rank's groups are."""
     config, network, _ = make("path=linear", f"sample.guidance={guidance}", "sample.per_class=1", "sample.batch=4")
-    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda out, own: out.copy_(own.repeat(world_size, 1, 1, 1)))
+    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda out, own: out.copy_(torch.cat([own] * world_size)))
     calls = []
     for rank in range(world_size):
 
@@ -142,8 +142,8 @@ def test_all_ranks_call_the_network_as_often(make, monkeypatch, guidance, world_
 def test_some_classes_alone_have_the_images_that_they_have_among_all(make):
     config, network, _ = make("path=linear", "sample.per_class=6")
     images, ranks = open_images(config.data), Ranks(0, 1, CPU)
-    whole, _ = generate(Networks(network), config, images, ranks)
-    some, _ = generate(Networks(network), config, images, ranks, classes=range(1, 10, 4))
+    whole, *_ = generate(Networks(network), config, images, ranks)
+    some, *_ = generate(Networks(network), config, images, ranks, classes=range(1, 10, 4))
     assert torch.equal(some, whole[[1, 5, 9]])
 
 
