@@ -10,7 +10,7 @@ from tqdm import tqdm
 from trainer.analysis import attention_plots as plots
 from trainer.analysis.attention import data_attention, draw_groups, load_grouped, one_group, sampling_attention
 from trainer.analysis.cross_attention import as_record
-from trainer.checkpoints.weights import WeightSource, find_checkpoint, place_in_run
+from trainer.checkpoints.weights import find_checkpoint, find_source, place_in_run
 from trainer.config.tree import change_config
 from trainer.run_folder import read_config
 
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
     query = config.groups.query
     out = args.out or place_in_run(folder, f"attention/{query if args.during == 'data' else 'sampling'}")
 
-    source = WeightSource(folder, args.raw, args.weights)
+    source = find_source(folder, args.weights, args.raw)
     loaded = load_grouped(source, config)
     groups = draw_groups(config, args.groups)
     middle = loaded.images.shape[-1] // config.model.patch // 2

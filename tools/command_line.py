@@ -79,9 +79,8 @@ def add_weights_options(parser: argparse.ArgumentParser, also: str = "") -> None
     parser.add_argument("--raw", action="store_true", help="the weights themselves instead of their EMA")
     parser.add_argument(
         "--weights",
-        type=Path,
-        metavar="FILE",
-        help="weights that reconstruct_ema.py or convert_weights.py wrote; default: the checkpoint's",
+        metavar="NAME",
+        help="another average, as ema_0.9996, or a file of reconstruct_ema.py or convert_weights.py; default: ema",
     )
 
 

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
         "--cache", type=Path, metavar="FOLDER", help="for statistics of references; default: a folder beside each"
     )
     parser.add_argument(
-        "--sweep", action="append", metavar="field=a,b,c", help="sample.field=..., or weights=ema,raw,FILE"
+        "--sweep", action="append", metavar="field=a,b,c", help="sample.field=..., or weights=ema,ema_0.9996,raw,FILE"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where a sweep is written; default: RUN/sweep")
     args = parser.parse_intermixed_args(arguments)

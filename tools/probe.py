@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from trainer.analysis.attention_plots import save
 from trainer.analysis.probe import linear_probe, probe_map
-from trainer.checkpoints.weights import WeightSource, find_checkpoint, place_in_run
+from trainer.checkpoints.weights import find_checkpoint, find_source, place_in_run
 from trainer.run_folder import read_config
 
 
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: RUN/probe")
     args = parser.parse_args(arguments)
     folder, levels = find_checkpoint(args.run), list(args.log_snr)
-    out, source = args.out or place_in_run(folder, "probe"), WeightSource(folder, args.raw, args.weights)
+    out, source = args.out or place_in_run(folder, "probe"), find_source(folder, args.weights, args.raw)
     with tqdm(unit="img", desc="features") as bar:
         probe = linear_probe(source, read_config(folder), levels, args.images, bar.update)
     out.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from command_line import HelpFormatter, add_cluster_options, add_weights_options
 from preprocessing import run_in_processes
 from tqdm import tqdm
 
-from trainer.checkpoints.weights import WeightSource, find_checkpoint, place_in_run
+from trainer.checkpoints.weights import WeightSource, find_checkpoint, find_source, place_in_run
 from trainer.config.fields import marked, matches
 from trainer.config.tree import Config, change_config, load_config
 from trainer.errors import RunError
@@ -65,9 +65,9 @@ def find(args: argparse.Namespace) -> tuple[WeightSource, Config]:
     if args.run.suffix == ".yaml":
         if not args.weights:
             raise RunError(f"{args.run}: a config has no weights; give a file with --weights, or a run folder")
-        return WeightSource(None, args.raw, args.weights), fixed(load_config(args.run, args.overrides))
+        return find_source(None, args.weights, args.raw), fixed(load_config(args.run, args.overrides))
     folder = find_checkpoint(args.run.absolute())
-    return WeightSource(folder, args.raw, args.weights), fixed(change_config(read_config(folder), args.overrides))
+    return find_source(folder, args.weights, args.raw), fixed(change_config(read_config(folder), args.overrides))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from trainer.loop import train
 
 CONFIG = "configs/digits.yaml"
 SMALL = ["engine=single", "model.depth=1", "model.width=32", "train.images=128", "train.sample_every=0"]
+SMALL += ["optim.ema=[0.99,0.9]"]
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +38,25 @@ def error(monkeypatch):
     return of
 
 
-@pytest.mark.parametrize("raw", [False, True])
-def test_the_file_says_what_it_holds(raw, run, tool, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "called", "part"),
+    [
+        ([], "EMA", "ema"),
+        (["--raw"], "raw", "model"),
+        (["--weights", "model"], "raw", "model"),
+        (["--weights", "ema_0.9"], "EMA_0.9", "ema_0.9"),
+    ],
+)
+def test_the_file_says_what_it_holds(options, called, part, run, tool, tmp_path):
     out, folder = tmp_path / "weights.safetensors", run / "checkpoints/000000000128"
-    done = tool("export_weights", run, out, *(["--raw"] if raw else []))
-    assert done.out == f"{out}: {'raw' if raw else 'EMA'} weights of {folder}\n" and done.err == ""
+    done = tool("export_weights", run, out, *options)
+    assert done.out == f"{out}: {called} weights of {folder}\n" and done.err == ""
     with safe_open(out, "pt") as file:
         metadata, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    assert (metadata["position"], metadata["weights"]) == ("128", "model" if raw else "ema")
+    assert (metadata["position"], metadata["weights"]) == ("128", part)
     assert metadata["config"] == (folder / "config.yaml").read_text()
     assert parse_config(yaml.safe_load(metadata["config"])) == load_config(CONFIG, [f"run={run}", *SMALL])
-    expected = read_weights(run, raw)
+    expected = read_weights(run, part)
     assert weights.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
 
@@ -57,6 +66,9 @@ def test_wrong_calls_are_one_line(run, error, tmp_path):
     assert "no complete checkpoint" in error("export_weights", tmp_path, out)
     assert "no complete checkpoint" in error("export_weights", tmp_path / "nothing", out)
     assert "ends in .safetensors" in error("export_weights", run, tmp_path / "out.pt")
+    assert "give model or ema or ema_0.9, or a file" in error("export_weights", run, out, "--weights", "ema_0.99")
+    assert "--weights ema_0.8: no such file, nor part of" in error("sample", run, "--weights", "ema_0.8")
+    assert "--raw: not with --weights ema_0.9" in error("sample", run, "--weights", "ema_0.9", "--raw")
     assert not list(tmp_path.iterdir())
     out.write_text("mine")
     assert "must be a new file" in error("export_weights", run, out)

@@ -122,7 +122,7 @@ def test_two_sharded_ranks_showed_the_samples_that_one_process_makes_from_the_em
     events = EventAccumulator(str(run), size_guidance={"images": 0}).Reload()
     shown = np.asarray(Image.open(io.BytesIO(events.Images("samples")[-1].encoded_image_string))).astype(int)
     config = load_config(run / "config.yaml")
-    ema, raw = (make_samples(WeightSource(find_checkpoint(run), raw), config)[0] for raw in (False, True))
+    ema, raw = (make_samples(WeightSource(find_checkpoint(run), part), config)[0] for part in ("ema", "model"))
     difference = {
         name: abs(grid(pixels, 4).squeeze(-1).astype(int) - shown[..., 0])
         for name, pixels in (("ema", ema), ("raw", raw))

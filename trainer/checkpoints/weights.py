@@ -21,22 +21,25 @@ from models.backbones.sample_embedding import SLOTS, fit, fits
 from trainer.checkpoints import folder as checkpoint
 from trainer.errors import RunError, first_line
 
+EMA, MODEL = "ema", "model"  # parts of a checkpoint: the average that makes samples; weights as they are trained
+RAW = "raw"  # how users may call the latter
+_PART = re.compile(r"(model|ema([-_]\d+(\.\d+)?(e-\d+)?)?)\.")  # in front of a parameter's name
 _GIVE = "give a run folder, one of its checkpoints/*, a .safetensors or a .pt file"
 
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Where a network's weights come from: the EMA of a checkpoint, its `raw` weights, or a `file`, which needs no
-    checkpoint."""
+    """Where a network's weights come from: a `part` of a checkpoint, which is an average or "model", the weights in
+    training; or a `file`, which needs no checkpoint."""
 
     checkpoint: Path | None
-    raw: bool = False
+    part: str = EMA
     file: Path | None = None
 
     @property
     def weights(self) -> str:
-        """Return what records call these weights: "ema", "model", or the file."""
-        return str(self.file) if self.file else "model" if self.raw else "ema"
+        """Return what records call these weights: the part, as "ema", or the file."""
+        return str(self.file) if self.file else self.part
 
     @property
     def position(self) -> int | None:
@@ -49,6 +52,28 @@ class WeightSource:
             manifest = checkpoint.read_manifest(self.checkpoint)
             return read_form(manifest["images"], manifest["data"]) if "images" in manifest else None
         return form_in(read_metadata(self.file)) if self.file else None
+
+
+def find_source(folder: Path | None, named: str | None = None, raw: bool = False) -> WeightSource:
+    """Return the weights that a user names: a file, or a part of the checkpoint `folder`. None: its EMA, or with `raw`
+    its weights as they are trained, which is also the part of a file that has both."""
+    if named is None or Path(named).is_file():
+        return WeightSource(folder, MODEL if raw else EMA, Path(named) if named else None)
+    if folder is None:
+        raise RunError(f"--weights {named}: no such file; give one that there is")
+    if raw:
+        raise RunError(f"--raw: not with --weights {named}, which is a part of the checkpoint; leave one of them out")
+    part = MODEL if named == RAW else named
+    check_part(folder, part)
+    return WeightSource(folder, part)
+
+
+def check_part(folder: Path, part: str) -> None:
+    """Raise RunError, which names those that there are, unless a checkpoint has this part: an average, or "model"."""
+    found = (_PART.match(name) for name in checkpoint.stored_sizes(folder))
+    known = dict.fromkeys(match[1] for match in found if match)
+    if part not in known:
+        raise RunError(f"--weights {part}: no such file, nor part of {folder}; give {' or '.join(known)}, or a file")
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -92,12 +117,13 @@ def read_part(folder: Path, part: str, values: bool = True) -> dict[str, Tensor]
     return tensors
 
 
-def read_weights(path: str | Path, raw: bool = False, values: bool = True) -> dict[str, Tensor]:
-    """Return float32 tensors by parameter name: the EMA of a run, or its `raw` weights; likewise from a file that has
-    both. Without `values`, a checkpoint's tensors are not read: only names and shapes are right."""
-    path, part = find_weights(path), "model" if raw else "ema"
+def read_weights(path: str | Path, part: str = EMA, values: bool = True) -> dict[str, Tensor]:
+    """Return float32 tensors by parameter name: a part of a run's newest checkpoint or of a checkpoint; of a file that
+    has several, the EMA, or "model". Without `values`, a checkpoint's tensors are not read: only names and shapes are
+    right."""
+    path = find_weights(path)
     if path.is_file():
-        return {name: tensor.float() for name, tensor in _read_file(path, raw).items()}
+        return {name: tensor.float() for name, tensor in _read_file(path, part == MODEL).items()}
     return read_part(path, part, values)
 
 
@@ -115,11 +141,12 @@ def start_from(network: nn.Module, weights: dict[str, Tensor], source: str) -> N
         own[name].copy_(tensor)
 
 
-def export_weights(source: Path, out: Path, raw: bool = False) -> Path:
-    """Write the weights of a run or checkpoint as one .safetensors file; return the checkpoint they come from."""
+def export_weights(source: Path, out: Path, part: str = EMA) -> Path:
+    """Write a part of a run or checkpoint as one .safetensors file; return the checkpoint it comes from."""
     check_out(out)
     folder = find_checkpoint(source)
-    write_weights(read_weights(folder, raw), out, folder, "model" if raw else "ema")
+    check_part(folder, part)
+    write_weights(read_weights(folder, part), out, folder, part)
     return folder
 
 

@@ -63,9 +63,8 @@ def check_schedule(optim: OptimConfig, images: int) -> None:
     if optim.final_lr > optim.lr:
         raise ValueError(f"optim.final_lr={optim.final_lr}: above optim.lr={optim.lr}; lower it")
     if optim.warmup + (optim.decay_images or 1) > images:
-        field = f"decay_images={optim.decay_images}" if optim.decay_images else f"warmup={optim.warmup}"
-        also = f" with optim.warmup={optim.warmup}" if optim.decay_images and optim.warmup else ""
+        name = "decay_images" if optim.decay_images else "warmup"
         raise ValueError(
-            f"optim.{field}:{also} optim.schedule={optim.schedule} is longer than the run, train.images={images};"
-            " lower it, or raise train.images"
+            f"optim.{name}={getattr(optim, name)}: optim.warmup={optim.warmup} and a fall by"
+            f" schedule={optim.schedule} are longer than train.images={images}; lower it, or raise train.images"
         )

@@ -49,10 +49,9 @@ def load(source: WeightSource, config: Config) -> Loaded:
     images, device = find_form(config, source), local_device()
     network = build_network(config, images)
     if source.file:
-        start_from(network, read_weights(source.file, source.raw), str(source.file))
+        start_from(network, read_weights(source.file, source.part), str(source.file))
     elif source.checkpoint:
-        part = "model" if source.raw else "ema"
-        checkpoint.load(source.checkpoint, {part: network.state_dict()})  # fills the network's own tensors
+        checkpoint.load(source.checkpoint, {source.part: network.state_dict()})  # fills the network's own tensors
     others = [_load_other(name, config, images) for name in ("weaker", "small")]
     ready = network.to(device).eval()
     weaker, small = (other and other.to(device).eval() for other in others)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.checkpoints.weights import WeightSource
+from trainer.checkpoints.weights import WeightSource, find_source
 from trainer.config.fields import marked, matches
 from trainer.config.sweeps import combinations, parse_sweep
 from trainer.config.tree import Config, change_config
@@ -14,7 +14,7 @@ from trainer.sampling.labels import check_per_class
 from trainer.sampling.networks import fixed
 from trainer.sampling.samples import RECORDED_LATER, make_samples, write_samples
 
-WEIGHTS = "weights"  # the axis of the weights: ema, raw, or a file, like those of tools/reconstruct_ema.py
+WEIGHTS = "weights"  # the axis of the weights: averages, raw, or files, like those of tools/reconstruct_ema.py
 Axes = dict[str, list[str]]  # values of each swept setting
 
 
@@ -24,7 +24,9 @@ def parse_axes(sweeps: list[str]) -> Axes:
     for sweep in sweeps:
         name, values = parse_sweep("--sweep", sweep, "sample.guidance=1,1.5,2")
         if name != WEIGHTS and not _of_sampling(name):
-            raise RunError(f"--sweep {sweep}: only sample.* and {WEIGHTS} (ema, raw, a file) can be swept here")
+            raise RunError(
+                f"--sweep {sweep}: only sample.* and {WEIGHTS} (ema, ema_<decay>, raw, a file) can be swept here"
+            )
         axes[name] = values
     return axes
 
@@ -43,15 +45,14 @@ def run_sweep(
     """
     chosen = combinations(axes)
     configs = [_config(checkpoint, overrides, choice) for choice in chosen]  # errors come before the work
+    sources = [find_source(checkpoint, choice.get(WEIGHTS)) for choice in chosen]
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     with (out / "sweep.jsonl").open("w") as file:
-        for choice, config in zip(chosen, configs, strict=True):
+        for choice, config, source in zip(chosen, configs, sources, strict=True):
             folder = out / ",".join(f"{name}={value}" for name, value in choice.items()).replace("/", "_")
-            weights = choice.get(WEIGHTS, "ema")
-            if not _there(folder, checkpoint, config, weights):
-                named = Path(weights) if weights not in ("ema", "raw") else None
-                made = make_samples(WeightSource(checkpoint, weights == "raw", named), config, progress)
+            if not _there(folder, config, source):
+                made = make_samples(source, config, progress)
                 write_samples(folder, *made, config.sample.group_size)
             rows.append({"axes": choice, **measure(folder)})
             file.write(json.dumps(rows[-1]) + "\n")
@@ -73,15 +74,15 @@ def _of_sampling(name: str) -> bool:
     return matches(name, marked(Config, "sampling", "only"))
 
 
-def _there(folder: Path, checkpoint: Path, config: Config, weights: str) -> bool:
+def _there(folder: Path, config: Config, source: WeightSource) -> bool:
     """Return whether the folder has the samples of these settings; those from a file of weights are always made again,
     because the file may have changed."""
-    if weights not in ("ema", "raw") or not (folder / "samples.json").is_file():
+    if source.file or not (folder / "samples.json").is_file():
         return False
     stored = RECORDED_LATER | json.loads((folder / "samples.json").read_text())
     expected = {
         **json.loads(config.sample.model_dump_json()),
-        "checkpoint": str(checkpoint),
-        "weights": {"ema": "ema", "raw": "model"}[weights],
+        "checkpoint": str(source.checkpoint),
+        "weights": source.weights,
     }
     return all(stored.get(name) == value for name, value in expected.items())

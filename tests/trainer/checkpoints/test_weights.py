@@ -83,8 +83,8 @@ def test_a_run_a_checkpoint_and_an_exported_file_give_a_new_run_the_same_weights
         check_start(started, IMAGES)
         assert_equal(initial_network(started, IMAGES).state_dict(), expected)
 
-    export_weights(run / NEWEST, tmp_path / "raw.safetensors", raw=True)
-    for weights in (read_weights(tmp_path / "raw.safetensors"), read_weights(run, raw=True)):
+    export_weights(run / NEWEST, tmp_path / "raw.safetensors", "model")
+    for weights in (read_weights(tmp_path / "raw.safetensors"), read_weights(run, "model")):
         assert_equal({n: weights[n] for n in expected}, {n: stored[f"model.{n}"] for n in expected})
     before = tensors(run / "checkpoints/000000000032")
     earlier = initial_network(config(f"init_from={run}/checkpoints/000000000032"), IMAGES)
@@ -124,9 +124,9 @@ def test_torch_files(parts, prefix, suffix, network, tmp_path):
     torch.save(content, path, _use_new_zipfile_serialization=RANDOM.random() < 0.5)
     assert_equal(read_weights(path), choices[-1])
     if parts == ("ema",):
-        assert "no dict of tensors" in error_of(read_weights, path, True)
+        assert "no dict of tensors" in error_of(read_weights, path, "model")
     else:
-        assert_equal(read_weights(path, raw=True), choices[0])
+        assert_equal(read_weights(path, "model"), choices[0])
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
@@ -260,7 +260,7 @@ def test_a_damaged_checkpoint_is_refused_before_it_is_read(run, config, tmp_path
     file = next(damaged.glob("*.distcp"))
     os.truncate(file, file.stat().st_size - 1)
     for values in (True, False):
-        assert str(file) in error_of(read_weights, damaged, False, values)
+        assert str(file) in error_of(read_weights, damaged, "ema", values)
     assert str(file) in error_of(export_weights, damaged, tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
 

@@ -3,17 +3,19 @@
 import json
 
 import pytest
+import torch
 
 from data.sets.form import ImageForm
 from tests.trainer.engines.with_heads import STEPS, Training, begin, resume
 from tests.trainer.forked import GROUPS
+from tests.trainer.go_on import stored
 from trainer.checkpoints import folder as checkpoint
 from trainer.config.tree import load_config
 from trainer.engines.build import build_engine
 from trainer.errors import RunError
 from trainer.ranks import process_group
 
-RULE = ["optim.decay=no_biases", "optim.weight_decay=5"]
+RULE = ["optim.decay=matrices", "optim.weight_decay=5", "optim.ema=[0.9,0.5]"]
 ENGINES = {
     "single": (1, ["engine=single"]),
     "ddp": (2, ["engine=ddp"]),
@@ -49,6 +51,23 @@ def test_all_engines_train_heads_and_groups_of_parameters_alike(begun):
     for name in ENGINES:
         for step, (a, b) in enumerate(zip(rows(begun, f"from-{name}"), expected, strict=True)):
             assert a == pytest.approx(b, abs=1e-5, rel=0), (name, step)
+
+
+def test_all_engines_save_the_same_weights_averages_and_moments(begun):
+    """After three steps. The rule makes a difference to them."""
+
+    def saved(name):
+        return stored(checkpoint.find(begun / name / "checkpoints")[0][-1])
+
+    expected, everything = saved("from-single"), saved("all-decay")
+    assert {name.partition(".")[0] for name in expected} == {"model", "heads", "ema", "ema_0", "optimizer"}
+    differing = [name for name in expected if not torch.allclose(expected[name], everything[name], rtol=0, atol=1e-6)]
+    assert {name.partition(".")[0] for name in differing} >= {"model", "ema", "ema_0"}
+    for name in ENGINES:
+        found = saved(f"from-{name}")
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert torch.allclose(found[key], tensor, rtol=1e-4, atol=1e-6), (name, key)
 
 
 def test_every_engine_resumes_what_every_engine_saved(ranks, begun):

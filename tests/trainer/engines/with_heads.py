@@ -17,16 +17,10 @@ from trainer.build import build_network, open_data
 from trainer.checkpoints import folder as checkpoint
 from trainer.config.tree import load_config
 from trainer.engines.build import build_engine
-from trainer.engines.optimizer import RULES
 from trainer.engines.schedules import lr_at
 from trainer.ranks import process_group
 
 STEPS = 3
-
-
-def add_rule():
-    """In this process alone: tests of the parent see the rules that there are."""
-    RULES["no_biases"] = lambda name, weight: {} if weight.ndim > 1 else {"weight_decay": 0.0}
 
 
 def make_heads(width):
@@ -81,7 +75,6 @@ class Training:
 
 def begin(*overrides):
     """Three steps and a checkpoint, then three more, noted in FOLDER.json; the checkpoint is compared with itself."""
-    add_rule()
     config = load_config(TINY, overrides)
     with process_group() as ranks:
         run = Training(config, ranks)
@@ -95,7 +88,6 @@ def begin(*overrides):
 def resume(*overrides):
     """From each FOLDER/../from-*: the losses of three steps, noted in FOLDER.json, after a comparison with what is
     stored."""
-    add_rule()
     config, results = load_config(TINY, overrides), {}
     with process_group() as ranks:
         run = Training(config, ranks)
