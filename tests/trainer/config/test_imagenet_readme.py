@@ -50,12 +50,14 @@ def described(config):
     if sample.interval:
         low, high = sample.interval
         guidance.append(f"log-SNR {low:.1f}" + (" up" if high is None else f" to {high:.1f}"))
+    protocol = [f"slots {sample.slots}"] if sample.slots != "fixed" else []
+    protocol += [f"{sample.labels} labels"] if sample.labels != "balanced" else []
     return [
         "" if groups.variant == "none" else kinds,
         ", ".join(settings),
         str(batch),
         length(config.train.images, batch),
-        f"{sample.sampler} {sample.steps}",
+        ", ".join([f"{sample.sampler} {sample.steps}", *protocol]),
         ", ".join(guidance),
     ]
 

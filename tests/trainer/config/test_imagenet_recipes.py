@@ -33,5 +33,7 @@ def test_the_released_form_differs_from_that_of_the_paper_as_the_release_does(ba
         "groups.threshold": -1,
         "groups.mixing": "within_step",
         "groups.spread": 0,
+        "sample.slots": "redrawn",
+        "sample.labels": "random",
     }
     assert (paper["model.max_group_size"], paper["groups.spread"], paper["groups.mixing"]) == (16, 0.1, "by_step")
