@@ -28,7 +28,12 @@ CONFIG = [
     f"train.images={STEPS * BATCH}",
     f"checkpoint.every={BATCH}",
 ]
-RUNS = {"single": (1, []), "ddp": (2, []), "fsdp": (2, ["train.micro_batch=4"])}  # name -> ranks, overrides
+RUNS = {  # engine -> ranks, overrides
+    "single": (1, []),
+    "ddp": (2, []),
+    "fsdp": (2, ["train.micro_batch=4"]),
+    "deepspeed": (2, ["zero=2"]),
+}
 ROUNDING = 2.0**-24  # of fp32
 
 
