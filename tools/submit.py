@@ -23,7 +23,8 @@ from trainer.build import check_start, data_are_here, form_from_config, open_dat
 from trainer.config.describe import select, table
 from trainer.config.parsing import to_yaml
 from trainer.config.tree import Config, check_world, load_sweep
-from trainer.estimate import estimate_table
+from trainer.estimate.hardware import GPUS, Cluster, read_interconnect, read_utilisation
+from trainer.estimate.table import estimate_table
 from trainer.loop import train
 from trainer.run_folder import LOCK, check_folder
 
@@ -57,8 +58,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--classes", type=positive, default=1000, metavar="N", help="for --dry-run where the images are not available"
     )
+    parser.add_argument("--gpu", choices=GPUS, default="h100", help="for the estimate")
     parser.add_argument(
-        "--utilisation", type=float, default=0.4, metavar="N", help="share of the peak arithmetic, for the estimate"
+        "--interconnect",
+        default="400GB/s+50GB/s",
+        metavar="RATE+RATE",
+        help="what a GPU sends inside a node, and by its share of the network between nodes, for the estimate",
+    )
+    parser.add_argument(
+        "--utilisation",
+        default="0.2-0.35",
+        metavar="LOW-HIGH",
+        help="shares of the peak arithmetic that are reached, for the estimate",
     )
     for action, verb in {"status": "show the state of", "follow": "follow", "cancel": "cancel"}.items():
         parser.add_argument(f"--{action}", type=Path, metavar="RUN", help=f"{verb} a run that was submitted")
@@ -103,8 +114,10 @@ def start(args: argparse.Namespace) -> None:
             check_start(config, forms[-1])
     root = Path(configs[0].run).parent if args.sweep else Path(configs[0].run)
     if args.dry_run:
+        machines = Cluster(nodes, tasks, GPUS[args.gpu], read_interconnect(args.interconnect))
+        utilisation = read_utilisation(args.utilisation)
         for config, form in zip(configs, forms, strict=True):
-            table = estimate_table(config, form, nodes * tasks, args.utilisation)
+            table = estimate_table(config, form, machines, utilisation)
             if not data_are_here(config):
                 shape = "x".join(map(str, form.shape))
                 table = f"the images are not here: {shape} as data says, {form.num_classes} classes\n{table}"

@@ -39,7 +39,7 @@ class FSDP(Single):
         pinned = ranks.device.type == "cuda"
         offload = CPUOffloadPolicy(pin_memory=pinned) if config.offload else OffloadPolicy()
         shard = partial(fully_shard, mesh=self.mesh(config, ranks), offload_policy=offload)
-        for unit in _units(list(network.get_submodule("blocks").children())):
+        for unit in units(list(network.get_submodule("blocks").children())):
             shard(unit, mp_policy=precision)
         self._sharded = shard(network, mp_policy=precision)
         for head in heads.children():
@@ -107,7 +107,7 @@ class HSDP(FSDP):
         return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def _units(blocks: list[nn.Module]) -> list[list[nn.Module]]:
+def units(blocks: list[nn.Module]) -> list[list[nn.Module]]:
     """Return consecutive blocks that are gathered together: one, or as many as make a message worth its latency."""
     units: list[list[nn.Module]] = []
     room = 0
