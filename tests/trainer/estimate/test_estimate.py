@@ -13,7 +13,7 @@ from tests.trainer.forked import TINY
 from trainer.build import build_network, open_data
 from trainer.config.tree import load_config, parse_config
 from trainer.errors import RunError
-from trainer.estimate.advice import advice
+from trainer.estimate.advice import advice, options
 from trainer.estimate.communication import exchanges, exposed_seconds, total_moved, total_seconds
 from trainer.estimate.hardware import GPUS, Cluster, Interconnect, Utilisation, read_interconnect, read_utilisation
 from trainer.estimate.memory import memory
@@ -246,7 +246,7 @@ def default():
 def test_the_default_is_a_sensible_job_on_64_gpus(default):
     tree, work = default
     said = advice(tree, work, cluster(8), USED)
-    assert said[0] == "4 images on a rank take less time to compute than communication"
+    assert said[0] == "4 images on a rank are few: the limit is communication, not compute"
     assert not any(line.startswith("faster") for line in said), said
     assert memory(tree, work, cluster(8)).states < 2e9
 
@@ -281,8 +281,13 @@ def test_advice_keeps_to_what_can_run(default):
     assert not any("engine=ddp" in line for line in advice(tree, work, small, USED))
     slow = advice(tree, work, cluster(8, link=Interconnect(400e9, 0.1e9)), USED)
     assert any(line.startswith("faster: --nodes 1, ") for line in slow)
+    pairs = tree.model_copy(update={"shard_size": 64})
+    assert advice(pairs, work, cluster(8), USED)[1].startswith("faster: shard_size=null, ")
+    host = tree.model_copy(update={"offload": True})
+    assert {option.engine for option in options(host, work, cluster(8), USED)} == {"hsdp", "fsdp"}
     eights = tree.model_copy(update={"groups": tree.groups.model_copy(update={"size": 8})})
-    assert advice(eights, work, cluster(8), USED)[1].startswith("faster: --nodes 4, ")  # 64 ranks have 4 images each
+    found = {(option.engine, option.nodes) for option in options(eights, work, cluster(8), USED)}
+    assert found == {(engine, nodes) for engine in ("ddp", "hsdp", "fsdp") for nodes in (1, 2, 4)}  # 8 nodes: 4 a rank
 
 
 def test_the_table_names_what_it_assumes(work):
