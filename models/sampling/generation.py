@@ -103,7 +103,7 @@ class SampleConfig(
 
 class Sampled(NamedTuple):
     """Images (B, C, H, W), the number of evaluations that they took, and after how many steps each was still finite,
-    (B,) int64. If one of them is not finite, see `trainer.sampling.finite`."""
+    (B,) int64: none of them is good if one is not finite in the end."""
 
     images: Tensor
     evaluations: int

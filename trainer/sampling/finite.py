@@ -7,20 +7,20 @@ from models.sampling.registry import SAMPLERS
 
 
 def not_finite(sampled: Sampled, sample: SampleConfig, weights: str, first: int = 0) -> str | None:
-    """Return, in one line, which of the images (..., C, H, W), with numbers from `first`, was not finite first, and
-    after which step of sampling; None if all are finite. `weights`: what the record calls those of the network."""
+    """Return, in one line, which of the images (..., C, H, W), latents or decoded, with numbers from `first`, was not
+    finite first, and after which step of sampling; None if all are finite. `weights`: the network's, as records call
+    them."""
     finite = sampled.images.flatten(-3).isfinite().all(dim=-1)
     if finite.all():
         return None
-    steps = np.where(
-        finite.cpu(), sample.steps, sampled.finite.cpu()
-    ).ravel()  # those that spoiled their group come first
-    number = int(steps.argmin())
-    when = (
-        f"in {sample.sampler}"
-        if SAMPLERS[sample.sampler].adaptive
-        else f"after step {steps[number] + 1} of {sample.steps}"
-    )
-    return (
-        f"weights={weights}: image {first + number} is not finite {when}; sample other weights, or with precision=fp32"
-    )
+    # the first by step, then by number: one that spoiled its group comes before the others
+    until = np.where(finite.cpu(), sample.steps + 1, sampled.finite.cpu()).ravel()
+    number = int(until.argmin())
+    if SAMPLERS[sample.sampler].adaptive:
+        when = f"in {sample.sampler}"
+    elif until[number] == sample.steps:
+        when = "once decoded by data.vae"
+    else:
+        when = f"after step {until[number] + 1} of {sample.steps}"
+    image = f"image {first + number} is not finite {when}"
+    return f"weights={weights}: {image}; sample other weights, or with precision=fp32"

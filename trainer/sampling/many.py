@@ -90,10 +90,10 @@ def _sample_many(
             with loaded.inference():
                 made = generate_groups(loaded.networks, config, images.shape, own, classes[own], loaded.device)
             keep = torch.from_numpy((np.arange(size) < kept[own, None]).ravel())
-            made = made._replace(images=made.images.cpu()[keep], finite=made.finite.cpu()[keep])
-            if wrong := not_finite(made, config.sample, source.weights, first[part]):
+            decoded = made._replace(images=decode(made.images.cpu()[keep]), finite=made.finite.cpu()[keep])
+            if wrong := not_finite(decoded, config.sample, source.weights, first[part]):
                 raise RunError(wrong)
-            pixels = to_uint8(decode(made.images).cpu())
+            pixels = to_uint8(decoded.images)
             if form == "png":
                 _write_pngs(out, pixels, label, first[part])
             stored: dict[str, Any] = {"images": pixels} if form == "npz" else {}

@@ -34,10 +34,11 @@ def make_samples(
     decode = make_decoder(loaded.images.vae, loaded.images.shape[0], loaded.device)
     with loaded.inference():
         made = generate(loaded.networks, config, loaded.images, Ranks(0, 1, loaded.device), progress)
-    if wrong := not_finite(made, config.sample, source.weights):
+    decoded = made._replace(images=decode(made.images))
+    if wrong := not_finite(decoded, config.sample, source.weights):
         raise RunError(wrong)
     label = np.repeat(np.arange(len(made.images))[:, None], made.images.shape[1], axis=1)
-    return to_uint8(decode(made.images)), label, describe(source, config) | {"evaluations": made.evaluations}
+    return to_uint8(decoded.images), label, describe(source, config) | {"evaluations": made.evaluations}
 
 
 def describe(source: WeightSource, config: Config) -> dict:

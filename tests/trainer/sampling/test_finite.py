@@ -76,6 +76,20 @@ def test_dopri5_whose_steps_are_of_all_images_names_the_one(tiny, path, time):
     assert not_finite(made, config.sample, "ema").startswith("weights=ema: image 8 is not finite in dopri5; ")
 
 
+def test_latents_that_are_finite_may_be_decoded_to_pixels_that_are_not(tiny):
+    config, pixels = configured(tiny), torch.zeros(3, 2, *SHAPE)
+    pixels[1, 1, 0, 3, 3] = torch.inf
+    wrong = not_finite(Sampled(pixels, 20, torch.full((3, 2), 10)), config.sample, "ema")
+    assert wrong.startswith("weights=ema: image 3 is not finite once decoded by data.vae; ")
+
+
+def test_those_whose_batch_a_cut_image_ended_are_not_kept(tiny):
+    """By dopri5, whose group is cut to the images that were finite."""
+    config, lost = configured(tiny, "sample.sampler=dopri5"), torch.full((3, *SHAPE), torch.nan)
+    wrong = not_finite(Sampled(lost, 20, torch.full((3,), 10)), config.sample, "ema")
+    assert wrong.startswith("weights=ema: image 0 is not finite in dopri5; ")
+
+
 def told_by_ranks(config, out):
     with process_group() as ranks:
         networks = Networks(spoiling(0.45, lambda label: label >= 7))
