@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones.attention import GroupAttention, Groups, regrouped
+from models.backbones.precision import in_fp32
 
 BLOCK = 2**22  # most elements of attention matrices in memory at a time
 
@@ -66,7 +67,7 @@ def token_attention(q: Tensor, k: Tensor, group_size: int, token: int) -> Tensor
 
 def _attention(q: Tensor, k: Tensor) -> Tensor:
     """Return softmax(q k^T / sqrt(head width)) in fp32, whatever the types."""
-    with torch.autocast(q.device.type, enabled=False):
+    with in_fp32(q.device):
         return ((q.float() * q.shape[-1] ** -0.5) @ k.float().mT).softmax(dim=-1)
 
 

@@ -9,6 +9,7 @@ from models.backbones.attention import GroupAttention
 from models.backbones.base import Backbone, BackboneConfig
 from models.backbones.embeddings import LabelEmbedder, PatchEmbedder, SampleEmbedder, TimestepEmbedder, sincos_positions
 from models.backbones.mlp import MLPS
+from models.backbones.precision import in_fp32
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens (B, L, width) -> patches (B, L, patch * patch * channels)."""
+    """Tokens (B, L, width) -> patches (B, L, patch * patch * channels), in fp32."""
 
     def __init__(self, width: int, patch: int, channels: int) -> None:
         super().__init__()
@@ -44,8 +45,9 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        with in_fp32(x.device):
+            shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+            return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 class DiT(Backbone):
@@ -83,8 +85,7 @@ class DiT(Backbone):
         c = self.t_embedder(self.config.time_scale * t) + self.y_embedder(label)
         if self.sample_embedder:
             c = c + self.sample_embedder(slot)
-        tokens = self.x_embedder(x)
-        tokens = tokens + self.pos_embed.to(tokens.dtype)
+        tokens = self.x_embedder(x) + self.pos_embed  # fp32, as positions are
         for layer, block in enumerate(self.blocks):
             tokens = block(tokens, c, group_size if self.config.shares(layer) else 1, grouped)
         return unpatchify(self.final_layer(tokens, c), self.config.patch)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.backbones.precision import in_fp32
+
 NULL_LABEL = -1
 """The label of an unconditional image, whatever the number of classes."""
 
@@ -36,7 +38,8 @@ class PatchEmbedder(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Time (B,) in the network's own units (DiT: 0..1000; SiT: 0..1) -> (B, width)."""
+    """Time (B,) in the network's own units (DiT: 0..1000; SiT: 0..1) -> (B, width), in fp32: in bf16, neighbouring
+    timesteps would coincide."""
 
     def __init__(self, width: int, frequencies: int = 256) -> None:
         super().__init__()
@@ -46,9 +49,10 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         half = self.frequencies // 2
         rates = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
-        angles = t.float()[:, None] * rates  # always in fp32: bf16 would merge neighbouring timesteps
+        angles = t.float()[:, None] * rates
         first: Any = self.mlp[0]
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(first.weight.dtype))
+        with in_fp32(t.device):
+            return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(first.weight.dtype))
 
 
 class LabelEmbedder(nn.Module):

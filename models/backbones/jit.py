@@ -82,8 +82,9 @@ class RotaryAttention(GroupAttention):
         self.register_buffer("rotation", rotation, persistent=False)
 
     def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the queries and keys normalised and rotated."""
-        return rotate(self.q_norm(q), self.rotation), rotate(self.k_norm(k), self.rotation)
+        """Return the queries and keys normalised and rotated: in fp32, and rounded once."""
+        turned = rotate(self.q_norm(q.float()), self.rotation), rotate(self.k_norm(k.float()), self.rotation)
+        return turned[0].to(q.dtype), turned[1].to(k.dtype)
 
 
 class JiTBlock(nn.Module):
@@ -171,11 +172,9 @@ class JiT(Backbone):
         c = self.t_embedder(config.time_scale * t) + y
         if self.sample_embedder:
             c = c + self.sample_embedder(slot)
-        tokens = self.x_embedder(x)
-        tokens = tokens + self.pos_embed.to(tokens.dtype)
+        tokens = self.x_embedder(x) + self.pos_embed  # fp32, as positions are
         for layer, block in enumerate(self.blocks):
             if config.context_tokens and layer == config.context_start:
-                context = y[:, None] + self.in_context_posemb
-                tokens = torch.cat([context.to(tokens.dtype), tokens], dim=1)
+                tokens = torch.cat([y[:, None] + self.in_context_posemb, tokens], dim=1)
             tokens = block(tokens, c, group_size if config.shares(layer) else 1, grouped)
         return unpatchify(self.final_layer(tokens[:, config.context_tokens :], c), config.patch)

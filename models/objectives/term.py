@@ -73,7 +73,7 @@ class NoisyImages(Protocol):
 @dataclass(frozen=True)
 class Forward:
     """A forward pass over B images. `hidden` holds the outputs (B, L, width) of the blocks that terms asked for, by
-    number, in the precision of the network; tokens that are not patches, like JiT's class tokens, come first."""
+    number, in fp32; tokens that are not patches, like JiT's class tokens, come first."""
 
     x_t: Tensor  # (B, C, H, W)
     t: Tensor  # (B,)

@@ -21,6 +21,9 @@ UNIT_PARAMETERS = 1_000_000  # gathered at once at least: with fewer, latency co
 class FSDP(Single):
     """Everything is sharded over all ranks (Zhao et al. 2023, "PyTorch FSDP").
 
+    In bf16, which is autocast here too, blocks are gathered as autocast would round them: their matrices and biases in
+    bf16, and in fp32, with what is outside of blocks, the vectors that scale tokens, like the weights of norms.
+
     Heads are sharded too, each gathered by itself, and keep fp32: `autocast` gives them their precision. They exchange
     gradients in each micro-batch, so that a head need not be called in the last one.
     """
@@ -30,18 +33,19 @@ class FSDP(Single):
     def __init__(
         self, network: nn.Module, heads: nn.ModuleDict, config: EngineConfig, optim: OptimConfig, ranks: Ranks
     ) -> None:
-        # inputs stay fp32: in bf16, neighbouring timesteps would coincide; the network casts after its embeddings
+        bf16, blocks = config.precision == "bf16", list(network.get_submodule("blocks").children())
+        scales = nn.ParameterList(_scales(blocks) if bf16 else [])
         precision = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if config.precision == "bf16" else None,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,
+            param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         pinned = ranks.device.type == "cuda"
         offload = CPUOffloadPolicy(pin_memory=pinned) if config.offload else OffloadPolicy()
         shard = partial(fully_shard, mesh=self.mesh(config, ranks), offload_policy=offload)
-        for unit in units(list(network.get_submodule("blocks").children())):
-            shard(unit, mp_policy=precision)
-        self._sharded = shard(network, mp_policy=precision)
+        for unit in units(blocks):
+            shard(unit, mp_policy=precision, ignored_params=set(scales))
+        network.add_module("scales", scales)  # for a moment: a unit takes the parameters of the modules that it finds
+        self._sharded = shard(network)
+        del network.scales
         for head in heads.children():
             shard(head)
         super().__init__(network, heads, config, optim, ranks)
@@ -59,10 +63,6 @@ class FSDP(Single):
     def mesh(cls, config: EngineConfig, ranks: Ranks) -> DeviceMesh:
         """Return the ranks that share one copy: all."""
         return init_device_mesh(ranks.device.type, (ranks.world_size,))
-
-    def __call__(self, *inputs: Tensor | int | None) -> Tensor:
-        """Return the network's prediction: the gathered weights have the configured precision."""
-        return self.network(*inputs)
 
     def accumulating(self, last: bool) -> AbstractContextManager:
         """Exchange gradients in the last micro-batch of a step only."""
@@ -105,6 +105,12 @@ class HSDP(FSDP):
         cls.check_ranks(config.model_copy(update={"shard_size": size}), ranks.world_size)
         shape = (ranks.world_size // size, size)
         return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _scales(blocks: list[nn.Module]) -> list[nn.Parameter]:
+    """Return the blocks' vectors that are no biases of layers: what autocast leaves in fp32."""
+    modules = [module for block in blocks for module in block.modules() if not isinstance(module, nn.Linear)]
+    return [weight for module in modules for weight in module.parameters(recurse=False) if weight.ndim < 2]
 
 
 def units(blocks: list[nn.Module]) -> list[list[nn.Module]]:

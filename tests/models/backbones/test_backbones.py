@@ -1,7 +1,10 @@
 """What holds for every backbone."""
 
+import warnings
+
 import pytest
 import torch
+from torch import nn
 
 SEEDS = range(3)
 
@@ -32,3 +35,33 @@ def test_label_slot_and_time_each_matter(random_network, random_inputs, seed):
     out = net(x, t, label, slot)
     for other in ((x, 1 - t, label, slot), (x, t, (label + 2) % 5, slot), (x, t, label, (slot + 1) % 8)):
         assert (net(*other) - out).abs().flatten(1).amax(dim=1).min() > 1e-3
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_autocast_is_near_fp32_and_does_not_mind_layers_that_are_stored_in_bf16(random_network, random_inputs, seed):
+    """As FSDP's policy stores them."""
+    net, inputs = random_network(seed), random_inputs(seed, 4, 2)
+    exact = net(*inputs, 2)
+    with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
+        warnings.simplefilter("error")
+        cast = net(*inputs, 2)
+        for layer in (module for module in net.blocks.modules() if isinstance(module, nn.Linear)):
+            layer.bfloat16()
+        assert torch.equal(net(*inputs, 2), cast)
+    assert cast.dtype == torch.float32
+    assert 0 < (cast - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_under_autocast_tokens_are_not_rounded(random_network, random_inputs, seed):
+    """A block that adds nothing, its gates being zero, returns tokens that bf16 could not hold, to the last bit."""
+    net, inputs = random_network(seed), random_inputs(seed, 4, 2)
+    last = net.blocks[-1]
+    nn.init.zeros_(last.adaLN_modulation[1].weight)
+    nn.init.zeros_(last.adaLN_modulation[1].bias)
+    passed = []
+    last.register_forward_hook(lambda block, inputs, output: passed.append((inputs[0], output)))
+    with torch.autocast("cpu", torch.bfloat16):
+        net(*inputs, 2)
+    [(before, after)] = passed
+    assert torch.equal(before, after) and not torch.equal(before, before.bfloat16().float())

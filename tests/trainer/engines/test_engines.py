@@ -124,19 +124,6 @@ def test_gradients_are_exchanged_in_the_last_micro_batch_only(name, tiny):
             assert all((weight.grad is not None) == last for weight in engine.weights.values())
 
 
-def test_bf16_stays_near_fp32_and_differs_from_it(ranks, metrics, tmp_path):
-    """Measured on 20 steps: losses within 0.0003. The weights stay fp32, so the error does not grow."""
-    engines = {name: [f"engine={name}"] for name in ("ddp", "fsdp", "hsdp")}
-    engines |= {f"zero{stage}": ["engine=deepspeed", f"zero={stage}"] for stage in (0, 1, 3)}
-    runs = [[*options, "precision=bf16", f"run={tmp_path}/{name}"] for name, options in engines.items()]
-    ranks.run_many(2, train_tiny, ["engine=ddp", f"run={tmp_path}/fp32"], *runs)
-    expected = columns(metrics(tmp_path / "fp32"))
-    for name in engines:
-        found = columns(metrics(tmp_path / name))
-        assert found != expected
-        assert [row[0] for row in found] == pytest.approx([row[0] for row in expected], abs=0.002), name
-
-
 def test_sampling_during_training_does_not_disturb_it(ranks, metrics, tensors, tmp_path):
     for world, engines in ((1, ["single"]), (2, ["ddp", "fsdp"])):
         plain = [[f"engine={engine}", f"run={tmp_path}/{engine}"] for engine in engines]
