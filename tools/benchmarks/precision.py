@@ -22,6 +22,7 @@ from trainer.build import build_network
 from trainer.config.tree import Config, load_config
 from trainer.engines.base import Engine
 from trainer.engines.build import build_engine
+from trainer.engines.schedules import lr_at
 from trainer.ranks import Ranks, process_group
 
 STEPS, BATCH, LOOKS, ROUNDS = 2000, 16, 16, 7
@@ -83,7 +84,7 @@ def trained(ranks: Ranks, law: Law, steps: int) -> dict[str, Tensor]:
     for i, micro_batches in enumerate(_batches(config, steps)):
         for batch in micro_batches:
             engine.backward(denoising_loss(engine, path, batch.to(ranks.device)).sum() / BATCH)
-        engine.step(config.optim.lr_at((i + 1) * BATCH))
+        engine.step(lr_at(config.optim, (i + 1) * BATCH, STEPS * BATCH))
     return engine.averages["ema"].average
 
 
