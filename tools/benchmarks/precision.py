@@ -145,7 +145,7 @@ def _with_tokens(network: Backbone, law: Law) -> Backbone:
 
 
 def _batches(config: Config, steps: int, split: Split = "train") -> Iterator[list[Batch]]:
-    plan = Steps(config.groups, BATCH, config.model.max_group_size, config.seed, 0, steps)
+    plan = Steps(config.groups, BATCH, config.model.slots, config.seed, 0, steps)
     return iter(open_images(config.data, split).batches(plan, lambda *_: None))
 
 
