@@ -14,7 +14,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from command_line import HelpFormatter, run_tool
 from tqdm import tqdm
 
@@ -24,6 +23,7 @@ from trainer.checkpoints.weights import find_checkpoint
 from trainer.errors import RunError
 from trainer.evaluation.by_detector import evaluate_images, open_detector
 from trainer.evaluation.classifier import make_evaluator
+from trainer.evaluation.groups import group_size, record_of
 from trainer.evaluation.image_sets import open_npz
 from trainer.ranks import Ranks, process_group
 from trainer.run_folder import read_config
@@ -88,7 +88,7 @@ def _check(args: argparse.Namespace) -> None:
         raise RunError(f"{args.overrides[0]}: is for --sweep; otherwise give it to tools/sample.py")
 
 
-def _evaluator(run: Path) -> Callable[[np.ndarray, np.ndarray], dict]:
+def _evaluator(run: Path) -> Callable[..., dict]:
     """By the images that the run was trained on."""
     config = read_config(run)
     try:
@@ -97,11 +97,11 @@ def _evaluator(run: Path) -> Callable[[np.ndarray, np.ndarray], dict]:
         raise RunError(f"{error}; give --detector and --reference") from None
 
 
-def _by_classifier(evaluate: Callable[[np.ndarray, np.ndarray], dict], folder: Path) -> dict:
+def _by_classifier(evaluate: Callable[..., dict], folder: Path) -> dict:
     """Of samples.npz in a folder."""
     samples, record = _samples(folder)
     with open_npz(samples) as arrays:
-        return evaluate(arrays["arr_0"], arrays["arr_1"]) | {"samples": record}
+        return evaluate(arrays["arr_0"], arrays["arr_1"], group_size(record)) | {"samples": record}
 
 
 def _by_detector(args: argparse.Namespace, ranks: Ranks, images: Path | None, folder: Path | None) -> dict | None:
@@ -110,7 +110,7 @@ def _by_detector(args: argparse.Namespace, ranks: Ranks, images: Path | None, fo
     if images is None:
         assert folder  # `_check` asks for one of them
         images, record = _samples(folder)
-    elif images.name == "samples.npz" and (beside := images.with_name("samples.json")).is_file():
+    elif beside := record_of(images):
         record = json.loads(beside.read_text())
     detector = open_detector(args.detector, ranks)
     metrics = args.metrics.split(",") if args.metrics else None

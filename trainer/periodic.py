@@ -133,11 +133,14 @@ def make_evaluation(config: Config, images: Images, ranks: Ranks) -> Callable[[T
     decode = make_decoder(images.vae, images.shape[0], ranks.device)
     if settings.detector:
         from trainer.evaluation import by_detector  # its libraries are slow to import
+        from trainer.evaluation.groups import make_groups
 
         metrics = list(settings.metrics) if settings.metrics else None
         shape = Generated(torch.zeros(1, *images.shape), decode).shape
         detector = by_detector.open_detector(settings.detector, ranks)
-        evaluate = by_detector.make_evaluator(detector, shape, Path(str(settings.reference)), metrics, ranks)
+        label = np.arange(images.num_classes).repeat(settings.per_class)
+        groups = make_groups(label, config.sample.group_size)
+        evaluate = by_detector.make_evaluator(detector, shape, Path(str(settings.reference)), metrics, ranks, groups)
         return lambda samples: evaluate(Generated(samples.flatten(0, 1), decode))
 
     from trainer.evaluation.classifier import make_evaluator
@@ -149,7 +152,7 @@ def make_evaluation(config: Config, images: Images, ranks: Ranks) -> Callable[[T
     def compute(samples: Tensor) -> dict:
         label = np.arange(images.num_classes).repeat(settings.per_class)
         pixels = to_uint8(decode(samples))
-        return classify(pixels.reshape(-1, *pixels.shape[2:]), label)
+        return classify(pixels.reshape(-1, *pixels.shape[2:]), label, config.sample.group_size)
 
     return compute
 

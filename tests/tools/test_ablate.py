@@ -13,6 +13,7 @@ import pytest
 
 from tests.patience import PATIENCE
 from tests.trainer.forked import TINY
+from trainer.ablation.gains import gain, shown
 from trainer.ablation.runs import Cell, at_real_accuracy, correlations, plan_cells, s_cross, summarise, table
 from trainer.checkpoints.weights import WeightSource
 from trainer.config.tree import load_config
@@ -57,7 +58,25 @@ def test_each_row_is_mean_and_deviation_of_its_seeds(whole):
         assert [point["guidance"] for point in runs[0]["curve"]] == [1, 2]
         measured = [run["s_cross"] for run in runs]
         assert (row["s_cross"] is None) == (row["value"] == "1") == (measured == [None, None])
-    assert rows[1] | {"axis": "", "value": ""} == rows[2] | {"axis": "", "value": ""}
+    apart = {"axis": "", "value": "", "gain": ""}
+    assert rows[1] | apart == rows[2] | apart
+
+
+def test_each_row_has_its_gain_over_the_first_value_of_its_axis_seed_by_seed(whole):
+    out, said = whole
+    rows = json.loads((out / "ablation.json").read_text())["rows"]
+    assert [row["gain"] and row["gain"]["over"] for row in rows] == [None, "1", None, "similarity"]
+    distances = {}
+    for value in ("size=1", "size=4"):
+        runs = [json.loads((out / f"groups.{value},seed={seed}.json").read_text()) for seed in (0, 1)]
+        distances[value] = np.array([[point["frechet"] for point in run["curve"]] for run in runs])
+    for found, chosen in (
+        (rows[1]["gain"]["best"], [each.min(axis=1) for each in distances.values()]),
+        (rows[1]["gain"]["curve"][0], [each[:, 0] for each in distances.values()]),
+    ):
+        assert found == gain(*chosen)
+        assert found["mean"] == pytest.approx(chosen[0].mean() - chosen[1].mean())
+    assert shown(rows[1]["gain"]["best"]) in (out / "ablation.md").read_text() and "gain (unpaired)" in said.out
 
 
 def test_seeds_and_values_make_different_runs(whole):
@@ -172,7 +191,7 @@ def test_the_table_shows_the_best_point_of_each_curve(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"curve": points, "s_cross": 0.02}))
     lines = table(summarise([Cell("groups.size", "4", 0, "run")], tmp_path)).splitlines()
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
-    assert cells[:4] == ["`groups.size`", "4", "2.00 ± 0.00", "1.5 ± 0.0"]
+    assert cells[:5] == ["`groups.size`", "4", "2.00 ± 0.00", "", "1.5 ± 0.0"]
     assert cells[-2:] == ["3.00 ± 0.00", "2.0 ± 0.0 %"], "half way from 85 to 95 % is the accuracy of real images"
 
 

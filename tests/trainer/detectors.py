@@ -1,13 +1,16 @@
 """Small TorchScript detectors, and what ranks do with them."""
 
 import json
+import re
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
+from trainer.errors import RunError
 from trainer.evaluation.by_detector import evaluate_images, open_detector
 from trainer.ranks import process_group
 
@@ -100,9 +103,32 @@ def save_images(path: Path, number: int, seed: int, side: int = 16, channels: in
     return images
 
 
-def evaluate_once(detector: Path, images: Path, reference: Path, cache: Path, out: Path) -> None:
-    """The record of all metrics, as JSON."""
+def evaluate_once(
+    detector: Path, images: Path, reference: Path, cache: Path, out: Path, metrics: list[str] | None = None
+) -> None:
+    """The record of the metrics, or of all, as JSON."""
     with process_group() as ranks:
-        record = evaluate_images(open_detector(str(detector), ranks), images, reference, None, ranks, cache)
+        record = evaluate_images(open_detector(str(detector), ranks), images, reference, metrics, ranks, cache)
     if record:
         out.write_text(json.dumps(record))
+
+
+def arr_0(path):
+    return np.load(path)["arr_0"]
+
+
+def evaluated(there, world, cache, detector="plain.pt", images="made.npz", reference="real.npz", metrics=None):
+    return evaluate_images(
+        open_detector(str(there / detector), world), there / images, there / reference, metrics, world, cache
+    )
+
+
+def fails(message, *arguments, **options):
+    with pytest.raises(RunError) as raised:
+        evaluated(*arguments, **options)
+    assert re.search(message, str(raised.value)) and "\n" not in str(raised.value), raised.value
+
+
+def outputs(module, images):
+    with torch.inference_mode():
+        return module.eval()(torch.from_numpy(images).movedim(3, 1))

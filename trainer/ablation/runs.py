@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 from data.sets.registry import DataConfig, open_halves
 from data.stores.claims import Claims
 from data.stores.files import write_json
+from trainer.ablation.gains import gain, shown
 from trainer.analysis import attention
 from trainer.checkpoints.weights import WeightSource, find_checkpoint
 from trainer.config.fields import marked, matches
@@ -110,9 +111,7 @@ def run_cells(
         claims.release(number)
 
 
-def measure_run(
-    config: Config, guidance: tuple[float, ...], evaluate: Callable[[np.ndarray, np.ndarray], dict[str, float]]
-) -> dict:
+def measure_run(config: Config, guidance: tuple[float, ...], evaluate: Callable[..., dict[str, float]]) -> dict:
     """Return {"curve": metrics of trainer/evaluation/classifier.py at each guidance weight, "s_cross": S_cross or
     None}."""
     train(config)
@@ -121,7 +120,8 @@ def measure_run(
     for weight in guidance:
         sample = config.sample.model_copy(update={"guidance": (weight,)})
         pixels, label, _ = make_samples(WeightSource(checkpoint), config.model_copy(update={"sample": sample}))
-        curve.append({"guidance": weight, **evaluate(pixels.reshape(-1, *pixels.shape[2:]), label.ravel())})
+        measures = evaluate(pixels.reshape(-1, *pixels.shape[2:]), label.ravel(), sample.group_size)
+        curve.append({"guidance": weight, **measures})
     return {"curve": curve, "s_cross": s_cross(WeightSource(checkpoint), config)}
 
 
@@ -136,14 +136,23 @@ def s_cross(source: WeightSource, config: Config) -> float | None:
 def summarise(cells: list[Cell], out: Path) -> list[dict]:
     """Return a row per axis and value: each measure as (mean, standard deviation) over the seeds, at every guidance
     weight (`curve`) and at each seed's best weight by Frechet distance (`best`); the Frechet distance where the curve
-    reaches the class accuracy of real images (`matched`; None if any curve does not); and S_cross."""
-    rows = []
+    reaches the class accuracy of real images (`matched`; None if any curve does not); S_cross; and `gain`: what these
+    three Frechet distances fall by from the axis's first value, as trainer.ablation.gains has it (the first: None)."""
+    rows: list[dict] = []
+    first: dict[str, tuple[str, dict]] = {}  # value and distances of each axis's first row
     for axis, value in dict.fromkeys((cell.axis, cell.value) for cell in cells):
         runs = [_read_result(out / f"{c.name}.json") for c in cells if (c.axis, c.value) == (axis, value)]
         curves = [run["curve"] for run in runs]
         best = [min(curve, key=lambda point: point["frechet"]) for curve in curves]
         matched = [found for found in map(at_real_accuracy, curves) if found is not None]
+        matched = matched if len(matched) == len(curves) else []
         measured = [run["s_cross"] for run in runs if run["s_cross"] is not None]
+        distances = {
+            "best": [point["frechet"] for point in best],
+            "matched": matched,
+            "curve": [[point["frechet"] for point in points] for points in zip(*curves, strict=True)],
+        }
+        over, before = first.setdefault(axis, (value, distances))
         rows.append(
             {
                 "axis": axis,
@@ -151,11 +160,21 @@ def summarise(cells: list[Cell], out: Path) -> list[dict]:
                 "seeds": len(runs),
                 "best": _statistics(best),
                 "curve": [_statistics(points) for points in zip(*curves, strict=True)],
-                "matched": _mean_std(matched) if len(matched) == len(curves) else None,
+                "matched": _mean_std(matched) if matched else None,
                 "s_cross": _mean_std(measured) if measured else None,
+                "gain": None if over == value else {"over": over, **_gains(before, distances)},
             }
         )
     return rows
+
+
+def _gains(before: dict, after: dict) -> dict:
+    both = before["matched"] and after["matched"]
+    return {
+        "best": gain(before["best"], after["best"]),
+        "matched": gain(before["matched"], after["matched"]) if both else None,
+        "curve": [gain(*points) for points in zip(before["curve"], after["curve"], strict=True)],
+    }
 
 
 def at_real_accuracy(curve: list[dict]) -> float | None:
@@ -186,11 +205,14 @@ def with_cross_attention(rows: list[dict]) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Return a Markdown table: each guidance curve's best point, and the distance at the accuracy of real images."""
+    """Return a Markdown table: each guidance curve's best point, what its distance gains over the axis's first value
+    (mean ± standard error over pairs of runs of one seed; in brackets, over unpaired ones), and the distance at the
+    accuracy of real images."""
     head = [
         "axis",
         "value",
         "Frechet distance",
+        "gain (unpaired)",
         "at w",
         "class accuracy",
         "precision",
@@ -207,6 +229,7 @@ def table(rows: list[dict]) -> str:
                     f"`{row['axis']}`",
                     row["value"],
                     _shown(best["frechet"], 2),
+                    shown(row["gain"]["best"]) if row["gain"] else "",
                     _shown(best["guidance"], 1),
                     _shown([100 * x for x in best["class_accuracy"]], 1) + " %",
                     _shown(best["precision"], 3),
@@ -226,7 +249,8 @@ def _read_result(path: Path) -> dict:
 
 def _statistics(points: Iterable[dict]) -> dict[str, tuple[float, float]]:
     points = list(points)
-    return {name: _mean_std([point[name] for point in points]) for name in points[0]}
+    shared = [name for name in points[0] if all(name in point for point in points)]  # older results lack some
+    return {name: _mean_std([point[name] for point in points]) for name in shared}
 
 
 def _mean_std(values: list[float]) -> tuple[float, float]:

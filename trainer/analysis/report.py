@@ -80,6 +80,7 @@ def _ablation(folder: Path) -> str:
             "value": row["value"],
             "seeds": row["seeds"],
             **{name: f"{mean:.4g} ± {deviation:.2g}" for name, (mean, deviation) in row["best"].items()},
+            "gain (unpaired)": _gain(row["gain"]["best"]) if row.get("gain") else "",  # not in older versions
             "at real accuracy": "{:.4g} ± {:.2g}".format(*row["matched"]) if row["matched"] else "",
             "S_cross": "{:.4g} ± {:.2g}".format(*row["s_cross"]) if row["s_cross"] else "",
         }
@@ -93,6 +94,11 @@ def _ablation(folder: Path) -> str:
         f"<h2>{html.escape(str(folder))}</h2><p>The point of each guidance curve with the least Frechet distance.</p>"
         f"{table(rows)}{said}{picture}"
     )
+
+
+def _gain(found: dict) -> str:
+    text = f"{found['mean']:.4g}"
+    return text if found["paired"] is None else f"{text} ± {found['paired']:.2g} ({found['unpaired']:.2g})"
 
 
 def read_records(path: Path) -> list[dict]:

@@ -6,6 +6,7 @@ appendix C. A *profile* (std, step) is the weight of the network after each step
 `step`. Averages are linear in their profiles, so those that add up to a profile add up to its average.
 """
 
+import warnings
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
@@ -17,7 +18,8 @@ from torch import Tensor
 from trainer.errors import RunError
 
 WIDEST = 12**-0.5  # the std of the plain mean of all networks, gamma = 0; a wider profile prefers the older ones
-MISFIT = 0.5  # in units of a profile's length: the largest distance that still counts as an approximation
+# distances in units of a profile's length: the largest that still counts as an approximation, and as an exact one
+MISFIT, EXACT = 0.5, 0.05
 CHUNK = 1 << 16  # steps in memory at once, for each std
 
 
@@ -68,14 +70,16 @@ def coordinates(profiles: list[tuple[float, int]]) -> np.ndarray:
 
 def coefficients(snapshots: list[tuple[float, int]], std: float, step: int) -> np.ndarray:
     """Return factors of snapshots (std, step of each) whose weighted sum is nearest to the profile (std, step) in least
-    squares: (len(snapshots),), float64.
+    squares, divided by their sum: (len(snapshots),), float64.
+
+    Divided as in the authors' code: factors that add up to less than 1, as they do if the snapshots are few, would
+    shrink all weights. Warn if the result is farther from the profile than EXACT, with the std that it has instead.
 
     This is Algorithm 3 with the profiles that averages really have, sums over steps; the paper's integrals are their
     limit for many steps. So a tracked profile is returned as it is, up to rounding. The result is most accurate at the
-    step of a snapshot. Elsewhere the next snapshot is used too: earlier ones lack the networks since the last (without
-    them, the factors would not even add up to 1). Later ones have the factor 0. Raise RunError if std is out of range,
-    if step is before the first or after the last snapshot, or if the nearest sum is farther from the profile than
-    MISFIT.
+    step of a snapshot. Elsewhere the next snapshot is used too: earlier ones lack the networks since the last. Later
+    ones have the factor 0. Raise RunError if std is out of range, if step is before the first or after the last
+    snapshot, or if the result is farther from the profile than MISFIT.
     """
     ends = np.array([end for _, end in snapshots if end > 0])  # at step 0 nothing was averaged yet
     if not (ends.size and ends.min() <= step <= ends.max()):
@@ -83,20 +87,33 @@ def coefficients(snapshots: list[tuple[float, int]], std: float, step: int) -> n
         raise RunError(f"step={step}: not among the steps of the snapshots; {held}")
     following = ends[ends >= step].min()
     used = [i for i, (_, end) in enumerate(snapshots) if 0 < end <= following]
-    system = coordinates([*(snapshots[i] for i in used), (std, step)])
-    lengths = np.linalg.norm(system, axis=0)  # late, narrow profiles are much longer than early ones
-    system /= lengths
-    columns, target = system[:, :-1], system[:, -1]
-    solution = np.linalg.lstsq(columns, target, rcond=None)[0]
-    misfit = np.linalg.norm(columns @ solution - target)
-    if misfit > MISFIT:
-        raise RunError(
-            f"std={std}: at step {step} the snapshots miss it by {misfit:.0%}; "
-            "choose the step of a snapshot, a std nearer to theirs, or save them more often"
-        )
+    profiles = coordinates([*(snapshots[i] for i in used), (std, step)])
+    lengths = np.linalg.norm(profiles, axis=0)  # late, narrow profiles are much longer than early ones
+    scaled = profiles / lengths
+    factors = np.linalg.lstsq(scaled[:, :-1], scaled[:, -1], rcond=None)[0] / lengths[:-1]
+    factors /= factors.sum()
+    misfit = np.linalg.norm(profiles[:, :-1] @ factors - profiles[:, -1]) / lengths[-1]
     result = np.zeros(len(snapshots))
-    result[used] = solution * lengths[-1] / lengths[:-1]
+    result[used] = factors
+    if not misfit <= EXACT:
+        found = f"std={std}: at step {step} the snapshots miss it by {misfit:.0%}"
+        advice = "choose the step of a snapshot, a std nearer to theirs, or save them more often"
+        if not misfit <= MISFIT:
+            raise RunError(f"{found}; {advice}")
+        warnings.warn(f"{found}: this average has std={width(snapshots, result) / step:.3g}; {advice}", stacklevel=2)
     return result
+
+
+def width(snapshots: list[tuple[float, int]], factors: np.ndarray) -> float:
+    """Return the standard deviation, in steps, of the sum of the snapshots' profiles times factors that add up to 1.
+
+    From the moments of each profile, E tau = step (gamma+1) / (gamma+2) and E tau^2 = step^2 (gamma+1) / (gamma+3), the
+    paper's integrals; 0 if the sum, which may be negative at some steps, has no spread.
+    """
+    gamma = np.array([exponent(std) for std, _ in snapshots])
+    step = np.array([end for _, end in snapshots], dtype=np.float64)
+    mean, square = (factors @ (step**power * (gamma + 1) / (gamma + 1 + power)) for power in (1, 2))
+    return float(np.sqrt(max(square - mean**2, 0)))
 
 
 @torch.no_grad()

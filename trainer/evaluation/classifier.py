@@ -12,7 +12,8 @@ from data.sets.arrays import ArrayImages
 from trainer.errors import RunError
 from trainer.evaluation.accumulators import FEATURES, MOMENTS
 from trainer.evaluation.frechet import frechet_distance
-from trainer.evaluation.metric import Side
+from trainer.evaluation.groups import GROUPS, make_groups
+from trainer.evaluation.metric import Arrays
 from trainer.evaluation.metrics import METRICS, offered
 from trainer.evaluation.precision_recall import NEIGHBOURS
 from trainer.sampling.pictures import to_uint8
@@ -25,14 +26,15 @@ def evaluate(generated: np.ndarray, label: np.ndarray, train: ArrayImages, heldo
     return make_evaluator(train, heldout)(generated, label)
 
 
-def make_evaluator(train: ArrayImages, heldout: ArrayImages) -> Callable[[np.ndarray, np.ndarray], dict[str, float]]:
-    """Return a function that takes uint8 images (n, H, W, C), generated for the classes `label` (n,), and returns
-    metrics.
+def make_evaluator(train: ArrayImages, heldout: ArrayImages) -> Callable[..., dict[str, float]]:
+    """Return a function that takes uint8 images (n, H, W, C), generated for the classes `label` (n,) in groups of
+    `group_size` (default: 1), and returns metrics.
 
-    They are all METRICS of the kind "classifier" (frechet, kid, precision, recall), compared with the held-out images
-    in the last hidden layer of a classifier trained on `train`; and class_accuracy: the share of images that the
-    classifier assigns to their class. Beside them, for comparison, the same of real images: frechet_train (training to
-    held-out images) and heldout_accuracy. Raise RunError if the images do not have the form of the real ones.
+    They are all METRICS of the kind "classifier" (frechet, kid, precision, recall; of groups, group_correlation),
+    compared with the held-out images in the last hidden layer of a classifier trained on `train`; and class_accuracy:
+    the share of images that the classifier assigns to their class. Beside them, for comparison, the same of real
+    images: frechet_train (training to held-out images) and heldout_accuracy. Raise RunError if the images do not have
+    the form of the real ones.
     """
     classifier = fit_classifier(train)
     seen = to_uint8(torch.from_numpy(heldout.x))
@@ -44,13 +46,15 @@ def make_evaluator(train: ArrayImages, heldout: ArrayImages) -> Callable[[np.nda
     form = (*heldout.shape[1:], heldout.shape[0])
     theirs = _side(reference)
 
-    def evaluate(generated: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    def evaluate(generated: np.ndarray, label: np.ndarray, group_size: int = 1) -> dict[str, float]:
         if generated.dtype != np.uint8 or generated.shape[1:] != form or len(generated) <= NEIGHBOURS:
             size = ", ".join(map(str, form))
             raise RunError(f"images {generated.dtype} {generated.shape}: give uint8 (n, {size}), n > {NEIGHBOURS}")
-        ours = _side(_features(classifier, generated))
+        groups = make_groups(label, group_size)
+        ours = _side(_features(classifier, generated)) | ({GROUPS: groups} if groups else {})
+        names = offered("classifier", {"features"}, groups is not None)
         return {
-            **{name: METRICS[name].compute(ours, theirs, CPU) for name in offered("classifier", {"features"})},
+            **{name: METRICS[name].compute(ours, theirs, CPU) for name in names},
             "class_accuracy": float(np.mean(classifier.predict(_flat(generated)) == label)),
             **real,
             "images": len(generated),
@@ -73,7 +77,7 @@ def class_log_probabilities(classifier: MLPClassifier, images: np.ndarray) -> np
     return classifier.predict_log_proba(_flat(images))
 
 
-def _side(features: np.ndarray) -> Side:
+def _side(features: np.ndarray) -> dict[str, Arrays]:
     moments = features.mean(axis=0), np.cov(features, rowvar=False)
     return {MOMENTS.name: moments, FEATURES.name: (features,)}
 

@@ -6,6 +6,7 @@ import zipfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from data.extraction.sources import EXTENSIONS, Item, list_source
 from data.stores.files import sha256
 from trainer.errors import RunError, first_line
 
-ARRAY = "arr_0"  # the key of the images in ADM's suite
+ARRAY, LABELS = "arr_0", "arr_1"  # the keys of images and classes in ADM's suite
 THREADS = min(8, os.cpu_count() or 1)  # threads that read and decode
 
 
@@ -41,6 +42,10 @@ class StoredImages(ImageSet, Protocol):
 
     def checksum(self) -> str:
         """Return the SHA-256 of the files' content."""
+        ...
+
+    def labels(self) -> np.ndarray | None:
+        """Return the images' classes (n,), if they are there."""
         ...
 
 
@@ -82,6 +87,12 @@ class ArrayFile:
         """Return the SHA-256 of the file."""
         return sha256(self.path)
 
+    def labels(self) -> np.ndarray | None:
+        """Return `arr_1` (n,), as in the files of tools/sample.py."""
+        with open_npz(self.path) as archive, suppress(KeyError, ValueError):  # not there, or of objects
+            label = archive[LABELS]
+            return label if label.shape == (self._number,) else None
+
 
 class Pictures:
     """Image files in order of their names. With a `side`, they are centre-cropped as in ADM; else all have one size."""
@@ -109,6 +120,10 @@ class Pictures:
         for item in self._items:
             digest.update(f"{item.key} {hashlib.sha256(item.read()).hexdigest()}\n".encode())
         return digest.hexdigest()
+
+    def labels(self) -> np.ndarray | None:
+        """Return the number of each image's folder."""
+        return np.unique([item.key.rpartition("/")[0] for item in self._items], return_inverse=True)[1]
 
     def _decode(self, item: Item) -> np.ndarray:
         try:

@@ -45,13 +45,20 @@ class Statistic(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """`compute(generated, real, device)` returns the metric from the statistics that it `needs` of both sets of images;
-    of the generated ones alone, if it does not `compare`. `kinds` of detectors offer it, where they have the outputs:
-    "torchscript", "dinov2", and "classifier", the small one of trainer/evaluation/classifier.py, which has moments and
-    samples of features alone."""
+    """`compute(generated, real, device)` returns the metric from the statistics that it `needs` of the generated images
+    and of the real ones: `of_real` (None: the same; (): none, it compares nothing). `kinds` of detectors offer it,
+    where they have the outputs: "torchscript", "dinov2", and "classifier", the small one of
+    trainer/evaluation/classifier.py, which has moments and samples of features alone. One that is `grouped` is only of
+    images generated in groups: generated["groups"] is then trainer/evaluation/groups.py's Groups."""
 
     name: str
     needs: tuple[Statistic, ...]
     kinds: frozenset[str]
     compute: Callable[[Side, Side, torch.device], float]
-    compares: bool = True
+    of_real: tuple[Statistic, ...] | None = None
+    grouped: bool = False
+
+    @property
+    def compares(self) -> tuple[Statistic, ...]:
+        """Return the statistics of the real images that it needs."""
+        return self.needs if self.of_real is None else self.of_real

@@ -10,9 +10,10 @@ from data.stores.files import appearing, sha256
 from trainer.errors import RunError
 from trainer.evaluation.accumulators import FEATURES, MOMENTS, SPATIAL, FeatureSample
 from trainer.evaluation.detector import Detector
-from trainer.evaluation.image_sets import ARRAY, open_image_set, open_npz
-from trainer.evaluation.metric import Arrays, Statistic
+from trainer.evaluation.image_sets import ARRAY, open_image_set
+from trainer.evaluation.metric import Statistic
 from trainer.evaluation.statistics import Statistics, compute_statistics
+from trainer.evaluation.statistics_files import names_in, read_statistics
 from trainer.ranks import Ranks, from_rank_0
 
 CACHE = "reference-statistics"  # a folder beside the reference
@@ -24,6 +25,7 @@ class Reference:
     """The real images at `path`: a folder of images, cropped to `side` pixels, or a file of images (arr_0) or of
     statistics in ADM's format (mu, sigma, and mu_s, sigma_s of spatial features), possibly along with images. `widths`
     are those of the detector's outputs. What is computed is kept in the folder `cache`, or in one beside the reference.
+    Raise RunError if a file has the wrong form.
     """
 
     def __init__(
@@ -32,20 +34,36 @@ class Reference:
         self.path, self._detector, self._widths = path, detector, widths
         self._side = side if path.is_dir() else None
         self._cache = cache or path.absolute().parent / CACHE
+        self._names = names_in(path, detector) if path.is_file() else {ARRAY}
+
+    @property
+    def names(self) -> str:
+        """Return the names of what is in the file."""
+        return ", ".join(sorted(self._names))
+
+    def gives(self, statistics: Iterable[Statistic]) -> bool:
+        """Return whether it has these statistics, or images to compute them from."""
+        return ARRAY in self._names or all(self._names.issuperset(one.arrays) for one in statistics)
 
     def statistics(
         self, wanted: Iterable[Statistic], ranks: Ranks, progress: Callable[[int], object] = lambda number: None
     ) -> tuple[Statistics, dict]:
-        """Return (at least the `wanted` statistics, {"path", "sha256", "images"}); all ranks call it. Raise RunError if
-        the file's statistics come from another detector, or an image cannot be read."""
+        """Return (at least the `wanted` statistics, where they come from: {"path", "sha256", "images" behind mu and
+        sigma (None: the file does not say), "features": images whose features are compared one by one, if any are});
+        all ranks call it. Raise RunError if the file's statistics come from another detector, or an image cannot be
+        read."""
         wanted = list(wanted)
         stored = self._read(self.path, wanted) if self.path.is_file() else Statistics(None, {})
         if self.path.is_file() and all(statistic.name in stored.values for statistic in wanted):
             checksum = from_rank_0(lambda: sha256(self.path))
         else:
             computed, checksum = self._computed(wanted, ranks, progress)
-            stored = Statistics(computed.images, {**computed.values, **stored.values})
-        return stored, {"path": str(self.path), "sha256": checksum, "images": stored.images}
+            images = stored.images if MOMENTS.name in stored.values else computed.images
+            stored = Statistics(images, {**computed.values, **stored.values})
+        source = {"path": str(self.path), "sha256": checksum, "images": stored.images}
+        if FEATURES in wanted:
+            source["features"] = len(stored.values[FEATURES.name][0])
+        return stored, source
 
     def _computed(
         self, wanted: list[Statistic], ranks: Ranks, progress: Callable[[int], object]
@@ -77,45 +95,16 @@ class Reference:
                 np.savez(opened, **arrays, **about)
         return statistics, checksum
 
+    def _read(self, path: Path, wanted: list[Statistic]) -> Statistics:
+        return read_statistics(path, wanted, self._detector, self._widths)
+
     def _file(self, checksum: str) -> Path:
         return self._cache / f"{checksum[:16]}-{self._side or 'as-they-are'}-{self._detector.sha256[:16]}.npz"
 
     def _holds(self, file: Path, wanted: list[Statistic]) -> bool:
         """Return whether no statistic is missing; one may be if its metric was added later."""
-        with open_npz(file) as archive:
-            return all(name in archive.files for statistic in wanted for name in statistic.arrays)
-
-    def _read(self, path: Path, wanted: list[Statistic]) -> Statistics:
-        """Return the statistics in a file, ADM's or from the cache. Raise RunError if another detector made them."""
-        with open_npz(path) as file:
-            if "mu" not in file.files:
-                return Statistics(None, {})
-            if "detector" in file.files and str(file["detector"]) != self._detector.sha256:
-                raise RunError(
-                    f"{path}: statistics of another detector than {self._detector.name}; give the images themselves"
-                )
-            values: dict[str, Arrays] = {}
-            for statistic in {one.name: one for one in (MOMENTS, SPATIAL, *wanted)}.values():
-                if statistic.output in self._widths and all(name in file.files for name in statistic.arrays):
-                    values[statistic.name] = tuple(file[name] for name in statistic.arrays)
-            for statistic in (MOMENTS, SPATIAL):  # the ones that other people's files may hold
-                if statistic.name in values:
-                    values[statistic.name] = self._checked(path, statistic, values[statistic.name])
-            if not {ARRAY, "mu", "sigma", "features"} & set(file.files):
-                raise RunError(f"{path}: neither images ({ARRAY}) nor statistics (mu, sigma); give another reference")
-            images = int(file["images"]) if "images" in file.files else None
-        return Statistics(images, values)
-
-    def _checked(self, path: Path, statistic: Statistic, moments: Arrays) -> Arrays:
-        mean, covariance = (array.astype(np.float64) for array in moments)
-        width = self._widths[statistic.output]
-        if mean.shape != (width,) or covariance.shape != (width, width):
-            names = statistic.arrays
-            raise RunError(
-                f"{path}: {names[0]} {mean.shape}, {names[1]} {covariance.shape}, where {self._detector.name} gives"
-                f" {width} {statistic.output}: statistics of another detector; give the one, or a reference of images"
-            )
-        return mean, covariance
+        names = names_in(file, self._detector)
+        return all(names.issuperset(statistic.arrays) for statistic in wanted)
 
 
 def _check_writable(folder: Path) -> None:

@@ -14,7 +14,8 @@ def plot_sweep(rows: list[dict], path: Path) -> None:
     """Plot each measure of trainer.sampling.sweep's rows against the first axis, with a line for each combination of
     the others; and those that guidance trades for each other, one against the other."""
     first, *others = rows[0]["axes"]
-    measures = [name for name, value in rows[0].items() if isinstance(value, float)]
+    shared = set.intersection(*(set(row) for row in rows))  # some measures are of groups alone
+    measures = [name for name, value in rows[0].items() if isinstance(value, float) and name in shared]
     varied = [name for name in measures if len({row[name] for row in rows}) > 1]
     measures = varied or measures  # the others show nothing here
     panels = [(first, name) for name in measures] + [pair for pair in TRADED if set(pair) <= set(measures)]

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel
 
-from models.pretrained.encoders import Encoder
+from models.pretrained.encoders import Encoder, interpolated_positions
 
 CPU = torch.device("cpu")
 
@@ -123,3 +123,58 @@ def test_it_is_frozen_and_not_training(save_encoder):
     assert not any(module.training for module in encoder.network.modules())
     assert not any(parameter.requires_grad for parameter in encoder.network.parameters())
     assert isinstance(encoder.network, transformers.Dinov2Model)
+
+
+def bicubic(grid, patches):
+    """Pixel i of the result is at (i + 1/2) m / (n + 0.1) - 1/2 of the grid (m, m, d); weights of Keys' kernel with
+    a = -3/4, and beyond the border its nearest values: what DINOv2's interpolate_pos_encoding does, one by one."""
+    m = len(grid)
+
+    def kernel(x):
+        x, a = abs(x), -0.75
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1 if x <= 1 else a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+    weights = np.zeros((patches, m))
+    for i in range(patches):
+        place = (i + 0.5) * m / (patches + 0.1) - 0.5
+        for j in range(int(np.floor(place)) - 1, int(np.floor(place)) + 3):
+            weights[i, min(max(j, 0), m - 1)] += kernel(place - j)
+    return np.einsum("im,jn,mnd->ijd", weights, weights, grid)
+
+
+@pytest.mark.parametrize(("side", "patches"), [(37, 16), (5, 3), (4, 9), (7, 7)])
+def test_the_position_embedding_of_dinov2_is_interpolated_as_the_original_model_does(side, patches):
+    known = torch.randn(1, 1 + side**2, 6, generator=torch.Generator().manual_seed(0))
+    found = interpolated_positions(known, patches)
+    assert found.shape == (1, 1 + patches**2, 6) and torch.equal(found[:, 0], known[:, 0])
+    expected = known[0, 1:].unflatten(0, (side, side)).double().numpy()
+    expected = expected if side == patches else bicubic(expected, patches)
+    np.testing.assert_allclose(found[0, 1:].unflatten(0, (patches, patches)).numpy(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["Dinov2", "Dinov2WithRegisters"])
+def test_dinov2_sees_images_of_another_size_with_the_positions_of_the_original_model(tmp_path, kind):
+    """Once, at load; with registers, whose original is antialiased and to the size, it is what transformers does."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 70, "patch_size": 14}
+    network = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**size)).eval()
+    for weight in network.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    torch.nn.init.normal_(network.embeddings.position_embeddings, std=9)
+    network.save_pretrained(tmp_path)
+    crop = {"height": 42, "width": 42}
+    transformers.BitImageProcessor(size={"shortest_edge": 48}, crop_size=crop).save_pretrained(tmp_path)
+    encoder = Encoder(str(tmp_path), CPU)
+    x = prepared(encoder, pictures(3))
+    assert x.shape[2:] == (42, 42)
+    with torch.no_grad():
+        theirs = unit(network(x).pooler_output)
+        if kind == "Dinov2":
+            known = network.embeddings.position_embeddings
+            grid = torch.from_numpy(bicubic(known[0, 1:].unflatten(0, (5, 5)).double().numpy(), 3)).float()
+            network.embeddings.position_embeddings = torch.nn.Parameter(
+                torch.cat([known[:, :1], grid.flatten(0, 1)[None]], dim=1)
+            )
+        expected = unit(network(x).pooler_output)
+    torch.testing.assert_close(encoder.features(x), expected, rtol=1e-4, atol=1e-5)
+    assert ((expected - theirs).abs().max() > 1e-3) == (kind == "Dinov2"), "transformers' own differs"

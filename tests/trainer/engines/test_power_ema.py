@@ -1,4 +1,5 @@
 import random
+import warnings
 import weakref
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from trainer.engines.ema import EMA
-from trainer.engines.power_ema import coefficients, combine, coordinates, exponent, power_decay
+from trainer.engines.power_ema import EXACT, coefficients, combine, coordinates, exponent, power_decay, width
 from trainer.errors import RunError
 
 TRACKED = (0.05, 0.10)
@@ -116,9 +117,10 @@ def test_inner_products_are_those_of_the_whole_profiles(seed, chunk, monkeypatch
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_coefficients_are_those_of_dense_least_squares(seed, monkeypatch):
+def test_the_coefficients_are_those_of_dense_least_squares_divided_by_their_sum(seed, monkeypatch):
     """Without snapshots after the one that follows the step: they would not change the sum."""
-    monkeypatch.setattr("trainer.engines.power_ema.MISFIT", 1)
+    monkeypatch.setattr("trainer.engines.power_ema.MISFIT", 9)
+    monkeypatch.setattr("trainer.engines.power_ema.EXACT", 9)
     rng = np.random.default_rng(seed)
     steps, ends = 120, sorted(rng.choice(np.arange(5, 121), 6, replace=False).tolist())
     step, std = int(rng.integers(ends[2], ends[-1] + 1)), rng.uniform(0.06, 0.14)
@@ -127,7 +129,7 @@ def test_the_coefficients_are_those_of_dense_least_squares(seed, monkeypatch):
     dense = np.stack([recurrence(*snapshot, steps) for snapshot in snapshots], axis=1)
     expected = np.linalg.lstsq(dense, recurrence(std, step, steps), rcond=None)[0]
     assert found.dtype == np.float64 and found.shape == (12,)
-    assert np.allclose(dense @ found, dense @ expected, rtol=0, atol=1e-9)
+    assert np.allclose(dense @ found, dense @ expected / expected.sum(), rtol=0, atol=1e-9)
     following = min(end for end in ends if end >= step)
     assert all((factor == 0) == (end > following) for factor, (_, end) in zip(found, snapshots, strict=True))
 
@@ -167,12 +169,13 @@ def test_dense_snapshots_give_untracked_averages(seed, std):
         assert reconstruction_error(history, every, std, step) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:std=")
 @pytest.mark.parametrize("std", [0.075, 0.15, 0.20])
 def test_more_snapshots_give_untracked_averages_more_exactly(std):
-    """With ten times as many the error is hundreds of times smaller at a snapshot, some ten times between two."""
+    """With ten times as many the error is a hundred times smaller at a snapshot, some ten times between two."""
     history = walk(7, 480)
     few, some, many = (reconstruction_error(history, every, std, 480) for every in (120, 40, 12))
-    assert few < 0.1 and some < few / 5 and many < some / 5 and many < few / 300
+    assert few < 0.04 and some < few / 5 and many < some / 5 and many < few / 100
     few, some, many = (reconstruction_error(history, every, std, 366) for every in (40, 12, 4))
     assert few < 0.03 and some < few / 3 and many < some / 2
 
@@ -198,6 +201,42 @@ def test_a_profile_far_from_all_snapshots_is_refused_in_one_line():
     snapshots = [(std, end) for end in (500, 1000) for std in TRACKED]
     with pytest.raises(RunError, match=r"^std=0\.28: at step 1000 the snapshots miss it by \d\d%; [^\n]*$"):
         coefficients(snapshots, 0.28, 1000)
+
+
+def snapshots_of(number: int, steps: int) -> list[tuple[float, int]]:
+    return [(std, steps * k // number) for k in range(1, number + 1) for std in TRACKED]
+
+
+@pytest.mark.filterwarnings("ignore:std=")
+@pytest.mark.parametrize("std", [0.06, 0.15, 0.2])
+def test_of_constant_weights_every_average_is_those_weights(std):
+    """However few the snapshots are, at any step among them."""
+    snapshots = snapshots_of(4, 1000)
+    weights = {"weight": torch.randn(500, generator=torch.Generator().manual_seed(0)) * 1e3}
+    for step in (1000, 500, 990):
+        factors = coefficients(snapshots, std, step)
+        assert factors.sum() == pytest.approx(1, abs=1e-12)
+        assert torch.equal(combine([weights] * len(snapshots), factors)["weight"], weights["weight"])
+
+
+def test_an_average_that_the_tracked_widths_miss_is_warned_of_with_the_residual_and_the_width_it_has():
+    """Four snapshots of 0.05 and 0.10 cannot make 0.2; fifty can. Both against profiles of every step."""
+    steps, std = 1000, 0.2
+    expected, tau = recurrence(std, steps, steps), np.arange(1, steps + 1)
+    for number, warned in ((4, True), (50, False)):
+        snapshots = snapshots_of(number, steps)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            factors = coefficients(snapshots, std, steps)
+        profile = np.stack([recurrence(*snapshot, steps) for snapshot in snapshots], axis=1) @ factors
+        residual = np.linalg.norm(profile - expected) / np.linalg.norm(expected)
+        spread = np.sqrt(profile @ tau**2 - (profile @ tau) ** 2) / steps
+        assert width(snapshots, factors) / steps == pytest.approx(spread, rel=1e-3)
+        assert (residual > EXACT) == warned == bool(caught) == (abs(spread / std - 1) > 0.01)
+        if warned:
+            (line,) = (str(one.message) for one in caught)
+            assert line.startswith(f"std=0.2: at step 1000 the snapshots miss it by {residual:.0%}: this average has")
+            assert f"std={width(snapshots, factors) / steps:.3g};" in line and "\n" not in line
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,9 +1,6 @@
 """The whole evaluation by small TorchScript detectors: values by hand, the cache, real ranks, and bad input."""
 
 import json
-import re
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,37 +11,26 @@ from transformers import AutoImageProcessor, AutoModel
 from data.extraction.crop import center_crop
 from tests.stores import write_tar
 from tests.trainer import detectors
-from tests.trainer.detectors import Inception, Plain, WithSpatial, evaluate_once, save_images
+from tests.trainer.detectors import (
+    Inception,
+    Plain,
+    WithSpatial,
+    arr_0,
+    evaluate_once,
+    evaluated,
+    fails,
+    outputs,
+    save_images,
+)
 from tests.trainer.evaluation.test_metrics import inception_score, neighbours
-from trainer.errors import RunError
 from trainer.evaluation.by_detector import evaluate_images, open_detector
 from trainer.evaluation.detector import load_detector, resize_299
 from trainer.evaluation.frechet import frechet_distance
+from trainer.evaluation.group_correlation import group_correlation
+from trainer.evaluation.groups import make_groups
 from trainer.evaluation.kernel_distance import kernel_distance
-from trainer.ranks import process_group
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def there(tmp_path_factory):
-    """Detectors and images, to be read only."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    for name, module in {"plain": Plain(6), "spatial": WithSpatial(), "inception": Inception()}.items():
-        detectors.save(module, folder / f"{name}.pt")
-    save_images(folder / "made.npz", 300, seed=1)
-    save_images(folder / "real.npz", 230, seed=2)
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world():
-    with process_group() as ranks:
-        yield ranks
-
-
-def arr_0(path):
-    return np.load(path)["arr_0"]
 
 
 def pictures(images, folder, names="{:05d}.png"):
@@ -53,23 +39,6 @@ def pictures(images, folder, names="{:05d}.png"):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.squeeze()).save(path)
     return folder
-
-
-def evaluated(there, world, cache, detector="plain.pt", images="made.npz", reference="real.npz", metrics=None):
-    return evaluate_images(
-        open_detector(str(there / detector), world), there / images, there / reference, metrics, world, cache
-    )
-
-
-def fails(message, *arguments, **options):
-    with pytest.raises(RunError) as raised:
-        evaluated(*arguments, **options)
-    assert re.search(message, str(raised.value)) and "\n" not in str(raised.value), raised.value
-
-
-def outputs(module, images):
-    with torch.inference_mode():
-        return module.eval()(torch.from_numpy(images).movedim(3, 1))
 
 
 def test_all_metrics_of_a_detector_of_the_form_of_inception_by_hand(there, world, tmp_path):
@@ -191,40 +160,42 @@ def test_reference_images_of_other_sizes_are_cropped_as_adm_does(there, world, t
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
-def test_reference_statistics_are_kept_by_the_content_of_images_and_detector(there, world, tmp_path):
-    reference = Path(shutil.copy(there / "real.npz", tmp_path))
-    first = evaluated(there, world, None, reference=reference)
-    kept = sorted((tmp_path / "reference-statistics").glob("*.npz"))
-    assert len(kept) == 1 and first["reference"]["images"] == 230
-    changed = dict(np.load(kept[0]))
-    np.savez(kept[0], **changed | {"mu": changed["mu"] + 1})
-    assert evaluated(there, world, None, reference=reference)["fid"] > first["fid"] + 1, "they are read"
-    assert evaluated(there, world, None, "spatial.pt", reference=reference)["fid"] == first["fid"], (
-        "of another detector: not"
+def test_samples_in_groups_are_measured_as_such(there, world, tmp_path):
+    """With samples.json beside them; the reference may be statistics alone."""
+    images, label = arr_0(there / "made.npz"), np.arange(5).repeat(60)
+    np.savez(tmp_path / "samples.npz", arr_0=images, arr_1=label)
+    plain = evaluated(there, world, tmp_path, images=tmp_path / "samples.npz")
+    assert "group_correlation" not in plain and plain["images"].get("groups") is None
+    fails(
+        "--metrics group_correlation: the images are in no groups",
+        *(there, world, tmp_path),
+        images=tmp_path / "samples.npz",
+        metrics=["group_correlation"],
     )
-    save_images(reference, 231, seed=2)
-    again = evaluated(there, world, None, reference=reference)
-    assert again["reference"]["sha256"] != first["reference"]["sha256"] and again["reference"]["images"] == 231
-    assert evaluated(there, world, None, reference=kept[0])["fid"] > first["fid"] + 1, (
-        "a kept file is a reference as well"
+    (tmp_path / "samples.json").write_text('{"cond_group_size": 1, "uncond_group_size": 4}')
+    found = evaluated(there, world, tmp_path, images=tmp_path / "samples.npz")
+    made, real = (outputs(Plain(6), arr_0(there / name)).numpy() for name in ("made.npz", "real.npz"))
+    assert found["fid_one_per_group"] == pytest.approx(frechet_distance(made[::4], real), rel=1e-4)
+    assert found["group_correlation"] == pytest.approx(group_correlation(made, make_groups(label, 4)), abs=1e-4)
+    assert found["images"]["groups"] == 75 and found["fid"] == plain["fid"]
+    np.savez(tmp_path / "bare.npz", mu=real.mean(axis=0), sigma=np.cov(real, rowvar=False))
+    bare = evaluated(
+        *(there, world, tmp_path),
+        images=tmp_path / "samples.npz",
+        reference=tmp_path / "bare.npz",
+        metrics=["fid_one_per_group", "group_correlation"],
     )
+    assert bare["fid_one_per_group"] == pytest.approx(found["fid_one_per_group"], rel=1e-4)
 
 
-def test_statistics_as_in_adms_files_are_used_and_their_images_for_precision_alone(there, world, tmp_path):
-    images = arr_0(there / "real.npz")
-    all_of_it = evaluated(there, world, tmp_path)
-    features = outputs(Plain(6), images).numpy()
-    mean, covariance = features.mean(axis=0), np.cov(features, rowvar=False)
-    np.savez(tmp_path / "adm.npz", arr_0=images[:50], mu=mean, sigma=covariance)
-    np.savez(tmp_path / "few.npz", arr_0=images[:50])
-    adm = evaluated(there, world, tmp_path, reference=tmp_path / "adm.npz")
-    few = evaluated(there, world, tmp_path, reference=tmp_path / "few.npz")
-    assert adm["fid"] == pytest.approx(all_of_it["fid"], rel=1e-4) and adm["fid"] != pytest.approx(few["fid"], rel=1e-3)
-    assert adm["recall"] == few["recall"] and adm["kid"] == few["kid"]
-    np.savez(tmp_path / "bare.npz", mu=mean, sigma=covariance)
-    bare = evaluated(there, world, tmp_path, reference=tmp_path / "bare.npz", metrics=["fid"])
-    assert bare["fid"] == adm["fid"] and next(iter(bare)) == "fid" and "kid" not in bare
-    fails("no arr_0 in it", there, world, tmp_path, reference=tmp_path / "bare.npz")
+def test_the_inception_score_is_the_same_on_any_number_of_ranks_exactly(there, ranks, tmp_path):
+    found = set()
+    for world_size in (1, 2, 3):
+        out = tmp_path / f"{world_size}.json"
+        arguments = there / "inception.pt", there / "made.npz", there / "real.npz", tmp_path, out, ["is"]
+        ranks.run(world_size, evaluate_once, *arguments)
+        found.add(json.loads(out.read_text())["is"])
+    assert len(found) == 1
 
 
 def test_1_2_and_4_ranks_give_the_same_record(there, ranks, tmp_path):
@@ -333,22 +304,3 @@ def test_what_is_no_detector_is_refused(there, world, tmp_path, save_encoder):
         fails(f"--detector .*{name}: {message}", there, world, tmp_path, tmp_path / name)
     fails("a model of type clip, not dinov2", there, world, tmp_path, save_encoder("clip"))
     fails("--metrics sfid: .*plain.pt offers fid, kid, precision, recall", there, world, tmp_path, metrics=["sfid"])
-
-
-def test_statistics_of_another_detector_are_refused(there, world, tmp_path):
-    np.savez(tmp_path / "other.npz", mu=np.zeros(9), sigma=np.eye(9))
-    fails(
-        r"other.npz: mu \(9,\), sigma \(9, 9\), where .*plain.pt gives 6 features: statistics of another detector",
-        there,
-        world,
-        tmp_path,
-        reference=tmp_path / "other.npz",
-    )
-    evaluated(there, world, tmp_path / "cache", "spatial.pt")
-    (kept,) = (tmp_path / "cache").glob("*.npz")
-    fails("statistics of another detector than .*plain.pt", there, world, tmp_path, reference=kept)
-
-
-def test_a_cache_that_cannot_be_written_is_an_error_before_the_work(there, world, tmp_path):
-    (tmp_path / "file").write_text("")
-    fails("cannot be made: .*; give another --cache", there, world, tmp_path / "file/cache")

@@ -80,8 +80,9 @@ def test_a_covariance_of_less_than_two_images_is_an_error(number):
 
 
 def inception_score(probabilities, splits=10):
-    """As in the code of Salimans et al. and of NVlabs."""
+    """As in the code of Salimans et al. and of NVlabs, of images shuffled as in torch-fidelity's."""
     found = []
+    probabilities = probabilities[np.random.RandomState(2020).permutation(len(probabilities))]
     for part in np.array_split(probabilities, [i * len(probabilities) // splits for i in range(1, splits)]):
         divergence = part * (np.log(part) - np.log(part.mean(axis=0)))
         found.append(np.exp(divergence.sum(axis=1).mean()))
@@ -97,7 +98,39 @@ def test_inception_score_in_parts_and_in_any_order_equals_the_plain_computation(
     statistic = InceptionScore(classes, number, CPU)
     for piece in np.array_split(rng.permutation(number), 7):
         statistic.add(torch.from_numpy(p[piece]), torch.from_numpy(piece))
-    assert statistic.value() == pytest.approx((inception_score(p),), rel=1e-10)
+    assert statistic.value() == pytest.approx((inception_score(p),), rel=1e-9)
+
+
+def random_probabilities(number, classes, seed):
+    """Of images that come class by class, each most probably of its class."""
+    p = np.random.default_rng(seed).dirichlet(np.full(classes, 0.02), number)
+    return 0.1 * p + 0.9 * np.eye(classes)[np.arange(number) * classes // number]
+
+
+def scored(p, order, pieces=1):
+    """The score of images of p as files in this order, added in so many pieces that arrive in any order."""
+    statistic = InceptionScore(p.shape[1], len(order), CPU)
+    for piece in np.random.default_rng(pieces).permutation(pieces):
+        numbers = np.array_split(np.arange(len(order)), pieces)[piece]
+        statistic.add(torch.from_numpy(p[order[numbers]]), torch.from_numpy(numbers))
+    return float(statistic.value()[0])
+
+
+def test_inception_score_hardly_depends_on_the_order_of_the_files():
+    """Of consecutive parts, as before, that of images in order of their classes would be a tenth of that of shuffled
+    ones: each part would have 5 of 50 classes."""
+    p = random_probabilities(5000, 50, seed=0)
+    rng = np.random.default_rng(1)
+    shuffled = [scored(p, rng.permutation(5000)) for _ in range(5)]
+    groups = scored(p, np.arange(5000).reshape(50, 10, 10).swapaxes(0, 1).reshape(5000))  # groups of 10 of each in turn
+    for found in (scored(p, np.arange(5000)), groups):
+        assert found == pytest.approx(np.mean(shuffled), rel=0.01)
+    assert np.ptp(shuffled) < 0.02 * np.mean(shuffled) and np.mean(shuffled) > 30
+
+
+def test_inception_score_is_the_same_bit_for_bit_however_its_images_arrive():
+    p = random_probabilities(1237, 30, seed=2)
+    assert len({scored(p, np.arange(1237), pieces) for pieces in (1, 2, 3, 7, 40, 1237)}) == 1
 
 
 def test_inception_score_of_sure_and_of_unsure_probabilities():
@@ -107,7 +140,7 @@ def test_inception_score_of_sure_and_of_unsure_probabilities():
         (torch.eye(8)[:1].repeat(160, 1), 1),
         (torch.ones(160, 8) / 8, 1),
     ):
-        statistic = InceptionScore(8, 160, CPU)
+        statistic = InceptionScore(8, 160, CPU, splits=1)
         statistic.add(p, torch.arange(160))
         assert statistic.value() == pytest.approx((expected,), rel=1e-12)
 
