@@ -43,7 +43,9 @@ def main(arguments: list[str]) -> None:
         "--reference", type=Path, metavar="FILE", help="ADM's .npz, or real images: .npz with arr_0, folder, tar shards"
     )
     parser.add_argument(
-        "--metrics", metavar="NAME,NAME", help="as fid,sfid,is,kid,precision,recall; default: all of the detector"
+        "--metrics",
+        metavar="NAME,NAME",
+        help="as fid,is,kid; default: all that detector and reference allow",
     )
     parser.add_argument(
         "--images", type=Path, metavar="FILE", help=".npz or folder to measure; default: the run's samples.npz"

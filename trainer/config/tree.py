@@ -78,7 +78,7 @@ class EvaluateConfig(
     reference: str | None = Field(None, json_schema_extra={"path": True})
     """Real images, or their statistics, to compare with; goes with `detector`."""
     metrics: tuple[str, ...] | None = None
-    """Metrics to compute, for example [fid, is]. null: all that the detector offers."""
+    """Metrics to compute, for example [fid, is]. null: all that the detector offers and the reference allows."""
 
     @model_validator(mode="after")
     def _check(self) -> "EvaluateConfig":

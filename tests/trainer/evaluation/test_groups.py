@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from models.sampling.generation import SampleConfig
 from trainer.evaluation.accumulators import FEATURES, MOMENTS
 from trainer.evaluation.frechet import frechet_distance
 from trainer.evaluation.group_correlation import group_correlation
 from trainer.evaluation.groups import GROUPS, Groups, make_groups, read_groups
 from trainer.evaluation.image_sets import open_image_set
 from trainer.evaluation.metrics import METRICS
+from trainer.sampling.labels import deal_classes
 
 CPU = torch.device("cpu")
 
@@ -34,6 +36,18 @@ def test_the_last_group_of_a_class_may_be_cut():
     groups = make_groups(np.arange(4).repeat(50), 16)
     assert np.bincount(groups.group).tolist() == [16, 16, 16, 2] * 4
     assert all(len(set(groups.label[groups.group == one])) == 1 for one in range(16))
+
+
+@pytest.mark.parametrize("labels", ["balanced", "random"])
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_of_any_number_of_samples_are_those_that_were_dealt(labels, seed):
+    """As many samples, classes and images a group as there may be: also where the last groups of classes are cut."""
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(2, 9))
+    sample = SampleConfig(cond_group_size=1, uncond_group_size=size, labels=labels, seed=seed)
+    classes, kept = deal_classes(sample, int(rng.integers(50, 300)), int(rng.integers(1, 9)))
+    groups = make_groups(classes.repeat(kept), size)
+    assert groups.group.tolist() == np.arange(len(kept)).repeat(kept).tolist()
 
 
 def test_without_two_groups_of_two_of_a_class_there_are_none():
