@@ -103,6 +103,13 @@ def test_sizes_have_the_published_number_of_parameters(size, millions):
     assert sum(p.numel() for p in net.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
 
 
+def test_a_plain_network_has_the_parameters_of_the_published_one_to_the_last():
+    """675,129,632 of DiT-XL/2 (github.com/facebookresearch/DiT), which counts its fixed positions."""
+    with torch.device("meta"):
+        net = DiT(DiT.Config(size="XL", max_group_size=0), 4, 32, 1000, out_channels=8)
+    assert sum(p.numel() for p in net.parameters()) + net.pos_embed.numel() == 675_129_632
+
+
 @pytest.fixture(scope="module")
 def fresh():
     torch.manual_seed(0)

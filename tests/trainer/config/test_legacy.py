@@ -5,6 +5,7 @@ import pytest
 from trainer.config.strict_yaml import dump
 from trainer.config.tree import load_config, stored_config
 from trainer.errors import RunError
+from trainer.run_folder import check_folder, write_config
 
 OLD = {  # a part of what version 0.1 wrote, which wrote the fields of all backbones and paths
     "run": "runs/x",
@@ -41,3 +42,17 @@ def test_files_of_an_older_version_are_read(tmp_path):
     (tmp_path / "mine.yaml").write_text("model: {bottleneck: 64}")
     with pytest.raises(RunError, match=r"^model\.bottleneck=64: is for backbone=jit"):
         load_config(tmp_path / "mine.yaml")
+
+
+def test_a_plain_run_goes_on_with_the_sample_embedding_that_it_was_begun_with(tmp_path):
+    plain = ["groups.variant=none", "groups.size=1", f"run={tmp_path}/run"]
+    new, old = (load_config("configs/digits.yaml", plain + more) for more in ([], ["model.max_group_size=16"]))
+    assert check_folder(new) == new and new.model.slots == 0
+    write_config(old)
+    assert check_folder(new) == check_folder(old) == old
+    for other, said in (
+        ([*plain, "model.max_group_size=1"], r"^model\.max_group_size=1: the run in .* has model\.max_group_size=16;"),
+        (plain[-1:], r"^groups\.variant=light: the run in .* has groups\.variant=none;"),
+    ):
+        with pytest.raises(RunError, match=said):
+            check_folder(load_config("configs/digits.yaml", other))
