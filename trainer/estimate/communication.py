@@ -2,11 +2,11 @@
 
 - Bytes: by rings, a gather or a reduction of S bytes over P ranks moves (P - 1) / P S of each rank, an all-reduce twice
   that (Thakur et al. 2005, "Optimization of Collective Communication Operations in MPICH", sections 4.1 and 4.5). DDP
-  all-reduces gradients in buckets; FSDP gathers the weights of each unit for forward and backward, the root's once, in
-  bf16 if `precision` says so, and reduces gradients in fp32; HSDP does so in a copy and all-reduces the shards of
-  gradients between copies; ZeRO-1 and 2 reduce gradients and gather updated weights, ZeRO-3 does as FSDP, all in fp32
-  (Rajbhandari et al. 2020, "ZeRO", section 7). Gathers come with each micro-batch, gradients with the last (ZeRO-2 and
-  3: with each).
+  all-reduces gradients in buckets. FSDP gathers blocks for forward and backward, in bf16 if `precision` says so, and
+  the rest once in fp32, and reduces gradients in fp32; HSDP does so in a copy and all-reduces the shards of gradients
+  between copies. ZeRO-1 and 2 reduce gradients and gather updated weights, ZeRO-3 does as FSDP, all in fp32
+  (Rajbhandari et al. 2020, "ZeRO", section 7). Gathers come with each micro-batch, gradients with the last one (ZeRO-2
+  and 3: with each).
 - Rate: rings leave a node by the network adapters of all its ranks, so a ring of G ranks a node runs at the slower of
   the rate inside and G times a GPU's rate between nodes.
 - Latency: NCCL's own figures (src/graph/tuning.cc, NVLink and network): 8.4 us, and 3.4 us for each step of a ring
@@ -98,7 +98,8 @@ def _all_exchanges(config: Config, work: Work, cluster: Cluster) -> list[Exchang
     copies, in_node = ranks // weights, max(1, cluster.per_node // weights)
     between = Group(copies, -(-copies // in_node))
     return [
-        Exchange(one_copy, number * work.parameters, work.units + 1, "forward", in_each=True),
+        Exchange(one_copy, number * work.in_blocks, work.units, "forward", in_each=True),
+        Exchange(one_copy, FP32 * (work.parameters - work.in_blocks), 1, "forward", in_each=True),
         Exchange(one_copy, number * work.in_blocks, work.units, "backward", in_each=True),
         Exchange(one_copy, whole, work.units + 1, "backward"),
         Exchange(between, whole / weights, work.units + 1, "backward", all_reduce=True),

@@ -14,25 +14,25 @@ from torch import nn
 
 from data.sets.form import ImageForm
 from models.backbones.flops import forward_multiply_adds
-from models.backbones.kernels import Kernels, count_kernels
+from models.backbones.passes import Kernels, count_passes
 from trainer.build import build_network
 from trainer.config.tree import Config
 from trainer.engines.fsdp import units
 
 
 class Work(NamedTuple):
-    """Of one image: FLOPs forward and backward (recomputation included). Of a micro-batch: kernels of the passes.
-    Of the network: numbers of each parameter, of all blocks and of the largest, tokens, units that FSDP gathers."""
+    """What there is to do. Heads of loss terms are not counted."""
 
-    forward_flops: float
-    backward_flops: float
-    forward_kernels: float
-    backward_kernels: float
-    sizes: list[int]
-    in_blocks: int
-    block: int
+    forward_flops: float  # of an image
+    backward_flops: float  # of an image, recomputation included
+    forward_kernels: float  # of a micro-batch
+    backward_kernels: float  # of a micro-batch, recomputation included
+    kept: float  # numbers of an image that autograd keeps if nothing is recomputed
+    sizes: list[int]  # numbers of each parameter
+    in_blocks: int  # numbers of all blocks
+    block: int  # numbers of the largest
     tokens: float
-    units: int
+    units: int  # that FSDP gathers
 
     @property
     def parameters(self) -> int:
@@ -49,13 +49,15 @@ def count_work(config: Config, images: ImageForm) -> Work:
     flops = {n: 2 * forward_multiply_adds(network, n, channels, side, n) / n for n in {1, size}}
     forward = (1 - share) * flops[1] + share * flops[size]
     again = recomputed_blocks(config) / config.model.depth
-    kernels, backward_kernels = (_launched(config, k) for k in count_kernels(network, channels, side))
+    passes = count_passes(network, channels, side)
+    kernels = _launched(config, passes.forward)
     blocks = list(network.blocks)
     return Work(
         forward,
         (2 + again) * forward,
         kernels,
-        backward_kernels + again * kernels,
+        _launched(config, passes.backward) + again * kernels,
+        passes.kept,
         [parameter.numel() for parameter in network.parameters()],
         sum(map(_numbers, blocks)),
         max(map(_numbers, blocks)),

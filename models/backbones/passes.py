@@ -1,11 +1,12 @@
-"""Kernels that a network launches, counted on the meta device."""
+"""What a forward and a backward pass of a network launch and keep, counted on the meta device."""
 
 import copy
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,6 +18,14 @@ class Kernels(NamedTuple):
 
     all: int
     products: int
+
+
+class Passes(NamedTuple):
+    """Kernels of a micro-batch forward and backward; numbers of an image kept from one to the other."""
+
+    forward: Kernels
+    backward: Kernels
+    kept: int
 
 
 class _Count(TorchDispatchMode):
@@ -43,14 +52,31 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_kernels(network: nn.Module, channels: int, side: int) -> tuple[Kernels, Kernels]:
-    """Return the kernels of a forward and of a backward pass over images (channels, side, side), as many as you like:
-    one for each operator that is no view."""
+def count_passes(network: nn.Module, channels: int, side: int) -> Passes:
+    """Return the counts for images (channels, side, side): a kernel for each operator that is no view, whatever the
+    number of images, and what autograd keeps of one image besides weights, without autocast."""
     network = copy.deepcopy(network).to("meta")
+    weights = {_memory(weight) for weight in network.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(_memory(tensor), tensor)
+        return tensor
+
     number = torch.zeros(1, dtype=torch.long, device="meta")
     x = torch.zeros(1, channels, side, side, device="meta")
-    with _FusedAttention(), _Count() as forward:
+    with _FusedAttention(), _Count() as forward, saved_tensors_hooks(keep, lambda tensor: tensor):
         prediction = network(x, number.float(), number, number)
     with _Count() as backward:
         prediction.sum().backward()
-    return Kernels(forward.all, forward.products), Kernels(backward.all, backward.products)
+    sizes = [
+        tensor.untyped_storage().nbytes() // tensor.element_size()
+        for name, tensor in kept.items()
+        if name not in weights
+    ]
+    return Passes(Kernels(forward.all, forward.products), Kernels(backward.all, backward.products), sum(sizes))
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return what views of one tensor have in common, also on the meta device, where all pointers are 0."""
+    return tensor.untyped_storage()._cdata
