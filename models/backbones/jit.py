@@ -13,6 +13,7 @@ from models.backbones.base import Backbone, BackboneConfig
 from models.backbones.dit import DiTBlock, FinalLayer, initialise, unpatchify
 from models.backbones.embeddings import LabelEmbedder, SampleEmbedder, TimestepEmbedder, sincos_positions
 from models.backbones.mlp import MLPS
+from models.backbones.precision import at_least_fp32
 from models.choice import NameOf
 
 
@@ -27,11 +28,6 @@ def rotations(head_width: int, side: int, context: int = 0) -> Tensor:
     angles = torch.cat([row, column], dim=-1).reshape(side * side, 1, head_width // 2)
     angles = F.pad(angles, (0, 0, 0, 0, context, 0))
     return torch.stack([angles.cos(), angles.sin()]).float()
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """Return x in fp32, or unchanged if it is in fp64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -83,7 +79,8 @@ class RotaryAttention(GroupAttention):
 
     def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return the queries and keys normalised and rotated: in fp32, and rounded once."""
-        turned = rotate(self.q_norm(q.float()), self.rotation), rotate(self.k_norm(k.float()), self.rotation)
+        normed = self.q_norm(at_least_fp32(q)), self.k_norm(at_least_fp32(k))
+        turned = rotate(normed[0], self.rotation), rotate(normed[1], self.rotation)
         return turned[0].to(q.dtype), turned[1].to(k.dtype)
 
 

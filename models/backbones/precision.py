@@ -9,6 +9,7 @@ embedding of time, and its sum with those of class and slot; norms; RoPE; the la
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 
 def in_fp32(device: torch.device) -> AbstractContextManager:
@@ -16,3 +17,8 @@ def in_fp32(device: torch.device) -> AbstractContextManager:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Return x in fp32, or unchanged if it is in fp64, as in a network whose steps are compared in fp64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
-import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from models.backbones.embeddings import NULL_LABEL
+from models.backbones.precision import at_least_fp32
 from models.paths.base import NoisePath
 
 
@@ -119,4 +119,4 @@ def forward_pass(network: Callable[..., Tensor], path: NoisePath, batch: NoisyIm
     x_t = path.noisy(batch.x, batch.noise, t)
     label = batch.label.masked_fill(~batch.conditional, NULL_LABEL)
     prediction = network(x_t, t, label, batch.slot, batch.group_size, batch.grouped)
-    return Forward(x_t, t, prediction.to(torch.promote_types(prediction.dtype, torch.float32)))
+    return Forward(x_t, t, at_least_fp32(prediction))
