@@ -9,7 +9,7 @@ from tests.in_process import call
 
 TOOLS = sorted(path.stem for path in Path("tools").glob("*.py") if "run_tool(" in path.read_text())
 TOOLS.remove("command_line")
-VALUES = {"FOLDER", "FILE", "RUN", "N", "N,N", "NAME,NAME", "field=value", "field=a,b,c", "[field]"}
+VALUES = {"FOLDER", "FILE", "RUN", "N", "N,N", "NAME", "NAME,NAME", "field=value", "field=a,b,c", "[field]"}
 OPTION = re.compile(r"  (--[a-z-]+) (\S+|GROUP IMAGE ROW COLUMN)  +(.*)")
 
 
