@@ -36,7 +36,8 @@ docstring is what stands here, in `--fields` and in error messages. Marks in `js
 change when a run continues, and more (see trainer/config/fields.py). Then run `python tools/describe.py`. A
 field that is renamed or dropped gets a line in trainer/config/legacy.py, so that old runs can be read.
 
-Lengths (`train.images`, `optim.warmup`, `optim.decay_images`, `..._every`) are numbers of images, so that they hold for any batch size.
+Lengths (`train.images`, `optim.warmup`, `optim.decay_images`, `..._every`) are numbers of images, so that they hold for
+any batch size.
 """
 
 
