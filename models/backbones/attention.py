@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.backbones.dropout import dropped
+
 
 class Groups(NamedTuple):
     """Which of B images share attention: each run of `size` images among the first `grouped` (whole groups; None: all
@@ -50,9 +52,11 @@ class GroupAttention(nn.Module):
 
     Input and output are (B, L, width), B = groups * group_size, the images of a group contiguous. Every patch attends
     to every patch of its group, in both directions; the order of the images in a group matters only through embeddings
-    added before. `observer`, if set, receives the queries and keys of each call (attention_mass.observing).
+    added before. `observer`, if set, receives the queries and keys of each call (attention_mass.observing). With `keys`
+    of dropout (B, 2), a share `dropout` of the output is dropped.
     """
 
+    dropout: float = 0.0
     observer: Callable[[Tensor, Tensor, Groups], None] | None = None
 
     def __init__(self, width: int, heads: int, kind: str = "softmax") -> None:
@@ -61,14 +65,15 @@ class GroupAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, group_size: int = 1, grouped: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, group_size: int = 1, grouped: int | None = None, keys: Tensor | None = None) -> Tensor:
         images, tokens, width = x.shape
         q, k, v = self.qkv(x).view(images, tokens, 3, self.heads, width // self.heads).unbind(2)
         q, k = self.prepare(q, k)
         groups = Groups(group_size, grouped)
         if self.observer:
             self.observer(q, k, groups)
-        return self.proj(self.attend(q, k, v, groups).reshape(images, tokens, width))
+        out = self.proj(self.attend(q, k, v, groups).reshape(images, tokens, width))
+        return out if keys is None else dropped(out, self.dropout, keys)
 
     def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return the queries and keys (B, L, heads, head width) to attend with; here, unchanged."""

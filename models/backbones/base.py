@@ -24,7 +24,7 @@ class BackboneConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docst
     backbone: str = Field("dit", json_schema_extra={"keys_of": "models.backbones.registry:BACKBONES"})
     """The network's architecture. SiT is `dit` on the path `linear`."""
     size: str | None = None
-    """A published size, which sets depth, width and heads: S, B, L or XL of dit; B, L or H of jit. null: set them."""
+    """A published size, which sets depth, width and heads: S, B, L, XL of dit; B, L, H, G of jit. null: set them."""
     depth: int = Field(12, ge=1)
     """Number of transformer blocks."""
     width: int = Field(384, ge=4)
@@ -89,6 +89,8 @@ class Backbone(nn.Module, ABC):
     Engines shard, compile and recompute `blocks`, and hooks observe them; each returns tokens (B, L, width), the last
     of them the image's patches, row by row. `tokens` is the number of tokens of an image, averaged over blocks, from
     which the memory of activations is estimated. Attention between images uses GroupAttention, which can be observed.
+    To one that `takes_keys`, training gives the keys of its images (dropout.image_keys) as a last argument: it drops as
+    they tell. Sampling and analyses give none.
     """
 
     Config: ClassVar[type[BackboneConfig]] = BackboneConfig
@@ -96,6 +98,7 @@ class Backbone(nn.Module, ABC):
     out_channels: int
     blocks: nn.ModuleList
     tokens: float
+    takes_keys: bool = False
 
     def __init__(
         self, config: Any, channels: int, side: int, num_classes: int, out_channels: int | None = None

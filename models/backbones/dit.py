@@ -18,7 +18,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class DiTBlock(nn.Module):
-    """adaLN-Zero block: x (B, L, width), conditioning c (B, width). Only the attention sees the group."""
+    """adaLN-Zero block: x (B, L, width), conditioning c (B, width). Only the attention sees the group. `keys`, if any,
+    are those of the dropout of attention and MLP."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -29,10 +30,10 @@ class DiTBlock(nn.Module):
         self.mlp = MLPS[config.mlp](width, int(width * config.mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, c: Tensor, group_size: int, grouped: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, group_size: int, grouped: int | None = None, *keys: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a), group_size, grouped)
-        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a), group_size, grouped, *keys[:1])
+        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m), *keys[1:])
 
 
 class FinalLayer(nn.Module):

@@ -1,7 +1,7 @@
 """The JiT backbone (Li & He, "Back to Basics: Let Denoising Generative Models Denoise", arXiv 2511.13720) with group
 attention: a plain transformer on large patches of pixels."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models.backbones.attention import GroupAttention
 from models.backbones.base import Backbone, BackboneConfig
 from models.backbones.dit import DiTBlock, FinalLayer, initialise, unpatchify
+from models.backbones.dropout import layer_keys
 from models.backbones.embeddings import LabelEmbedder, SampleEmbedder, TimestepEmbedder, sincos_positions
 from models.backbones.mlp import MLPS
 from models.backbones.precision import at_least_fp32
@@ -87,14 +88,16 @@ class RotaryAttention(GroupAttention):
 class JiTBlock(nn.Module):
     """A DiT block with RMSNorm and rotary attention."""
 
-    def __init__(self, config: BackboneConfig, rotation: Tensor) -> None:
+    def __init__(self, config: BackboneConfig, rotation: Tensor, dropout: float) -> None:
         super().__init__()
         width = config.width
         self.norm1 = RMSNorm(width)
         self.attn = RotaryAttention(width, config.heads, rotation, config.attention)
         self.norm2 = RMSNorm(width)
-        self.mlp = MLPS[config.mlp](width, int(width * config.mlp_ratio))
+        self.mlp: Any = MLPS[config.mlp](width, int(width * config.mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        if dropout:
+            self.attn.dropout = self.mlp.dropout = dropout
 
     forward = DiTBlock.forward
 
@@ -103,9 +106,10 @@ class JiT(Backbone):
     """Just-image transformer for images (channels, side, side) of `num_classes` classes; predicts `out_channels`.
 
     Before block `context_start`, `context_tokens` class tokens are prepended to the patches of each image; they take
-    part in its group's attention and are dropped before the last layer. The dropout that the published L and H use in
-    training, in the middle half of their blocks, is left out. Names are those of the public code, whose convolutions
-    `x_embedder.proj1` and `proj2` are matrices here and whose `in_context_posemb` has a leading dimension of 1.
+    part in its group's attention and are dropped before the last layer. With `dropout` and the `keys` of its images, as
+    in training, the middle half of the blocks drops a share of what attention gives and of the MLP's hidden numbers.
+    Names are those of the public code, whose convolutions `x_embedder.proj1` and `proj2` are matrices here and whose
+    `in_context_posemb` has a leading dimension of 1.
     """
 
     class Config(BackboneConfig, frozen=True):
@@ -115,6 +119,7 @@ class JiT(Backbone):
             "B": {"depth": 12, "width": 768, "heads": 12, "bottleneck": 128, "context_start": 4},
             "L": {"depth": 24, "width": 1024, "heads": 16, "bottleneck": 128, "context_start": 8},
             "H": {"depth": 32, "width": 1280, "heads": 16, "bottleneck": 256, "context_start": 10},
+            "G": {"depth": 40, "width": 1664, "heads": 16, "bottleneck": 256, "context_start": 10},
         }
 
         backbone: str = "jit"
@@ -127,6 +132,9 @@ class JiT(Backbone):
         """Number of tokens that carry the class."""
         context_start: int = Field(4, ge=0)
         """The block, counted from 0, before which the class tokens are added."""
+        dropout: float = Field(0.0, ge=0, lt=1)
+        """Share of numbers that the middle half of the blocks drops in training: of what attention gives, and of the
+        MLP's hidden layer. Published: 0.2 for sizes H and G, 0 for B and L."""
 
         @model_validator(mode="after")
         def _check_jit(self) -> "JiT.Config":
@@ -134,7 +142,16 @@ class JiT(Backbone):
                 raise ValueError(f"heads={self.heads}: width / heads must be a multiple of 4 for backbone=jit")
             if self.context_start >= self.depth:
                 raise ValueError(f"context_start={self.context_start}: must be less than depth={self.depth}")
+            if self.dropout and self.depth < 4:
+                raise ValueError(f"dropout={self.dropout}: depth={self.depth} has no middle half; set 4 or more blocks")
+            if self.dropout and not hasattr(MLPS[self.mlp], "dropout"):
+                raise ValueError(f"dropout={self.dropout}: mlp={self.mlp} has none; set mlp=swiglu, or dropout=0")
             return self
+
+        def drops(self, layer: int) -> bool:
+            """Return whether a block has dropout: those of the middle half."""
+            quarter = self.depth // 4
+            return self.dropout > 0 and quarter <= layer < 3 * quarter
 
     config: Config
 
@@ -142,6 +159,7 @@ class JiT(Backbone):
         self, config: Config, channels: int, side: int, num_classes: int, out_channels: int | None = None
     ) -> None:
         super().__init__(config, channels, side, num_classes, out_channels)
+        self.takes_keys = config.dropout > 0
         self.x_embedder = BottleneckPatchEmbedder(config.patch, channels, config.bottleneck, config.width)
         self.t_embedder = TimestepEmbedder(config.width)
         self.y_embedder = LabelEmbedder(num_classes, config.width)
@@ -154,7 +172,8 @@ class JiT(Backbone):
             self.in_context_posemb = nn.Parameter(torch.empty(config.context_tokens, config.width))
         alone, joined = rotations(head_width, cells), rotations(head_width, cells, config.context_tokens)
         self.blocks = nn.ModuleList(
-            JiTBlock(config, alone if i < config.context_start else joined) for i in range(config.depth)
+            JiTBlock(config, alone if i < config.context_start else joined, config.dropout * config.drops(i))
+            for i in range(config.depth)
         )
         self.final_layer = FinalLayer(config.width, config.patch, self.out_channels)
         self.final_layer.norm_final = RMSNorm(config.width)  # pyright: ignore[reportAttributeAccessIssue]
@@ -163,15 +182,24 @@ class JiT(Backbone):
             nn.init.normal_(self.in_context_posemb, std=0.02)
 
     def forward(
-        self, x: Tensor, t: Tensor, label: Tensor, slot: Tensor, group_size: int = 1, grouped: int | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        label: Tensor,
+        slot: Tensor,
+        group_size: int = 1,
+        grouped: int | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
         config, y = self.config, self.y_embedder(label)
         c = self.t_embedder(config.time_scale * t) + y
         if self.sample_embedder:
             c = c + self.sample_embedder(slot)
         tokens = self.x_embedder(x) + self.pos_embed  # fp32, as positions are
+        drops = () if keys is None else layer_keys(keys, 2 * config.depth)
         for layer, block in enumerate(self.blocks):
             if config.context_tokens and layer == config.context_start:
                 tokens = torch.cat([y[:, None] + self.in_context_posemb, tokens], dim=1)
-            tokens = block(tokens, c, group_size if config.shares(layer) else 1, grouped)
+            own = drops[2 * layer : 2 * layer + 2] if config.drops(layer) else ()
+            tokens = block(tokens, c, group_size if config.shares(layer) else 1, grouped, *own)
         return unpatchify(self.final_layer(tokens[:, config.context_tokens :], c), config.patch)

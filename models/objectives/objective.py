@@ -22,6 +22,7 @@ class Objective:
         made = [term for _, term in self._terms.values()]
         self.heads = nn.ModuleDict({n: t.modules for n, (_, t) in self._terms.items() if t.modules is not None})
         self.extra = tuple(sorted({name for term in made for name in term.extra}))
+        self._drop = getattr(network, "takes_keys", False)
         self._hidden = _HiddenStates(network, sorted({number for term in made for number in term.hidden}))
 
     def __call__(
@@ -34,7 +35,7 @@ class Objective:
         """Return the losses of each image, (B,) each, fp32: `loss` is the sum, and if there is more than the main term,
         `loss/NAME` is each term before it is weighted. `network` is the engine of the network that the objective was
         made for; terms with modules are computed in `autocast`."""
-        forward = replace(forward_pass(network, path, batch), hidden=self._hidden.take())
+        forward = replace(forward_pass(network, path, batch, self._drop), hidden=self._hidden.take())
         parts: dict[str, Tensor] = {}
         total: Tensor | None = None
         for name, (weight, term) in self._terms.items():

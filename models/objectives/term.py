@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
+from models.backbones.dropout import image_keys
 from models.backbones.embeddings import NULL_LABEL
 from models.backbones.precision import at_least_fp32
 from models.paths.base import NoisePath
@@ -113,10 +114,12 @@ class Term(ABC):
         no random numbers, and must call its modules."""
 
 
-def forward_pass(network: Callable[..., Tensor], path: NoisePath, batch: NoisyImages) -> Forward:
-    """Add the batch's noise, call the network and return the result, without hidden states."""
+def forward_pass(network: Callable[..., Tensor], path: NoisePath, batch: NoisyImages, drop: bool = False) -> Forward:
+    """Add the batch's noise, call the network and return the result, without hidden states. With `drop`, give the
+    network the keys of the images' dropout."""
     t = path.timestep(batch.u, batch.position)
     x_t = path.noisy(batch.x, batch.noise, t)
     label = batch.label.masked_fill(~batch.conditional, NULL_LABEL)
-    prediction = network(x_t, t, label, batch.slot, batch.group_size, batch.grouped)
+    keys = (image_keys(batch.noise),) if drop else ()
+    prediction = network(x_t, t, label, batch.slot, batch.group_size, batch.grouped, *keys)
     return Forward(x_t, t, at_least_fp32(prediction))

@@ -69,6 +69,6 @@ def _recompute(block: nn.Module) -> None:
     inner = block.forward
 
     def forward(*inputs: Tensor | int | bool | None) -> Tensor:  # torch.compile would not trace a partial
-        return recomputed(inner, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+        return recomputed(inner, *inputs, use_reentrant=False, preserve_rng_state=False)  # none is used
 
     block.forward = forward

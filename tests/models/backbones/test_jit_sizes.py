@@ -30,6 +30,15 @@ def test_sizes_have_the_published_parameters_and_multiply_adds(size, patch, side
     assert round(forward_multiply_adds(net, 1, 3, side, 1) / 1e9) == giga
 
 
+@pytest.mark.parametrize(("patch", "side", "giga"), [(16, 256, 383), (32, 512, 384)])
+def test_size_g_has_its_two_billion_parameters(patch, side, giga):
+    """Tables 7 and 8, which cut what we count as 383.7 and 384.9."""
+    with torch.device("meta"):
+        net = JiT(JiT.Config(size="G", patch=patch), 3, side, 1000)
+    assert round(sum(p.numel() for p in net.parameters()) / 1e9) == 2
+    assert int(forward_multiply_adds(net, 1, 3, side, 1) / 1e9) == giga
+
+
 def test_sharing_attention_adds_exactly_its_products():
     config = JiT.Config(depth=3, width=24, heads=3, patch=2, context_tokens=5, context_start=1)
     with torch.device("meta"):

@@ -8,6 +8,7 @@ import torch
 from models.backbones.flops import forward_multiply_adds
 from models.backbones.registry import make_network
 from models.paths.registry import make_path
+from models.sampling.guidance import inside
 from trainer.config.parsing import dotted
 from trainer.config.tree import load_config
 
@@ -33,9 +34,11 @@ PUBLISHED = {
     "imagenet256/sit/sit-xl-2": (675, 118.64),
     "imagenet256/jit/jit-b-16": (131, 25),
     "imagenet256/jit/jit-l-16": (459, 88),
+    "imagenet256/jit/jit-h-16": (953, 182),
     "imagenet512/dit-xl-2": (675, 524.6),
     "imagenet512/jit-b-32": (133, 26),
     "imagenet512/jit-l-32": (462, 89),
+    "imagenet512/jit-h-32": (956, 183),
 }
 
 
@@ -94,8 +97,8 @@ def test_every_config_builds_on_the_meta_device():
     ("name", "ends"),
     {
         **{f"imagenet256/sit/sit-xl-2-{variant}": (0.25, 0.75) for variant in VARIANTS},
-        **{f"imagenet256/jit/jit-{size}-16": (0.1, None) for size in "bl"},
-        **{f"imagenet512/jit-{size}-32": (0.1, None) for size in "bl"},
+        **{f"imagenet256/jit/jit-{size}-16": (0.1, None) for size in "blh"},
+        **{f"imagenet512/jit-{size}-32": (0.1, None) for size in "blh"},
     }.items(),
 )
 def test_guidance_acts_between_the_published_times(name, ends):
@@ -112,6 +115,26 @@ def test_guidance_acts_between_the_published_times(name, ends):
 )
 def test_runs_are_as_long_as_the_published_ones(name, epochs):
     assert load_config(ROOT / f"imagenet256/{name[:3]}/{name}.yaml").train.images == epochs * 1_281_167
+
+
+@pytest.mark.parametrize(
+    ("size", "dropout", "guidance", "at_512"), [("b", 0, 3.0, 3.0), ("l", 0, 2.4, 2.5), ("h", 0.2, 2.2, 2.3)]
+)
+def test_jit_is_trained_and_sampled_as_published(size, dropout, guidance, at_512):
+    """Table 9 of arXiv 2511.13720; the weights of guidance are those of the public code's README."""
+    small = load_config(ROOT / f"imagenet256/jit/jit-{size}-16.yaml")
+    large = load_config(ROOT / f"imagenet512/jit-{size}-32.yaml")
+    for config, weight, patch in ((small, guidance, 16), (large, at_512, 32)):
+        optim, sample, batch = config.optim, config.sample, config.train.global_batch
+        assert (optim.lr, optim.betas, optim.weight_decay, optim.clip) == (5e-5 * batch / 256, (0.9, 0.95), 0, None)
+        assert (batch, optim.warmup, optim.schedule, optim.ema) == (1024, 5 * 1_281_167, "constant", (0.9999, 0.9996))
+        assert (config.model.dropout, config.model.patch, config.data.side) == (dropout, patch, 16 * patch)
+        assert (sample.sampler, sample.steps, sample.guidance) == ("heun", 50, (weight,))
+        path = make_path(config.path)
+        assert (path.config.noise_scale, path.config.logit_mean, path.config.logit_std) == (patch / 16, -0.8, 0.8)
+        times = torch.tensor(path.even_times(50), dtype=torch.float64)
+        guided = [time for time in times.tolist() if inside(float(path.log_snr(torch.tensor(time))), sample.interval)]
+        assert guided[0] == pytest.approx(0.12) and len(guided) == 45  # the public code: t > 0.1
 
 
 def test_no_two_configs_share_a_run_folder():
