@@ -1,13 +1,12 @@
 """Convert published weights, as tensors by name, to our names and layouts, and ours to those of diffusers.
 
-All formats name their tensors as DiT does (github.com/facebookresearch/DiT, models.py), and so do we. They differ from
-ours in the patch embedding (theirs is a convolution), in what they hold besides the network, and in the direction of
-time.
+DiT, SiT, REPA and GroupDiff name their tensors as DiT does (github.com/facebookresearch/DiT, models.py), and so do we.
+They differ from ours in the patch embedding (theirs is a convolution), in what they hold besides the network, and in
+the direction of time. JiT's weights are in jit_weights.py.
 """
 
-import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,15 +14,15 @@ from torch import Tensor
 
 from models.backbones.base import BackboneConfig
 from models.backbones.dit import DiT
-from models.backbones.embeddings import sincos_positions
 from models.backbones.sample_embedding import CLASSES, SLOTS, Weights, fold
 from models.paths.base import PathConfig
+from models.pretrained import jit_weights
+from models.pretrained.fitting import POSITIONS, blocks_of, cells_of, check_fit, rows, with_size
 
-PATCHES, POSITIONS, TIME = "x_embedder.proj.weight", "pos_embed", "t_embedder.mlp.0.weight"
+PATCHES, TIME = "x_embedder.proj.weight", "t_embedder.mlp.0.weight"
 LAST = ("final_layer.linear.weight", "final_layer.linear.bias")
 PREFIX = {"groupdiff": "denoiser."}  # of all names in a format
 BESIDES = {"repa": "projectors."}  # prefix of names that are not part of the network
-ROUNDING = 1e-2  # allows for half precision (2e-3) or a running average (2e-4) of the positions, which are at most 1
 
 
 class Published(NamedTuple):
@@ -65,7 +64,8 @@ DiT is facebookresearch/DiT; SiT is willisma/SiT, where t = 1 is data, as here. 
 GroupDiff's SiT builds on: x_t = (1 - t) x + t noise, and the network predicts noise - x. The published weights are for
 the linear path; weights trained on another one (REPA's cosine is our gvp) convert in the same way.
 """
-FORMATS = tuple(dict.fromkeys(name for name, _ in KINDS))
+FORMATS = (*dict.fromkeys(name for name, _ in KINDS), "jit")
+PATH_TYPES = {"linear": "linear", "gvp": "gvp", "cosine": "gvp", "vp": "vp"}  # of SiT's and REPA's path_type
 
 
 def recognise(weights: Weights) -> str:
@@ -74,17 +74,23 @@ def recognise(weights: Weights) -> str:
     for kind, mark in (PREFIX | BESIDES).items():
         if any(name.startswith(mark) for name in weights):
             return kind
-    if PATCHES in weights and weights[PATCHES].dim() == 2:
-        return "ours"
-    patch, channels, predictions = _sizes(weights, "dit, sit, repa or groupdiff")
+    for name in (PATCHES, jit_weights.FIRST):
+        if name in weights and weights[name].dim() == 2:
+            return "ours"
+    if jit_weights.FIRST in weights or jit_weights.PREFIX + jit_weights.FIRST in weights:
+        return "jit"
+    patch, channels, predictions = _sizes(weights, "dit, sit, repa, groupdiff or jit")
     if predictions == 1:
         raise ValueError(f"{LAST[0]} predicts no variance, as dit, sit and repa may: say --from which it is")
     return "dit" if _by_channel(weights[LAST[0]], patch, channels)[:, 1].any() else "sit"
 
 
-def convert(weights: Weights, kind: str) -> Published:
-    """Return weights of one of FORMATS as ours. Raise ValueError with the name of the first tensor that is missing,
-    unexpected, or of the wrong shape."""
+def convert(weights: Weights, kind: str, arguments: Mapping[str, Any] | None = None) -> Published:
+    """Return weights of one of FORMATS as ours, given the arguments of the run that made them, if it is known. Raise
+    ValueError with the name of the first tensor that is missing, unexpected, or of the wrong shape."""
+    arguments = arguments or {}
+    if kind == "jit":
+        return Published(*jit_weights.from_jit(weights, arguments))
     prefix, besides = PREFIX.get(kind, ""), BESIDES.get(kind)
     for name in weights:
         if not name.startswith(prefix) and name != SLOTS:
@@ -96,20 +102,33 @@ def convert(weights: Weights, kind: str) -> Published:
     if (kind, predictions) not in KINDS:
         raise ValueError(f"{LAST[0]} predicts {predictions} numbers a channel; weights of {kind} do not")
     path, change = KINDS[kind, predictions]
+    if path == "linear":
+        path = _path_of(arguments)
     found[PATCHES] = found[PATCHES].flatten(1)
     positions = found.pop(POSITIONS, None)
     model = _describe(found, patch)
     if model["width"] % 4:
         raise ValueError(f"{PATCHES} has {model['width']} rows; the width must be a multiple of 4")
-    _check(found, DiT.Config(**model, heads=1), channels, predictions, kind)
+    check_fit(found, DiT, DiT.Config(**model, heads=1), channels, predictions, kind)
 
     data = {"channels": channels}
     if positions is not None:
-        data["side"] = patch * _cells(positions, model["width"])
+        data["side"] = patch * cells_of(positions, model["width"])
     found |= change(found, patch, channels) if change else {}
     about = {"name": path} | ({"learns_variance": predictions == 2} if path == "ddpm" else {})
-    config = {"path": about, "data": data, "model": _as_config(model)}
+    model = with_size(model, DiT.Config.sizes) | {"time_scale": 1.0}  # all formats embed the path's own times
+    config = {"path": about, "data": data, "model": model}
     return Published({name: tensor.contiguous() for name, tensor in found.items()}, config)
+
+
+def _path_of(arguments: Mapping[str, Any]) -> str:
+    """Return our path of SiT's or REPA's arguments. Raise ValueError for one that we do not have."""
+    kind, prediction = str(arguments.get("path_type", "linear")).lower(), arguments.get("prediction", "velocity")
+    if kind not in PATH_TYPES:
+        raise ValueError(f"path_type={kind}: none of {', '.join(PATH_TYPES)}, which can be converted")
+    if prediction not in ("velocity", "v"):
+        raise ValueError(f"prediction={prediction}: only weights that predict the velocity can be converted")
+    return PATH_TYPES[kind]
 
 
 def _by_channel(tensor: Tensor, patch: int, channels: int) -> Tensor:
@@ -119,20 +138,12 @@ def _by_channel(tensor: Tensor, patch: int, channels: int) -> Tensor:
 
 def _join_blocks(weights: Weights) -> Weights:
     """Rename decoder_blocks, which REPA's older files count from 0 after the projectors, to blocks."""
-    first = len(_blocks(weights))
+    first = len(blocks_of(weights))
 
     def joined(name: str) -> str:
         return re.sub(r"^decoder_blocks\.(\d+)", lambda found: f"blocks.{int(found[1]) + first}", name)
 
     return {joined(name): tensor for name, tensor in weights.items()}
-
-
-def _blocks(weights: Weights) -> set[str]:
-    return {found[1] for name in weights if (found := re.match(r"blocks\.(\d+)\.", name))}
-
-
-def _rows(weights: Weights, name: str) -> int:
-    return max(len(weights[name]), 1) if name in weights and weights[name].dim() else 1
 
 
 def _sizes(weights: Weights, kind: str) -> tuple[int, int, int]:
@@ -144,55 +155,19 @@ def _sizes(weights: Weights, kind: str) -> tuple[int, int, int]:
     if len(shape) != 4 or shape[2] != shape[3] or 0 in shape:
         raise ValueError(f"{PATCHES} is {shape}; weights of {kind} have a convolution, (width, channels, patch, patch)")
     _, channels, patch, _ = shape
-    predictions, rest = divmod(_rows(weights, LAST[0]), channels * patch * patch)
+    predictions, rest = divmod(rows(weights, LAST[0]), channels * patch * patch)
     if rest or predictions not in (1, 2):
-        rows = channels * patch * patch
-        raise ValueError(f"{LAST[0]} is {tuple(weights[LAST[0]].shape)}; must have {rows} or {2 * rows} rows")
+        one = channels * patch * patch
+        raise ValueError(f"{LAST[0]} is {tuple(weights[LAST[0]].shape)}; must have {one} or {2 * one} rows")
     return patch, channels, predictions
 
 
 def _describe(weights: Weights, patch: int) -> dict:
     """Return the fields of DiT.Config that weights determine: all but the heads."""
-    width, depth = len(weights[PATCHES]), max(len(_blocks(weights)), 1)
-    ratio = _rows(weights, "blocks.0.mlp.fc1.weight") / width
-    slots = _rows(weights, SLOTS) if SLOTS in weights else 0
+    width, depth = len(weights[PATCHES]), max(len(blocks_of(weights)), 1)
+    ratio = rows(weights, "blocks.0.mlp.fc1.weight") / width
+    slots = rows(weights, SLOTS) if SLOTS in weights else 0
     return {"depth": depth, "width": width, "patch": patch, "mlp_ratio": ratio, "max_group_size": slots}
-
-
-def _as_config(model: dict) -> dict:
-    """Return the config with the published size instead of depth and width if there is one, which sets the heads
-    too."""
-    sizes = {(values["depth"], values["width"]): size for size, values in DiT.Config.sizes.items()}
-    size = sizes.get((model["depth"], model["width"]))
-    if size:
-        model = {"size": size} | {name: value for name, value in model.items() if name not in ("depth", "width")}
-    return model | {"time_scale": 1.0}  # all formats embed the path's own times
-
-
-def _check(weights: Weights, config: Any, channels: int, predictions: int, kind: str) -> None:
-    """Raise ValueError with the name of the first tensor that does not fit our network."""
-    with torch.device("meta"):
-        network = DiT(config, channels, config.patch, _rows(weights, CLASSES) - 1, predictions * channels)
-    expected = network.state_dict()
-    for name in expected | weights:
-        if name not in weights:
-            raise ValueError(f"{name} is missing in these weights of {kind}")
-        if name not in expected:
-            raise ValueError(f"{name} is unexpected in weights of {kind}")
-        if (found := tuple(weights[name].shape)) != (wanted := tuple(expected[name].shape)):
-            raise ValueError(f"{name} is {found}, must be {wanted} beside the others of these weights of {kind}")
-
-
-def _cells(positions: Tensor, width: int) -> int:
-    """Return the number of patches along a side of the image. Raise ValueError unless the positions are DiT's for a
-    square."""
-    cells = math.isqrt(positions.numel() // width)
-    ours = sincos_positions(width, cells)
-    fits = cells > 0 and positions.numel() == ours.numel()
-    if not (fits and (positions.reshape(ours.shape) - ours).abs().max() <= ROUNDING):
-        shape = tuple(positions.shape)
-        raise ValueError(f"{POSITIONS} {shape} is not DiT's of {cells} x {cells} patches: of another resolution")
-    return cells
 
 
 OUTSIDE = {
@@ -232,7 +207,7 @@ def to_diffusers(weights: Weights, config: BackboneConfig, path: PathConfig, sid
             raise ValueError(f"{name}={value}: diffusers' DiT is for {wanted} alone; use the .safetensors file instead")
     cell, predictions = config.patch**2, path.predictions
     channels = weights[PATCHES].shape[-1] // cell if PATCHES in weights else 1
-    _check(weights, config, channels, predictions, "ours")
+    check_fit(weights, DiT, config, channels, predictions, "ours")
     weights = fold(weights) if config.slots else weights
     arguments = {
         "num_attention_heads": config.heads,

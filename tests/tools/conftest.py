@@ -1,6 +1,8 @@
 """Images for the preprocessing tools, and how these are started."""
 
 import os
+import random
+import runpy
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.patience import PATIENCE
+from tests.published import make
 
 
 def start(name, *arguments, **options):
@@ -58,3 +61,37 @@ def photographs(tmp_path_factory):
         path.parent.mkdir(exist_ok=True)
         small.resize((int(rng.integers(33, 90)), int(rng.integers(33, 90))), Image.BICUBIC).save(path)
     return folder
+
+
+@pytest.fixture
+def published(random_weights):
+    """Make random weights as a format's files name them."""
+    return lambda name, **changes: make(name, random.SystemRandom().randrange(2**31), random_weights, **changes)[1]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a tool in this process, which has all imported: what it prints."""
+
+    def run(name, *arguments):
+        monkeypatch.syspath_prepend("tools")
+        monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", *map(str, arguments)])
+        runpy.run_path(f"tools/{name}.py", run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def error(call, tmp_path):
+    """The one line of a conversion that fails, and leaves nothing."""
+
+    def of(*arguments):
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(SystemExit) as caught:
+            call("convert_weights", *arguments)
+        assert str(caught.value.code).startswith("error: ") and "\n" not in caught.value.code
+        assert sorted(tmp_path.iterdir()) == before
+        return caught.value.code
+
+    return of

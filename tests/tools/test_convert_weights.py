@@ -3,8 +3,6 @@
 import argparse
 import os
 import random
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from models.backbones.dit import DiT
 from models.pretrained.published import EQUAL, convert
-from tests.published import CHANNELS, CLASSES, SIDE, SLOTS, make
+from tests.published import CHANNELS, CLASSES, SIDE, SLOTS
 from trainer.build import build_network, check_start, initial_network, open_data
 from trainer.checkpoints.weights import export_weights
 from trainer.config.tree import load_config
@@ -26,40 +24,6 @@ RANDOM = random.SystemRandom()
 DIGITS = {"channels": 1, "side": 8, "classes": 10}
 SMALL = ["engine=single", "model.depth=2", "model.width=24", "model.heads=3", "model.time_scale=1"]
 SHORT = ["train.images=128", "train.sample_every=0", "groups.variant=none", "groups.size=1"]
-
-
-@pytest.fixture
-def published(random_weights):
-    """Random weights as a format's files name them."""
-    return lambda name, **changes: make(name, RANDOM.randrange(2**31), random_weights, **changes)[1]
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a tool in this process, which has all imported: what it prints."""
-
-    def run(name, *arguments):
-        monkeypatch.syspath_prepend("tools")
-        monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", *map(str, arguments)])
-        runpy.run_path(f"tools/{name}.py", run_name="__main__")
-        return capsys.readouterr().out
-
-    return run
-
-
-@pytest.fixture
-def error(call, tmp_path):
-    """The one line of a conversion that fails, and leaves nothing."""
-
-    def of(*arguments):
-        before = sorted(tmp_path.iterdir())
-        with pytest.raises(SystemExit) as caught:
-            call("convert_weights", *arguments)
-        assert str(caught.value.code).startswith("error: ") and "\n" not in caught.value.code
-        assert sorted(tmp_path.iterdir()) == before
-        return caught.value.code
-
-    return of
 
 
 def save(weights, path, wrapper):
@@ -110,7 +74,11 @@ def test_a_file_becomes_ours_and_says_so(name, file, wrapper, path, published, c
 
     first, _, lines = printed.partition("\n")
     assert first == f"{out}: from {kind}, {CLASSES} classes; a config for it has"
-    assert lines == metadata["config"] + "# and model.heads, which the file does not tell\n"
+    whole = out.with_suffix(".yaml")
+    end = f"# and model.heads, which the file does not tell\n# {whole}: the whole config, for tools/submit.py and"
+    assert lines == f"{metadata['config']}{end} tools/sample.py\n"
+    assert "# model.heads: set it; the file did not tell\n" in whole.read_text()
+    assert whole.stat().st_mode == out.stat().st_mode
     told = yaml.safe_load(lines)
     assert told["path"]["name"] == path and told["data"] == {"channels": CHANNELS, "side": SIDE}
     assert told["model"]["time_scale"] == 1 and told["model"]["max_group_size"] == (SLOTS if kind == "groupdiff" else 0)
@@ -226,7 +194,7 @@ def test_bad_files_are_one_line(published, error, tmp_path):
     torch.save({"model": {"a": torch.zeros(2)}, "args": argparse.Namespace(x=Code(tmp_path / "made"))}, file)
     assert "refused, for posix.mkdir in it would execute code" in error(file, out)
     torch.save({"conv1.weight": torch.zeros(2)}, file)
-    assert "x_embedder.proj.weight is missing: not weights of dit, sit, repa or groupdiff" in error(file, out)
+    assert "x_embedder.proj.weight is missing: not weights of dit, sit, repa, groupdiff or jit" in error(file, out)
     (tmp_path / "run").mkdir()
     assert "a folder; give a file" in error(tmp_path / "run", out)
 

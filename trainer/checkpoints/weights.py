@@ -1,24 +1,21 @@
 """Weights by name: read from a run, a checkpoint or a file, loaded into a network to start from, exported."""
 
-import argparse
 import json
-import pickle
 import re
 import shutil
-import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.sets.form import ImageForm, read_form
 from data.stores.files import appearing_path, sync
 from models.backbones.sample_embedding import SLOTS, fit, fits
 from trainer.checkpoints import folder as checkpoint
+from trainer.checkpoints.tensor_files import read_tensors
 from trainer.errors import RunError, first_line
 
 EMA, MODEL = "ema", "model"  # parts of a checkpoint: the average that makes samples; weights as they are trained
@@ -123,7 +120,7 @@ def read_weights(path: str | Path, part: str = EMA, values: bool = True) -> dict
     right."""
     path = find_weights(path)
     if path.is_file():
-        return {name: tensor.float() for name, tensor in _read_file(path, part == MODEL).items()}
+        return {name: tensor.float() for name, tensor in read_tensors(path, part == MODEL).items()}
     return read_part(path, part, values)
 
 
@@ -191,24 +188,3 @@ def form_as_metadata(form: ImageForm | None) -> dict[str, str]:
 def form_in(metadata: dict[str, str]) -> ImageForm | None:
     """Return the form of the images that a file's metadata state, if any."""
     return read_form(json.loads(metadata["images"])) if "images" in metadata else None
-
-
-def _read_file(path: Path, raw: bool) -> dict[str, Tensor]:
-    """Return the tensors of a file, mapped into memory: read when they are used."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # a Namespace, which published checkpoints have, only gets attributes; warnings are of pickles refused below
-        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # an unpickler may raise anything at damaged bytes
-        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        cause = first_line(error).partition(". ")[0]
-        wrong = f"refused, for {code[1]} in it would execute code" if code else f"damaged, or of another kind ({cause})"
-        raise RunError(f"{path}: {wrong}; give a file of tensors alone") from None
-    parts = ["ema", "model_ema", "model", "state_dict"][2 * raw :]
-    if isinstance(found, dict):
-        found = next((found[part] for part in parts if isinstance(found.get(part), dict)), found)
-    if not (isinstance(found, dict) and all(isinstance(tensor, Tensor) for tensor in found.values())):
-        raise RunError(f"{path}: no dict of tensors, nor one with such a dict as {', '.join(parts)}; save one")
-    return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}

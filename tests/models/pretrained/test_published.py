@@ -198,7 +198,7 @@ def test_weights_of_another_format_are_refused(published):
     assert "predicts 2 numbers a channel; weights of repa do not" in error_of(weights["dit"], "repa")
     ours = convert(weights["dit"], "dit").weights
     assert "weights of dit have a convolution" in error_of(ours, "dit")
-    with pytest.raises(ValueError, match="not weights of dit, sit, repa or groupdiff"):
+    with pytest.raises(ValueError, match="not weights of dit, sit, repa, groupdiff or jit"):
         recognise({"conv1.weight": torch.zeros(3, 3)})
 
 
