@@ -18,6 +18,7 @@ RUNS = {  # name -> (ranks, overrides)
     "looking": (1, ["engine=single", "train.sample_every=64"]),
     "ddp": (2, ["engine=ddp"]),
     "fsdp": (2, ["engine=fsdp", "activation_checkpointing=1", "train.micro_batch=8"]),
+    "zero": (2, ["engine=deepspeed", "zero=2"]),
 }
 LAST = "checkpoints/000000000256"
 
@@ -43,7 +44,7 @@ def test_recomputing_and_sampling_leave_it_as_it_is_bit_for_bit(runs, losses, te
     assert all((found[key] == tensor).all() for key, tensor in expected.items())
 
 
-@pytest.mark.parametrize("name", ["accumulated", "ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["accumulated", "ddp", "fsdp", "zero"])
 def test_micro_batches_and_ranks_drop_what_one_process_does(losses, name):
     whole, without = losses("whole"), losses("without")
     assert losses(name) == pytest.approx(whole, rel=1e-4)
