@@ -21,7 +21,7 @@ class EngineConfig(BaseModel, extra="forbid", frozen=True, use_attribute_docstri
     offload: bool = Field(False, json_schema_extra={"may_change": True})
     """For fsdp and hsdp: whether weights, gradients, optimizer and EMA are kept in host memory."""
     precision: Literal["fp32", "bf16"] = Field("fp32", json_schema_extra={"sampling": "also"})
-    """Precision of matrix products and activations; weights stay fp32."""
+    """Precision of layers and attention inside blocks. Weights, tokens, embeddings and the last layer stay fp32."""
     activation_checkpointing: int = Field(0, ge=0, json_schema_extra={"may_change": True})
     """Recompute every k-th block in the backward pass instead of storing its activations. 0: none."""
     compile: bool = Field(False, json_schema_extra={"may_change": True})

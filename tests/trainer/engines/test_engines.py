@@ -138,12 +138,13 @@ def test_sampling_during_training_does_not_disturb_it(ranks, metrics, tensors, t
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler: apt-get install g++")
-def test_compiled_blocks_have_the_gradients_of_eager_ones(tiny, tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_blocks_have_the_gradients_of_eager_ones(tiny, tmp_path, precision):
     """For single images and groups, and with the strides that the patch embedding really gives."""
     images = open_images(DataConfig())
     gradients = []
     for options in ([], ["compile=true"], ["compile=true", "activation_checkpointing=1"]):
-        config = load_config(tiny, ["engine=single", *options, f"run={tmp_path}"])
+        config = load_config(tiny, ["engine=single", f"precision={precision}", *options, f"run={tmp_path}"])
         torch._dynamo.utils.counters.clear()
         with process_group() as ranks:
             network = build_network(config, images)
@@ -159,4 +160,8 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones(tiny, tmp_path):
         graphs, breaks = (torch._dynamo.utils.counters[kind] for kind in ("stats", "graph_break"))
         assert (graphs["unique_graphs"] > 0) == bool(options) and not breaks, "whole blocks are compiled"
     for eager, *compiled in zip(*gradients, strict=True):
-        assert all(torch.allclose(eager, other, atol=1e-5, rtol=1e-4) for other in compiled)
+        for other in compiled:
+            if precision == "fp32":
+                assert torch.allclose(eager, other, atol=1e-5, rtol=1e-4)
+            else:  # compiled blocks round less often
+                assert (other - eager).norm() <= 0.01 * eager.norm()

@@ -97,3 +97,16 @@ def test_bf16_is_the_same_in_all_engines_and_near_fp32(ranks, metrics, tmp_path,
             for value, other, bound in zip(a, b, (1e-4, 1e-3) if name == "zero3" else (1e-5, 1e-4), strict=True):
                 assert value == pytest.approx(other, abs=bound, rel=0), (name, step)
     assert metrics(tmp_path / "fsdp") == metrics(tmp_path / "fsdp-recomputed")
+
+
+def test_fsdp_in_several_units_and_micro_batches_is_ddp(ranks, metrics, tmp_path):
+    """Of JiT, whose norms have weights, which blocks of over a million others leave to the root."""
+    wide = [*JIT, "model.width=256", "model.heads=4", "train.images=128", "train.micro_batch=8", "precision=bf16"]
+    others = {"fsdp": ["engine=fsdp"], "recomputed": ["engine=fsdp", "activation_checkpointing=2"]}
+    runs = [[*options, *wide, f"run={tmp_path}/{name}"] for name, options in {"ddp": ["engine=ddp"], **others}.items()]
+    ranks.run_many(2, train_tiny, *runs)
+    expected = columns(metrics(tmp_path / "ddp"))
+    assert len(expected) == 4
+    for name in others:
+        for step, (a, b) in enumerate(zip(columns(metrics(tmp_path / name)), expected, strict=True)):
+            assert a == pytest.approx(b, abs=1e-5, rel=0), (name, step)
