@@ -1,4 +1,4 @@
-"""A path, x_t = t^p x + (1 - t)^p noise, and a distribution of timesteps that begins with the noisy ones. They are this
+"""A path, x_t = t x + (1 - t)^p noise, and a distribution of timesteps that begins with the noisy ones. They are this
 file, a line in PATHS and a line in TIMESTEPS."""
 
 import pytest
@@ -19,11 +19,11 @@ class Bent(NoisePath):
         name: str = "bent"
         """The path between noise and data."""
         power: float = Field(2.0, ge=1)
-        """Power of the shares of data and noise."""
+        """Power of the share of noise."""
 
     def schedule(self, t):
         t, p = t.double(), self.config.power
-        return Schedule(t**p, (1 - t) ** p, p * t ** (p - 1), -p * (1 - t) ** (p - 1))
+        return Schedule(t, (1 - t) ** p, torch.ones_like(t), -p * (1 - t) ** (p - 1))
 
 
 def noisy_first(u, position, settings):

@@ -12,7 +12,7 @@ GROUPS = pytest.mark.parametrize(("seed", "group_size", "groups"), [(0, 2, 3), (
 CONTEXTS = pytest.mark.parametrize("changes", [{}, {"context_tokens": 0}, {"context_start": 0}, {"context_start": 2}])
 
 
-@pytest.mark.parametrize(("seed", "group_size"), enumerate([1, 2, 3, 6]))
+@pytest.mark.parametrize(("seed", "group_size"), list(enumerate([1, 2, 3, 6])))
 @pytest.mark.parametrize(
     "changes",
     [

@@ -291,7 +291,7 @@ def test_every_field_is_read_by_something(tmp_path, tiny, monkeypatch, make_late
 
 
 def test_dotted_names_are_those_of_the_resolved_tree():
-    for choice, others in (("dit", ["bottleneck", "context_tokens", "context_start"]), ("jit", [])):
+    for choice, others in (("dit", ["bottleneck", "context_tokens", "context_start", "dropout"]), ("jit", [])):
         names = list(dotted(load_config("configs/digits.yaml", [f"model.backbone={choice}"]).model_dump()))
         not_there = {f"model.{name}" for name in others} | {"path.learns_variance", "path.noise_scale"}
         assert names == [name for name in field_names(Config) if name not in not_there]
