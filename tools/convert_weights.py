@@ -8,6 +8,8 @@ also be a file that this tool, export_weights.py or reconstruct_ema.py has writt
 
 import argparse
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -101,16 +103,23 @@ def not_told(model: dict) -> list[str]:
     return ["context_start"] if model.get("backbone") == "jit" else ["heads"]
 
 
+@contextmanager
+def new_file(out: Path, like: Path) -> Iterator[Path]:
+    """Give a path to write to, which becomes `out` when it is whole, with the permissions of the file `like`."""
+    try:
+        with appearing_path(out) as partial:
+            yield partial
+            shutil.copymode(like, partial)
+    except OSError as error:
+        raise RunError(f"{out}: cannot be written ({first_line(error)}); give another place") from None
+
+
 def write_config(tree: dict, unknown: list[str], out: Path, like: Path) -> None:
     """Write a config, which all may read who may read the file `like`, with a line for each field to be filled in."""
     lines = [f"# Of converted weights: tools/sample.py {out} --weights {tree['init_from']}, tools/submit.py {out}\n"]
     lines += [f"# model.{field}: set it; the file did not tell\n" for field in unknown]
-    try:
-        with appearing_path(out) as partial:
-            partial.write_text("".join(lines) + yaml.safe_dump(tree, sort_keys=False))
-            shutil.copymode(like, partial)
-    except OSError as error:
-        raise RunError(f"{out}: cannot be written ({first_line(error)}); give another place") from None
+    with new_file(out, like) as partial:
+        partial.write_text("".join(lines) + yaml.safe_dump(tree, sort_keys=False))
 
 
 def published_form(weights: dict[str, Tensor], config: dict) -> ImageForm | None:
@@ -132,12 +141,8 @@ def write_jit(weights: dict[str, Tensor], config: dict, out: Path, like: Path, f
     """Write the file, which all may read who may read the file `like`, and print how JiT's code loads it."""
     model, path = model_config(config["model"]), path_config(config["path"])
     converted = to_jit(weights, model, path, side_of(config, form))
-    try:
-        with appearing_path(out) as partial:
-            torch.save({"model": converted, "model_ema1": converted, "model_ema2": converted}, partial)
-            shutil.copymode(like, partial)
-    except OSError as error:
-        raise RunError(f"{out}: cannot be written ({first_line(error)}); give another place") from None
+    with new_file(out, like) as partial:
+        torch.save({"model": converted, "model_ema1": converted, "model_ema2": converted}, partial)
     print(f"{out}: for JiT's main_jit.py --resume FOLDER --evaluate_gen, as checkpoint-last.pth in FOLDER")
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.backbones.base import Backbone
+from models.backbones.base import Backbone, BackboneConfig
 from models.backbones.embeddings import sincos_positions
 from models.backbones.sample_embedding import CLASSES, Weights
+from models.paths.base import PathConfig
 
 POSITIONS = "pos_embed"
 ROUNDING = 1e-2  # allows for half precision (2e-3) or a running average (2e-4) of the positions, which are at most 1
@@ -29,6 +30,16 @@ def check_fit(
             raise ValueError(f"{name} is unexpected in weights of {kind}")
         if (found := tuple(weights[name].shape)) != (wanted := tuple(expected[name].shape)):
             raise ValueError(f"{name} is {found}, must be {wanted} beside the others of these weights of {kind}")
+
+
+def check_plain(theirs: str, path: PathConfig, config: BackboneConfig, wanted: dict[str, object]) -> None:
+    """Raise ValueError if a network is none of another code's class `theirs`, which has no groups and these values of
+    path.name and model.*."""
+    found = {"path": path.name, "model.max_group_size": config.slots}
+    for name, value in (wanted | {"model.max_group_size": min(config.slots, 1)}).items():
+        own = found[name] if name in found else getattr(config, name.removeprefix("model."))
+        if own != value:
+            raise ValueError(f"{name}={own}: {theirs} is for {value} alone; use the .safetensors file instead")
 
 
 def cells_of(positions: Tensor, width: int) -> int:

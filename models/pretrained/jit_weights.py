@@ -13,7 +13,7 @@ from models.backbones.embeddings import sincos_positions
 from models.backbones.jit import JiT
 from models.backbones.sample_embedding import CONTEXT, SLOTS, Weights, fold
 from models.paths.base import PathConfig
-from models.pretrained.fitting import POSITIONS, blocks_of, cells_of, check_fit, rows, with_size
+from models.pretrained.fitting import POSITIONS, blocks_of, cells_of, check_fit, check_plain, rows, with_size
 
 PREFIX = "net."
 FIRST, SECOND = "x_embedder.proj1.weight", "x_embedder.proj2.weight"
@@ -70,17 +70,15 @@ def _unrounded(hidden: int, width: int) -> int:
 def to_jit(weights: Weights, config: BackboneConfig, path: PathConfig, side: int) -> Weights:
     """Return weights as JiT's Denoiser has them, with a sample embedding of one row folded. Raise ValueError if JiT's
     class cannot represent the network."""
-    for name, value, wanted in (
-        ("path", path.name, "jit"),
-        ("model.backbone", config.backbone, "jit"),
-        ("model.max_group_size", config.slots, min(config.slots, 1)),
-        ("model.time_scale", config.time_scale, 1.0),
-        ("model.attention", config.attention, "softmax"),
-        ("model.mlp", config.mlp, "swiglu"),
-        ("model.wrap", config.wrap, ()),
-    ):
-        if value != wanted:
-            raise ValueError(f"{name}={value}: JiT's class is for {wanted} alone; use the .safetensors file instead")
+    wanted = {
+        "path": "jit",
+        "model.backbone": "jit",
+        "model.time_scale": 1.0,
+        "model.attention": "softmax",
+        "model.mlp": "swiglu",
+        "model.wrap": (),
+    }
+    check_plain("JiT's class", path, config, wanted)
     channels = weights[FIRST].shape[-1] // config.patch**2 if FIRST in weights else 1
     check_fit(weights, JiT, config, channels, 1, "ours")
     out = dict(fold(weights) if config.slots else weights)

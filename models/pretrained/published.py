@@ -17,7 +17,7 @@ from models.backbones.dit import DiT
 from models.backbones.sample_embedding import CLASSES, SLOTS, Weights, fold
 from models.paths.base import PathConfig
 from models.pretrained import jit_weights
-from models.pretrained.fitting import POSITIONS, blocks_of, cells_of, check_fit, rows, with_size
+from models.pretrained.fitting import POSITIONS, blocks_of, cells_of, check_fit, check_plain, rows, with_size
 
 PATCHES, TIME = "x_embedder.proj.weight", "t_embedder.mlp.0.weight"
 LAST = ("final_layer.linear.weight", "final_layer.linear.bias")
@@ -193,18 +193,16 @@ EQUAL = "for block in transformer.transformer_blocks: block.norm1.emb.time_proj.
 def to_diffusers(weights: Weights, config: BackboneConfig, path: PathConfig, side: int) -> tuple[dict, Weights]:
     """Return (arguments, weights) of diffusers' DiTTransformer2DModel, which equals this network once EQUAL is applied.
     A sample embedding of one row is folded. Raise ValueError if diffusers' class cannot represent the network."""
-    for name, value, wanted in (
-        ("path", path.name, "ddpm"),
-        ("model.backbone", config.backbone, "dit"),
-        ("model.max_group_size", config.slots, min(config.slots, 1)),
-        ("model.mlp_ratio", config.mlp_ratio, 4.0),
-        ("model.time_scale", config.time_scale, 1.0),
-        ("model.attention", config.attention, "softmax"),
-        ("model.mlp", config.mlp, "gelu"),
-        ("model.wrap", config.wrap, ()),
-    ):
-        if value != wanted:
-            raise ValueError(f"{name}={value}: diffusers' DiT is for {wanted} alone; use the .safetensors file instead")
+    wanted = {
+        "path": "ddpm",
+        "model.backbone": "dit",
+        "model.mlp_ratio": 4.0,
+        "model.time_scale": 1.0,
+        "model.attention": "softmax",
+        "model.mlp": "gelu",
+        "model.wrap": (),
+    }
+    check_plain("diffusers' DiT", path, config, wanted)
     cell, predictions = config.patch**2, path.predictions
     channels = weights[PATCHES].shape[-1] // cell if PATCHES in weights else 1
     check_fit(weights, DiT, config, channels, predictions, "ours")
